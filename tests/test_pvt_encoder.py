@@ -1,0 +1,344 @@
+"What the notebook cannot show of `pvt_encoder`: every size against timm, odd files, weights from files, properties."
+import copy
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pvtblip.pvt_encoder import (PVT_CONFIGS, EncoderConfig, ImageEncoder, PyramidVisionTransformerV2, image_transform,
+                                 load_image, sincos_positions)
+
+slow = pytest.mark.slow
+
+
+# --- the same numbers as timm ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "pvt_v2_b1", "pvt_v2_b2", "pvt_v2_b2_li",
+                                  *(pytest.param(f"pvt_v2_b{i}", marks=slow) for i in (3, 4, 5))])
+def test_every_stage_equals_timm(name):
+    torch.manual_seed(0)
+    theirs = timm.create_model(name).eval()
+    for p in theirs.parameters():
+        if p.ndim == 1: torch.nn.init.normal_(p, mean=p.detach().mean().item(), std=.1)  # biases 0 and gains 1 would hide a swap
+    ours = PyramidVisionTransformerV2(**PVT_CONFIGS[name]).eval()
+    ours.load_state_dict(theirs.state_dict())
+    for height, width in ((224, 224), (97, 131)):
+        x = torch.randn(1, 3, height, width)
+        with torch.no_grad(): maps, expected = ours(x), theirs.forward_intermediates(x, intermediates_only=True)
+        assert len(maps) == 4 and [tuple(m.shape[-2:]) for m in maps] == ours.grids(height, width)
+        for a, b in zip(maps, expected, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_gradients_equal_timm():
+    torch.manual_seed(0)
+    theirs = timm.create_model("pvt_v2_b0", num_classes=0)
+    ours = PyramidVisionTransformerV2(**PVT_CONFIGS["pvt_v2_b0"])
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    weight = torch.randn(2, 256, 2, 2)
+    (ours(x)[-1] * weight).sum().backward()
+    (theirs.forward_features(x) * weight).sum().backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters(): torch.testing.assert_close(p.grad, expected[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_cut_pvt_takes_the_whole_state_dict_and_gives_the_same_stage():
+    theirs = timm.create_model("pvt_v2_b0").eval()
+    encoder = ImageEncoder(EncoderConfig(stages=(1,)), 64).eval()
+    encoder.backbone.load_state_dict(theirs.state_dict())
+    assert len(encoder.backbone.stages) == 2
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(): torch.testing.assert_close(encoder.features(x)[0], theirs.forward_intermediates(x, intermediates_only=True)[1])
+
+
+def test_a_state_dict_with_something_missing_is_refused():
+    state = timm.create_model("pvt_v2_b0").state_dict()
+    del state["stages.2.norm.weight"]
+    with pytest.raises(RuntimeError, match="stages.2.norm.weight"): PyramidVisionTransformerV2(**PVT_CONFIGS["pvt_v2_b0"]).load_state_dict(state)
+
+
+# --- the PVT itself --------------------------------------------------------------------------------------------------
+
+def test_stochastic_depth_is_silent_in_evaluation_and_speaks_in_training():
+    torch.manual_seed(0)
+    kwargs = EncoderConfig.tiny().backbone_kwargs
+    plain, dropping = PyramidVisionTransformerV2(**kwargs), PyramidVisionTransformerV2(**kwargs, drop_path_rate=.9)
+    dropping.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 3, 64, 64)
+    torch.testing.assert_close(plain.eval()(x)[-1], dropping.eval()(x)[-1])
+    torch.testing.assert_close(plain.train()(x)[-1], plain.eval()(x)[-1])
+    assert not torch.allclose(dropping.train()(x)[-1], plain(x)[-1])
+
+
+def test_images_of_a_batch_do_not_mix():
+    model = PyramidVisionTransformerV2(**EncoderConfig.tiny().backbone_kwargs).eval()
+    x = torch.randn(3, 3, 64, 64)
+    torch.testing.assert_close(model(x)[-1][1:2], model(x[1:2])[-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs,message", [(dict(depths=(2, 2)), "one entry per stage"), (dict(num_heads=(1, 2, 5, 7)), "multiple of its heads")])
+def test_impossible_settings_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message): PyramidVisionTransformerV2(**kwargs)
+
+
+# --- config ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("config", [EncoderConfig(), EncoderConfig.tiny(), EncoderConfig.tiny(stages=(0, -1), position="none"),
+                                    EncoderConfig("vit_tiny_patch16_224", weights=True, normaliser="none", backbone_kwargs=dict(drop_path_rate=.1, depths=(1, 2)))])
+def test_config_round_trip_through_json(config):
+    assert EncoderConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_configs_do_not_share_their_kwargs():
+    first = EncoderConfig.tiny()
+    first.backbone_kwargs["depths"].append(9)
+    assert EncoderConfig.tiny().backbone_kwargs["depths"] == [1, 1, 1] and EncoderConfig().backbone_kwargs == {}
+
+
+@pytest.mark.parametrize("wrong", [dict(stages=()), dict(stages=(1, 1)), dict(position="learnt"), dict(normaliser="batchnorm")])
+def test_config_refuses(wrong):
+    with pytest.raises(ValueError): EncoderConfig(**wrong)
+
+
+# --- the encoder -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name,stages,size,shapes", [
+    ("pvt_v2_b0", (3, 1), 64, [(8, 8), (2, 2)]),           # read early to late, whatever the order they are named in
+    ("pvt_v2_b2_li", (-1,), 64, [(2, 2)]),
+    ("vit_tiny_patch16_224", (5, -1), 96, [(6, 6), (6, 6)]),
+    ("vit_small_patch14_dinov2", (-1,), 98, [(7, 7)]),
+    ("vit_small_patch14_reg4_dinov2", (-1,), 98, [(7, 7)]),  # register tokens are left out
+    ("mobilenetv2_100", (1, -1), 96, [(24, 24), (3, 3)]),
+    ("mobilenetv3_small_100", (-1,), 96, [(3, 3)]),
+    ("resnet18", (-2,), 96, [(6, 6)])])
+def test_backbones(name, stages, size, shapes):
+    encoder = ImageEncoder(EncoderConfig(name, stages=stages, image_size=size), 64)
+    x = torch.randn(2, 3, size, size)
+    tokens = encoder(x)
+    assert encoder.grids() == shapes and tokens.shape == (2, encoder.num_tokens, 64)
+    tokens.square().sum().backward()
+    assert [n for n, p in encoder.named_parameters() if p.grad is None] == []
+    maps = encoder.eval().features(x)
+    assert [tuple(m.shape[-2:]) for m in maps] == shapes and all(m.shape[0] == 2 for m in maps)
+
+
+def test_tokens_are_row_by_row_with_class_and_register_tokens_left_out():
+    encoder = ImageEncoder(EncoderConfig("vit_small_patch14_reg4_dinov2", stages=(-1,), image_size=98), 64).eval()
+    x = torch.randn(1, 3, 98, 98)
+    with torch.no_grad():
+        expected = encoder.backbone.model.forward_features(x)[:, encoder.backbone.model.num_prefix_tokens:]
+        torch.testing.assert_close(encoder.features(x)[0].flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_asking_for_grids_changes_nothing():
+    encoder = ImageEncoder(EncoderConfig("mobilenetv2_100", stages=(-1,), image_size=64), 64).train()
+    before = copy.deepcopy(encoder.state_dict())
+    assert encoder.grids((97, 131)) == [(4, 5)] and encoder.training and encoder.backbone.model.training
+    for name, value in encoder.state_dict().items(): assert torch.equal(value, before[name]), name
+
+
+def test_saved_and_loaded_encoder_gives_the_same_tokens():
+    config = EncoderConfig.tiny(stages=(0, 2))
+    first, second = ImageEncoder(config, 64), ImageEncoder(config, 64)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(first(x), second(x)) and torch.equal(copy.deepcopy(first)(x), first(x))
+
+
+def test_bfloat16_autocast_stays_close():
+    encoder = ImageEncoder(EncoderConfig.tiny(), 64).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): low = encoder(x)
+    with torch.no_grad(): torch.testing.assert_close(low.float(), encoder(x), atol=.15, rtol=.1)
+
+
+def test_normaliser_handles_features_far_too_small_or_large():
+    encoder = ImageEncoder(EncoderConfig.tiny(), 64)
+    tokens = torch.randn(1, 16, 128)
+    for scale in (1e-4, 1., 1e4):
+        normalised = encoder.norms[0](scale * tokens)
+        torch.testing.assert_close(normalised.std(-1), torch.ones(1, 16), atol=.02, rtol=0)
+    assert torch.equal(ImageEncoder(EncoderConfig.tiny(normaliser="none"), 64).norms[0](tokens), tokens)
+
+
+@pytest.mark.parametrize("width", (64, 128, 256))
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (7, 7), (5, 9), (28, 28)])
+def test_no_two_places_share_a_position_code(grid, width):
+    codes = sincos_positions(grid, width)
+    assert codes.shape == (grid[0]*grid[1], width)
+    nearest = torch.cdist(codes, codes) + 1e9*torch.eye(len(codes))
+    assert nearest.min() > .1
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name,stage", [("pvt_v2_b0", 2), ("mobilenetv3_small_100", -1), ("vit_tiny_patch16_224", -1)])
+def test_weights_from_a_file(name, stage, tmp_path):
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, num_classes=7).eval()                     # another head than ImageNet's
+    save_file(theirs.state_dict(), tmp_path/"weights.safetensors")
+    encoder = ImageEncoder(EncoderConfig(name, weights=str(tmp_path/"weights.safetensors"), stages=(stage,)), 64).eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad(): expected = theirs.forward_intermediates(x, indices=[stage], norm=True, intermediates_only=True)[0]
+    torch.testing.assert_close(encoder.features(x)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_from_the_hub_take_the_same_path(monkeypatch):
+    torch.manual_seed(0)
+    real, asked = timm.create_model, []
+    trained = real("pvt_v2_b0").eval()
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: asked.append((name, pretrained)) or trained)
+    encoder = ImageEncoder(EncoderConfig("pvt_v2_b0.in1k", weights=True), 64).eval()
+    assert asked == [("pvt_v2_b0.in1k", True)]
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(): torch.testing.assert_close(encoder.features(x)[0], trained.forward_features(x), atol=1e-5, rtol=0)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    save_file({"something": torch.zeros(1)}, tmp_path/"other.safetensors")
+    for weights, error, message in ((tmp_path/"other.safetensors", ValueError, "weights are missing"),
+                                    (tmp_path/"none.safetensors", FileNotFoundError, "no such file"),
+                                    (tmp_path/"pickle.pth", ValueError, "only .safetensors")):
+        with pytest.raises(error, match=message): ImageEncoder(EncoderConfig(weights=str(weights)), 64)
+
+
+def test_a_name_that_nobody_knows():
+    with pytest.raises(RuntimeError, match="no_such_model"): ImageEncoder(EncoderConfig("no_such_model"), 64)
+
+
+def test_our_own_pvt_does_without_timm():
+    code = "import sys; from pvtblip.pvt_encoder import *; ImageEncoder(EncoderConfig.tiny(), 64); assert 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def photo():
+    "60 x 40 pixels: red left, blue right, a white stripe on top."
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :30] = 255, 0, 0
+    pixels[:, 30:] = 0, 0, 255
+    pixels[:8] = 255
+    return Image.fromarray(pixels)
+
+
+def close(image, expected, tolerance=6):
+    assert image.mode == "RGB" and image.size == expected.size
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected.convert("RGB"))).mean() < tolerance
+
+
+@pytest.mark.parametrize("mode,name", [("RGB", "a.jpg"), ("RGB", "a.png"), ("RGB", "a.webp"), ("RGB", "a.bmp"), ("RGB", "a.tif"), ("RGB", "a.ppm"),
+                                       ("CMYK", "a.jpg"), ("CMYK", "a.tif"), ("P", "a.png"), ("P", "a.gif"), ("RGBA", "a.png"), ("RGBA", "a.webp"),
+                                       ("YCbCr", "a.tif"), ("LAB", "a.tif")])
+def test_every_colour_mode_looks_the_same(mode, name, photo, tmp_path):
+    photo.convert(mode).save(tmp_path/name)
+    close(load_image(tmp_path/name), photo, tolerance=15 if mode == "LAB" else 6)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_grey(mode, photo, tmp_path):
+    photo.convert(mode).save(tmp_path/"a.png")
+    close(load_image(tmp_path/"a.png"), photo.convert("1" if mode == "1" else "L"), tolerance=1)
+
+
+def test_sixteen_bit_grey(tmp_path):
+    steps = np.linspace(0, 65535, 60).astype(np.uint16)[None].repeat(40, 0)
+    Image.fromarray(steps).save(tmp_path/"a.png")
+    Image.fromarray(steps).save(tmp_path/"a.tif")
+    for name in ("a.png", "a.tif"):
+        values = np.asarray(load_image(tmp_path/name))[0, :, 0]
+        assert values[0] == 0 and values[-1] == 255 and (np.diff(values.astype(int)) > 0).all()
+
+
+@pytest.mark.parametrize("orientation,stored", [(1, lambda i: i), (2, lambda i: i.transpose(Image.Transpose.FLIP_LEFT_RIGHT)), (3, lambda i: i.rotate(180)),
+                                                (6, lambda i: i.rotate(90, expand=True)), (8, lambda i: i.rotate(-90, expand=True))])
+def test_exif_rotation(orientation, stored, photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored(photo).save(tmp_path/"a.jpg", exif=exif, quality=95)
+    close(load_image(tmp_path/"a.jpg"), photo)
+
+
+def test_transparency_becomes_white(photo, tmp_path):
+    hidden = np.dstack([np.asarray(photo), np.full((40, 60), 255, np.uint8)])
+    hidden[:, :30, 3] = 0                                                      # the red half is there, but invisible
+    Image.fromarray(hidden).save(tmp_path/"alpha.png")
+    palette = photo.quantize(4)
+    palette.save(tmp_path/"palette.png", transparency=palette.getpixel((0, 39)))
+    photo.save(tmp_path/"key.png", transparency=(255, 0, 0))
+    for name in ("alpha.png", "palette.png", "key.png"):
+        image = load_image(tmp_path/name)
+        assert image.getpixel((0, 39)) == (255, 255, 255) and image.getpixel((59, 39)) == (0, 0, 255), name
+
+
+def test_half_transparency_is_mixed_with_white():
+    assert load_image(Image.new("RGBA", (2, 2), (0, 0, 0, 128))).getpixel((0, 0)) == (127, 127, 127)
+
+
+def test_damaged_files_are_named(photo, tmp_path):
+    photo.save(tmp_path/"whole.jpg")
+    whole = (tmp_path/"whole.jpg").read_bytes()
+    photo.save(tmp_path/"whole.png")
+    files = {"empty.jpg": (b"", "empty"), "text.jpg": (b"not a picture", "not an image"), "page.png": (b"<html></html>", "not an image"),
+             "half.jpg": (whole[:len(whole)//2], "damaged"), "half.png": ((tmp_path/"whole.png").read_bytes()[:90], "damaged"),
+             "drawing.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image")}
+    for name, (content, message) in files.items():
+        (tmp_path/name).write_bytes(content)
+        with pytest.raises(ValueError, match=message) as error: load_image(tmp_path/name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    for missing in (tmp_path/"none.jpg", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such image file"): load_image(missing)
+
+
+@pytest.mark.parametrize("side", (10_000, 20_000))                             # above PIL's limit, and above twice the limit
+@pytest.mark.parametrize("as_errors", (False, True))
+def test_decompression_bomb(side, as_errors, tmp_path):
+    Image.new("1", (side, side)).save(tmp_path/"bomb.png")
+    assert (tmp_path/"bomb.png").stat().st_size < 100_000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if as_errors else "ignore", Image.DecompressionBombWarning)
+        with pytest.raises(ValueError, match="bomb.png: more than"): load_image(tmp_path/"bomb.png")
+
+
+def test_pixels_without_a_known_white_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), .5, np.float32)).save(tmp_path/"float.tif")
+    Image.fromarray(np.full((4, 4), 100_000, np.int32)).save(tmp_path/"long.tif")
+    for name in ("float.tif", "long.tif"):
+        with pytest.raises(ValueError, match=f"{name}.*no fixed white"): load_image(tmp_path/name)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
+def test_mangled_bytes_give_an_image_or_a_value_error(suffix, photo, tmp_path):
+    path, rng, refused = tmp_path/f"a.{suffix}", np.random.default_rng(0), 0
+    photo.save(path)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(60):
+        mangled = whole.copy()
+        mangled[rng.integers(0, len(whole), 8)] = rng.integers(0, 256, 8)
+        path.write_bytes(mangled[:rng.integers(1, len(whole) + 1)].tobytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                    # PIL warns of odd metadata before it decides
+            try: assert load_image(path).mode == "RGB"
+            except ValueError as error: refused += str(path) in str(error)
+    assert refused > 10
+
+
+def test_transform(photo, tmp_path):
+    config = EncoderConfig.tiny(image_size=32)
+    photo.save(tmp_path/"a.png")
+    transform = pickle.loads(pickle.dumps(image_transform(config)))            # it travels to the workers of a DataLoader
+    pixels = transform(tmp_path/"a.png")
+    assert pixels.shape == (3, 32, 32) and torch.equal(pixels, transform(photo))
+    expected = np.asarray(photo.resize((32, 32), Image.Resampling.BICUBIC)) / 255
+    expected = (expected - config.mean) / config.std
+    torch.testing.assert_close(pixels, torch.from_numpy(expected).permute(2, 0, 1).float(), atol=1e-5, rtol=1e-5)
