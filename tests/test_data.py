@@ -1,0 +1,320 @@
+"""What the cells of 06_data do not reach: every malformed file, random captions, worker processes."""
+import csv
+import io
+import json
+import pickle
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from pvtblip.data import BrokenImage, CaptionDataset, Collate, Record, SeededBatchSampler, read_captions, split_by_name
+from pvtblip.pvt_encoder import load_image
+from pvtblip.tokenizer import CaptionTokenizer, collapse_whitespace
+
+# ---------------------------------------------------------------- writers of the five formats
+
+
+def write_json(rows):
+    return json.dumps({file: list(captions) for file, captions in rows}, indent=1, ensure_ascii=False)
+
+
+def write_token(rows):
+    return "".join(f"{file}#{i}\t{caption}\n" for file, captions in rows for i, caption in enumerate(captions))
+
+
+def write_comma(rows):
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("image", "caption"))
+    writer.writerows((file, caption) for file, captions in rows for caption in captions)
+    return out.getvalue()
+
+
+def write_bar(rows):
+    lines = [f"{file}| {i}| {caption}\n" for file, captions in rows for i, caption in enumerate(captions)]
+    return "image_name| comment_number| comment\n" + "".join(lines)
+
+
+WRITERS = dict(json=write_json, token=write_token, comma=write_comma, bar=write_bar)
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+quotes = st.text(st.sampled_from('"\',|#\t 0a\u2028\r'), min_size=1, max_size=12)
+one_caption = st.one_of(words, quotes, st.just('"Go", says, a "sign"'), st.just("x#3\ty| 2| z")).filter(collapse_whitespace)
+names = st.text(st.sampled_from("abcXYZ019_-. é漢"), min_size=1, max_size=12).map(lambda name: f"p{name.strip()}.jpg")
+folders = st.dictionaries(names, st.lists(one_caption, min_size=1, max_size=6), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("form", WRITERS)
+@given(rows=folders, bom=st.booleans(), windows=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_random_captions_come_back_from_each_format(tmp_path_factory, form, rows, bom, windows):
+    in_a_line = {file: [c if form == "json" else c.replace("\n", " ") for c in captions] for file, captions in rows.items()}
+    text = WRITERS[form](in_a_line.items())
+    path = tmp_path_factory.mktemp("captions") / "anything.dat"  # the name says nothing about the format
+    path.write_bytes(("\ufeff" * bom + (text.replace("\n", "\r\n") if windows else text)).encode())
+    records = read_captions(path)
+    assert [(r.file, r.captions) for r in records] == [(f, tuple(map(collapse_whitespace, c))) for f, c in rows.items()]
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_line_is_where_the_photo_is_first_named(tmp_path, form):
+    text = WRITERS[form]([("a.jpg", ["one", "two"]), ("b.jpg", ["three"])])
+    (tmp_path / "c").write_text(text)
+    for record in read_captions(tmp_path / "c"):
+        assert record.file in text.split("\n")[record.line - 1]
+        assert not any(record.file in line for line in text.split("\n")[:record.line - 1])
+
+
+def test_json_lines_count_every_line_break_and_no_other(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('\n{ "a.jpg"\n:\n["x\u2028y",\n"z"]\n\n,\n "b.jpg": ["{\\"c.jpg\\": []}"] }', encoding="utf-8")
+    assert read_captions(path) == [Record("a.jpg", ("x y", "z"), 2), Record("b.jpg", ('{"c.jpg": []}',), 8)]
+
+
+def test_the_known_broken_line_of_flickr30k(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("image_name| comment_number| comment\n2199200615.jpg| 3| A dog .\n2199200615.jpg| 4   A dog runs across the grass .\n")
+    assert read_captions(path) == [Record("2199200615.jpg", ("A dog .", "A dog runs across the grass ."), 2)]
+
+
+def test_commas_without_quotes(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text('image,caption\na.jpg,A dog, a cat, and a hat\na.jpg,"Go" says a sign, loudly\n"b,c.jpg",x\n')
+    assert read_captions(path) == [Record("a.jpg", ("A dog, a cat, and a hat", '"Go" says a sign, loudly'), 2), Record("b,c.jpg", ("x",), 4)]
+
+
+# ---------------------------------------------------------------- every malformed file says where
+
+MALFORMED = {  # content: (line, words of the message)
+    "": (1, "the file is empty"),
+    "\ufeff \r\n\n": (1, "the file is empty"),
+    "{}": (1, "no captions in this file"),
+    "image,caption\n": (1, "no captions in this file"),
+    "image_name| comment_number| comment\n": (1, "no captions in this file"),
+    '{"a.jpg": ["x"],\n "b.jpg": ["y"],}': (2, "not JSON"),
+    '{"a.jpg": ["x"]\n "b.jpg": ["y"]}': (2, "not JSON (Expecting ',' delimiter"),
+    '{"a.jpg": ["x"]}\n{"b.jpg": ["y"]}': (2, "not JSON (Extra data"),
+    '{"a.jpg": ["x\ny"]}': (1, "not JSON (Invalid control character"),
+    '{"a.jpg":' * 100_000: (1, "not JSON (maximum recursion depth"),
+    '{"a.jpg": [' + "9" * 5_000 + "]}": (1, "not JSON (Exceeds the limit"),
+    '{"a.jpg": ["x"],\n "b.jpg": []}': (2, "no captions for 'b.jpg'"),
+    '{"a.jpg": ["x"],\n "b.jpg": "y"}': (2, "'b.jpg' has a str where its list"),
+    '{"images": [{"id": 1}],\n "annotations": []}': (1, "a caption of 'images' is {\"id\": 1}, not a string"),
+    '{"a.jpg": ["x"],\n "b.jpg": ["y",\n null]}': (2, "a caption of 'b.jpg' is null, not a string"),
+    '{"a.jpg": ["x"],\n "b.jpg": [3]}': (2, "a caption of 'b.jpg' is 3, not a string"),
+    '{"a.jpg": ["x"],\n "b.jpg": [" \\u2028"]}': (2, "a caption of 'b.jpg' is empty"),
+    '{"a.jpg": ["x"],\n\n "a.jpg": ["y"]}': (3, "'a.jpg' stands here again (first on line 1)"),
+    '{"a.jpg": ["x"],\n "../b.jpg": ["y"]}': (2, "'../b.jpg' leads out of the folder"),
+    '{"a/../../b.jpg": ["y"]}': (1, "leads out of the folder"),
+    '{"/b.jpg": ["y"]}': (1, "leads out of the folder"),
+    '{"C:\\\\b.jpg": ["y"]}': (1, "leads out of the folder"),
+    '{"..\\\\b.jpg": ["y"]}': (1, "leads out of the folder"),
+    '{"": ["y"]}': (1, "no photo is named"),
+    '{"folder/": ["y"]}': (1, "no photo is named"),
+    '{"a\\u0000.jpg": ["y"]}': (1, "is no file name"),
+    '["a.jpg"]': (1, "unknown format"),
+    "\n\nhello\n": (3, "unknown format ('hello')"),
+    "a.jpg,A dog without a header\n": (1, "unknown format"),
+    "a.jpg#0\tA dog\n\na.jpg A cat\n": (3, "cannot read 'a.jpg A cat'; write name#number"),
+    "a.jpg#0\tA dog\na.jpg#1\t \n": (2, "a caption of 'a.jpg' is empty"),
+    "a.jpg#0\tA dog\n../b.jpg#1\tx\n": (2, "leads out of the folder"),
+    "image,caption\na.jpg\n": (2, "cannot read 'a.jpg'; write name,caption"),
+    'image,caption\na.jpg,"A dog\nand a cat"\n': (2, "every opened quote closed on its line"),
+    "image,caption\n,A dog\n": (2, "no photo is named"),
+    "image,caption\na.jpg,\n": (2, "a caption of 'a.jpg' is empty"),
+    "image_name| comment_number| comment\na.jpg| A dog\n": (2, "write name| number| caption"),
+    "image_name| comment_number| comment\na.jpg| 0| \n": (2, "a caption of 'a.jpg' is empty"),
+}
+
+
+@pytest.mark.parametrize("content", MALFORMED, ids=lambda content: repr(content)[:40])
+def test_malformed_text_names_file_and_line(tmp_path, content):
+    line, words = MALFORMED[content]
+    path = tmp_path / "captions.dat"
+    path.write_text(content, encoding="utf-8", newline="")
+    with pytest.raises(ValueError) as caught: read_captions(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:{line}: ") and words in message
+    assert "\n" not in message and "; " in message  # one line, and what to do
+
+
+@pytest.mark.parametrize("content, line", [(b"a.jpg#0\tok\n\na.jpg#1\tcaf\xe9\n", 3), ('{"a.jpg": ["x"]}'.encode("utf-16"), 1), (b"\xef\xbb\xbf\xff", 1)])
+def test_not_utf8_names_the_line_of_the_bad_byte(tmp_path, content, line):
+    path = tmp_path / "captions.dat"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"captions.dat:{line}: not UTF-8"): read_captions(path)
+
+
+@given(content=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda t: ("image,caption\n" + t).encode("utf-8", "surrogatepass")),
+                         st.text(st.sampled_from('{}[]":,ax1\\u\n '), max_size=30).map(lambda t: ("{" + t).encode())))
+@settings(max_examples=300, deadline=None)
+def test_no_content_raises_anything_else(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("captions") / "c"
+    path.write_bytes(content)
+    try: records = read_captions(path)
+    except ValueError as error: assert str(error).startswith(f"{path}:") and "\n" not in str(error)
+    else: assert all(record.captions and record.file and record.line >= 1 for record in records)
+
+
+def test_missing_files_and_folders(tmp_path):
+    path = tmp_path / "c.json"
+    with pytest.raises(FileNotFoundError, match="c.json: no such file"): read_captions(path)
+    with pytest.raises(FileNotFoundError, match="no such file"): read_captions(tmp_path)
+    path.write_text('{"a.jpg": ["x"],\n "b.jpg": ["y"],\n "c.jpg": ["z"]}')
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"): read_captions(path, tmp_path / "nowhere")
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(FileNotFoundError) as caught: read_captions(path, tmp_path)
+    assert str(caught.value).startswith(f"{path}:2: 'b.jpg' is not in {tmp_path} (2 of 3 photos are missing)")
+
+
+# ---------------------------------------------------------------- items, order, batches
+
+
+def tiny_load(path):
+    "What a user would write: photo -> (3, 8, 8)"
+    image = load_image(path).resize((8, 8))
+    return torch.tensor(list(image.tobytes()), dtype=torch.float32).reshape(8, 8, 3).permute(2, 0, 1) / 255
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "23 photos, two of them broken, with 1 to 5 captions"
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(23): Image.new("RGB", (9, 9), (i * 10, 0, 255 - i * 10)).save(folder / f"{i}.png")
+    (folder / "4.png").write_bytes((folder / "4.png").read_bytes()[:40])  # cut short
+    (folder / "11.png").write_text("<html>not found</html>")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(): return [Record(f"{i}.png", tuple(f"photo {i} words {j}" for j in range(1 + i % 5)), i + 1) for i in range(23)]
+
+
+def loader(records, folder, workers=0, **sampler):
+    dataset = CaptionDataset(records, folder, tiny_load, captions_per_image=3, seed=5)
+    batches = SeededBatchSampler(len(dataset), 4, seed=5, **sampler)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=Collate(CaptionTokenizer()))
+
+
+def same(a, b):
+    "Compare two batches, tensor by tensor"
+    assert a.keys() == b.keys()
+    for key in a: torch.testing.assert_close(a[key], b[key]) if torch.is_tensor(a[key]) else _equal(a[key], b[key])
+
+
+def _equal(a, b): assert a == b
+
+
+def test_a_resumed_run_with_workers_continues_the_unbroken_one(records, folder):
+    unbroken = list(loader(records, folder, num_batches=11))  # two epochs of 5 batches and one batch more
+    first, rest = loader(records, folder, workers=2, num_batches=4), loader(records, folder, workers=2, start_batch=4, num_batches=7)
+    resumed = [*first, *rest]
+    assert len(resumed) == len(unbroken) == 11
+    for a, b in zip(resumed, unbroken): same(a, b)
+    assert unbroken[0]["files"] != unbroken[5]["files"]  # the second epoch has its own order
+
+
+def test_broken_photos_are_counted(records, folder):
+    sampler = SeededBatchSampler(23, 4, seed=5, drop_last=False, num_batches=6)
+    dataset = CaptionDataset(records, folder, tiny_load, captions_per_image=3)
+    batches = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(CaptionTokenizer()), num_workers=2))
+    broken = {item.file: item.reason for batch in batches for item in batch["broken"]}
+    assert broken.keys() == {"4.png", "11.png"} and all(file in reason for file, reason in broken.items())
+    assert sorted(file for batch in batches for file in batch["files"]) == sorted(r.file for r in records if r.file not in broken)
+    for batch in batches:
+        count = len(batch["files"])
+        assert batch["pixel_values"].shape == (count, 3, 8, 8) and batch["input_ids"].shape[0] == 3 * count
+        text = CaptionTokenizer().decode_batch(batch["input_ids"])
+        assert [words.split()[1] for words in text] == [file[:-4] for file in batch["files"] for _ in range(3)]  # rows of a photo adjacent
+
+
+def test_only_what_a_bad_photo_raises_is_caught(records, folder):
+    def faulty(path): raise TypeError("a bug in the program")
+    with pytest.raises(TypeError, match="a bug in the program"): CaptionDataset(records, folder, faulty)[0]
+    with pytest.raises(ValueError, match="4.png"): CaptionDataset(records, folder, tiny_load, strict=True)[4]
+    gone = CaptionDataset([Record("gone.png", ("x",), 1)], folder, tiny_load)[0]
+    assert isinstance(gone, BrokenImage) and gone.file == "gone.png" and "gone.png" in gone.reason
+
+
+def test_item_depends_on_seed_epoch_and_index_only(records, folder):
+    one, other = (CaptionDataset(records, folder, tiny_load, captions_per_image=3, seed=1) for _ in range(2))
+    state = random.getstate(), torch.get_rng_state()
+    before = [one[(2, i)] for i in (5, 9)]
+    after = [other[(2, i)] for i in (9, 5)][::-1]
+    for a, b in zip(before, after): same(a, b)
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])  # nobody else's numbers are drawn
+    assert one[9]["captions"] == one[(0, 9)]["captions"]
+    assert len({tuple(one.captions(epoch, 9)) for epoch in range(20)}) > 5
+    assert one.captions(0, 9) != CaptionDataset(records, folder, tiny_load, 3, seed=2).captions(0, 9)
+
+
+@given(own=st.integers(1, 8), count=st.integers(1, 8), epoch=st.integers(0, 9))
+def test_captions_are_drawn_without_replacement_then_cycled(tmp_path_factory, own, count, epoch):
+    record = Record("a.png", tuple(f"caption {i}" for i in range(own)), 1)
+    drawn = CaptionDataset([record], ".", tiny_load, captions_per_image=count).captions(epoch, 0)
+    times = Counter(drawn)
+    assert len(drawn) == count and set(drawn) <= set(record.captions)
+    assert len(times) == min(own, count) and max(times.values()) - min(times.values()) <= 1
+
+
+def test_default_number_of_captions():
+    def default(*numbers):
+        return CaptionDataset([Record("a", ("x",) * n, 1) for n in numbers], ".", tiny_load).captions_per_image
+    assert (default(5, 5, 4), default(1), default(7, 7), default(2, 2, 3), default(2, 3)) == (5, 1, 5, 2, 3)
+
+
+@given(length=st.integers(1, 60), batch_size=st.integers(1, 12), drop=st.booleans(), seed=st.integers(0, 3), start=st.integers(0, 200))
+@settings(deadline=None)
+def test_sampler_properties(length, batch_size, drop, seed, start):
+    if drop and length < batch_size: return
+    make = lambda **more: SeededBatchSampler(length, batch_size, seed, drop, **more)
+    epochs = make(num_batches=2 * make().batches_per_epoch)
+    for epoch in range(2):
+        batches = list(epochs)[epoch * epochs.batches_per_epoch:(epoch + 1) * epochs.batches_per_epoch]
+        pairs = [pair for batch in batches for pair in batch]
+        assert {e for e, _ in pairs} == {epoch} and len(set(pairs)) == len(pairs)
+        assert len(pairs) == (length // batch_size * batch_size if drop else length)
+    unbroken = list(make(num_batches=start + 3))
+    assert list(make(start_batch=start, num_batches=3)) == unbroken[start:]
+    assert make().batch(start) == unbroken[start]
+
+
+def test_sampler_says_what_is_wrong():
+    for arguments, words in (((0, 4), "must be 1 or more"), ((3, 4), "do not fill a batch of 4"), ((8, 0), "must be 1 or more")):
+        with pytest.raises(ValueError, match=words): SeededBatchSampler(*arguments)
+    with pytest.raises(ValueError, match="must not be negative"): SeededBatchSampler(8, 4, start_batch=-1)
+    with pytest.raises(TypeError, match="give num_batches"): len(SeededBatchSampler(8, 4))
+    assert len(SeededBatchSampler(8, 4, num_batches=7)) == 7
+
+
+def test_collate_travels_and_says_what_is_wrong():
+    collate = pickle.loads(pickle.dumps(Collate(CaptionTokenizer())))  # spawned workers receive it this way
+    item = dict(pixel_values=torch.zeros(3, 4, 4), captions=["a dog", "a cat"], file="a.png")
+    batch = collate([item, BrokenImage("b.png", "bad"), item])
+    assert batch["files"] == ["a.png", "a.png"] and batch["broken"] == [BrokenImage("b.png", "bad")] and batch["labels"].shape[0] == 4
+    assert collate([BrokenImage("b.png", "bad")]) == dict(broken=[BrokenImage("b.png", "bad")])
+    with pytest.raises(ValueError, match="different sizes"): collate([item, item | dict(pixel_values=torch.zeros(3, 5, 4))])
+    with pytest.raises(ValueError, match="different numbers of captions"): collate([item, item | dict(captions=["a dog"])])
+
+
+def test_data_set_says_what_is_wrong(tmp_path, records):
+    with pytest.raises(ValueError, match="no records"): CaptionDataset([], tmp_path, tiny_load)
+    with pytest.raises(ValueError, match="captions_per_image is 0"): CaptionDataset(records, tmp_path, tiny_load, 0)
+    with pytest.raises(FileNotFoundError, match="no such folder"): CaptionDataset(records, tmp_path / "nowhere", tiny_load)
+
+
+def test_split_does_not_depend_on_the_other_photos():
+    records = [Record(f"{i}.jpg", ("x",), i) for i in range(2000)]
+    training, validation = split_by_name(records)
+    assert len(training) + len(validation) == 2000 and 70 <= len(validation) <= 130
+    again = split_by_name(records[::-2])[1]
+    assert set(again) == set(validation) & set(records[::-2])
+    assert set(validation) <= set(split_by_name(records, 0.2)[1])  # a larger share keeps what it had
+    assert split_by_name(records, 0) == (records, []) and split_by_name(records, 1) == ([], records)
+    with pytest.raises(ValueError, match="share is 5"): split_by_name(records, 5)
