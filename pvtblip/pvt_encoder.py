@@ -329,7 +329,7 @@ def make_backbone(config:EncoderConfig) -> tuple:
     if isinstance(config.weights, (str, Path)): load_weights(getattr(backbone, "model", backbone), config.weights)
     return backbone, chosen
 
-# %% ../nbs/01_pvt_encoder.ipynb #92e0afdb
+# %% ../nbs/01_pvt_encoder.ipynb #61bbe9f2
 class ImageEncoder(nn.Module):
     "Images to tokens that a decoder can read: backbone, then for every chosen stage normalise, project, add positions."
     def __init__(self,
@@ -356,6 +356,12 @@ class ImageEncoder(nn.Module):
     def num_tokens(self) -> int:
         "S, the image tokens of one image of the config's size."
         return sum(h*w for h,w in self.grids())
+
+    def train(self, mode=True):
+        "As always; but a backbone whose weights are all frozen stays in evaluation mode, its running statistics and all."
+        super().train(mode)
+        if not any(p.requires_grad for p in self.backbone.parameters()): self.backbone.eval()
+        return self
 
     def features(self, pixel_values) -> list:  # (B, 3, H, W)
         "The chosen maps (B, C_i, h_i, w_i) as they leave the backbone."

@@ -342,3 +342,15 @@ def test_transform(photo, tmp_path):
     expected = np.asarray(photo.resize((32, 32), Image.Resampling.BICUBIC)) / 255
     expected = (expected - config.mean) / config.std
     torch.testing.assert_close(pixels, torch.from_numpy(expected).permute(2, 0, 1).float(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_backbone_keeps_its_running_statistics():
+    encoder = ImageEncoder(EncoderConfig("mobilenetv2_100", stages=(-1,), image_size=64), 16)
+    before = {k: v.clone() for k, v in encoder.backbone.state_dict().items()}
+    encoder.backbone.requires_grad_(False)
+    encoder.train()(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert encoder.training and not encoder.backbone.training
+    assert all(torch.equal(before[k], v) for k, v in encoder.backbone.state_dict().items())
+    assert encoder.projections[0].weight.grad is not None
+    encoder.backbone.requires_grad_(True)
+    assert encoder.train().backbone.training
