@@ -8,12 +8,13 @@ __all__ = ['load_model', 'best_device', 'write_whole', 'words_of', 'plot_attenti
            'captioner_config', 'train_on_photos', 'refuse_run', 'describe_run', 'held_out_batch', 'caption_files',
            'save_figure']
 
-# %% ../nbs/09_app.ipynb #7acf6ba0
+# %% ../nbs/09_app.ipynb #32bba3c6
 import json, os, time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import store_attr
 from PIL import Image
 
 from .data import CaptionDataset, Collate, read_captions, split_by_name
@@ -83,7 +84,7 @@ def plot_attention(
     figure.tight_layout()
     return figure
 
-# %% ../nbs/09_app.ipynb #4bc1dd69
+# %% ../nbs/09_app.ipynb #f1743f4c
 def demo_config() -> CaptionerConfig:
     "The captioner of the demo: a two-stage PVT of 64 pixels and a two-layer decoder that knows only the words of the shapes world."
     encoder = EncoderConfig.tiny(stages=(1,), backbone_kwargs=dict(depths=[2, 2], embed_dims=[48, 96], num_heads=[1, 2], sr_ratios=[2, 1], mlp_ratios=[4, 4]))
@@ -98,7 +99,8 @@ def fast_precision() -> str:
     "'bf16' where the device multiplies bfloat16 itself, else 'no'."
     device = best_device()
     if device == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
-    return 'bf16' if device == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()) else 'no'
+    tests = [getattr(torch.cpu, name, None) for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')] # older torch lacks them
+    return 'bf16' if device == 'cpu' and any(test() for test in tests if test) else 'no'
 
 def caption_scenes(
     model:Captioner,
@@ -124,13 +126,13 @@ def refuse_model(folder): # where a model is to be written
     "Raise FileExistsError where a folder already holds a model: nothing is overwritten."
     if (Path(folder)/'model.safetensors').exists(): raise FileExistsError(f"{folder}: already holds a model; choose another folder")
 
-# %% ../nbs/09_app.ipynb #da5e7459
+# %% ../nbs/09_app.ipynb #b595d840
 class EasyFirst:
     "One data set in the first epoch, another one from then on: single shapes teach what is red and what is a ring (a curriculum, Bengio et al. 2009)."
     def __init__(self,
         easy, # map-style, addressed by (epoch, index)
         hard, # the same, of the same length
-    ): self.easy, self.hard = easy, hard
+    ): store_attr()
     def __len__(self): return len(self.hard)
     def __getitem__(self, item): return (self.easy if item[0] == 0 else self.hard)[item]
 
