@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_model', 'best_device', 'write_whole', 'words_of', 'plot_attention', 'demo_config', 'fast_precision',
-           'caption_scenes', 'statements_true', 'refuse_model', 'EasyFirst', 'demo', 'save_demo_pictures',
+           'caption_scenes', 'score_scenes', 'refuse_model', 'EasyFirst', 'demo', 'save_demo_pictures',
            'captioner_config', 'train_on_photos', 'refuse_run', 'describe_run', 'held_out_batch', 'caption_files',
            'save_figure']
 
@@ -57,7 +57,7 @@ def words_of(
     ids = tokenizer(sorted(set(captions)))['input_ids']
     return sorted(set(ids.unique().tolist()) - {tokenizer.pad_token_id})
 
-# %% ../nbs/09_app.ipynb #17464d0b
+# %% ../nbs/09_app.ipynb #dcac438d
 def plot_attention(
     model:Captioner,
     images,       # PIL images
@@ -70,21 +70,21 @@ def plot_attention(
     start = model.tokenizer.prompt_length
     with torch.inference_mode(): weights = cross_attention(model, sequences, model.encode_image(pixel_values)).mean((1, 2)).float().cpu()  # (B, T, S)
     rows = [[int(i) for i in row[start:] if int(i) not in (model.tokenizer.pad_token_id, model.tokenizer.sep_token_id)] for row in sequences]
-    columns = 1 + min(max_words, max(map(len, rows)))
-    figure, axes = plt.subplots(len(images), columns, figsize=(1.15*columns, 1.45*len(images)), squeeze=False, dpi=80)
+    columns = max(6, 1 + min(max_words, max(map(len, rows))))                                    # room for the caption, too
+    figure, axes = plt.subplots(len(images), columns, figsize=(1.05*columns, 1.45*len(images)), squeeze=False, dpi=80)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.22/len(images), top=1-0.22/len(images), wspace=0.05, hspace=0.45)
     for ax in axes.flat: ax.axis('off')
     for image, ids, weight, sequence, line in zip(images, rows, weights, sequences, axes):
         line[0].imshow(image)
-        line[0].set_title(model.tokenizer.decode(sequence), fontsize=7, loc='left')
-        maps = attention_map(weight, model.encoder.grids(), image.size[::-1]).numpy()        # (T, H, W)
-        for t, (token, ax) in enumerate(zip(ids, line[1:])):
+        line[0].text(0, 1.04, model.tokenizer.decode(sequence), fontsize=8, va='bottom', transform=line[0].transAxes)
+        maps = attention_map(weight[start-1:], model.encoder.grids(), image.size[::-1]).numpy()   # (T-P+1, H, W); row t chose word t
+        for token, seen, ax in zip(model.tokenizer.tokenizer.convert_ids_to_tokens(ids), maps, line[1:]):
             ax.imshow(image)
-            ax.imshow(maps[start+t-1], cmap='magma', alpha=0.6)                               # row t-1 chose word t
-            ax.set_title('\n' + model.tokenizer.tokenizer.convert_ids_to_tokens([token])[0], fontsize=7, y=-0.28)
-    figure.tight_layout()
+            ax.imshow(seen, cmap='magma', alpha=0.6, vmin=0, vmax=maps[:len(ids)].max(initial=1e-9))  # one scale a caption
+            ax.text(0.5, -0.03, token, fontsize=7, ha='center', va='top', transform=ax.transAxes)
     return figure
 
-# %% ../nbs/09_app.ipynb #f1743f4c
+# %% ../nbs/09_app.ipynb #ae386b54
 def demo_config() -> CaptionerConfig:
     "The captioner of the demo: a two-stage PVT of 64 pixels and a two-layer decoder that knows only the words of the shapes world."
     encoder = EncoderConfig.tiny(stages=(1,), backbone_kwargs=dict(depths=[2, 2], embed_dims=[48, 96], num_heads=[1, 2], sr_ratios=[2, 1], mlp_ratios=[4, 4]))
@@ -109,17 +109,22 @@ def caption_scenes(
     seed=0,
     batch_size=100,
 ): # scenes and one caption each
-    "Greedy captions of scenes that training never shows."
+    "Captions (three beams) of scenes that training never shows."
     transform, scenes, captions = image_transform(model.config.encoder), [make_scene(seed, i, split) for i in range(number)], []
     for i in range(0, number, batch_size):
         pixel_values = process_image([transform(Image.fromarray(scene.image)) for scene in scenes[i:i+batch_size]], model)
-        captions += model.tokenizer.decode_batch(generate(model, pixel_values).sequences[:, 0])
+        captions += model.tokenizer.decode_batch(generate(model, pixel_values, num_beams=3).sequences[:, 0])
     return scenes, captions
 
-def statements_true(model, split, number, seed=0) -> float:
-    "Share of the statements in the captions of unseen scenes that are true (0 to 1)."
+def score_scenes(
+    model:Captioner,
+    split,  # 'unseen_scenes' or 'unseen_pairs'
+    number, # how many scenes
+    seed=0,
+) -> dict: # of `score_captions`: statements_true, true_by_kind, missing, ... (shares, 0 to 1)
+    "How much of what the captioner says about unseen scenes is true, and what it leaves out."
     scenes, captions = caption_scenes(model, split, number, seed)
-    return score_captions(captions, scenes)['statements_true']
+    return score_captions(captions, scenes)
 
 # %% ../nbs/09_app.ipynb #0415b059
 def refuse_model(folder): # where a model is to be written
@@ -136,11 +141,11 @@ class EasyFirst:
     def __len__(self): return len(self.hard)
     def __getitem__(self, item): return (self.easy if item[0] == 0 else self.hard)[item]
 
-# %% ../nbs/09_app.ipynb #20803184
+# %% ../nbs/09_app.ipynb #7d3dc5f6
 def demo(
     out='pvtblip-demo', # folder for the model, the pictures and the report
     json_file=None,     # also write the figures here
-    max_steps=2000,     # optimizer steps
+    max_steps=1700,     # optimizer steps
     seed=0,             # of weights and scenes
     scenes=1000,        # scenes of each kind in the last measurement
     log=print,          # gets each line of the report
@@ -153,26 +158,27 @@ def demo(
     model = Captioner(demo_config()).to(best_device())
     world = dict(transform=image_transform(model.config.encoder), seed=seed+1, captions_per_image=2, length=12_800)
     dataset = EasyFirst(ShapesDataset(max_objects=1, **world), ShapesDataset(max_objects=2, **world))
-    config = TrainingConfig(max_steps=max_steps, batch_size=32, learning_rate=3e-3, seed=seed, logging_steps=50, eval_steps=max(1, max_steps//8),
+    config = TrainingConfig(max_steps=max_steps, batch_size=32, learning_rate=3e-3, seed=seed, logging_steps=50, eval_steps=max(1, max_steps//5),
                             mixed_precision=fast_precision(), dataloader_num_workers=1)
     log(f"A captioner of {sum(p.numel() for p in model.parameters()):,} weights that knows {len(model.output_ids)} words and has seen nothing yet.")
     def look(model, step):
-        share = statements_true(model, 'unseen_scenes', 100, seed)
+        share = score_scenes(model, 'unseen_scenes', 100, seed)['statements_true']
         caption = caption_scenes(model, 'unseen_scenes', 1, seed)[1][0]
         log(f"step {step:5}: {share:6.1%} of its statements about unseen scenes are true; it says: {caption!r}")
         return dict(statements_true=share)
     start = time.perf_counter()
     history = train(model, dataset, config, evaluate=look, progress=progress)
     seconds = time.perf_counter() - start
-    report = dict(statements_true=statements_true(model, 'unseen_scenes', scenes, seed),
-                  statements_true_unseen_pairs=statements_true(model, 'unseen_pairs', scenes, seed),
-                  train_seconds=seconds, scenes=scenes, config=asdict(config), history=history)
+    scores = {split: score_scenes(model, split, scenes, seed) for split in ('unseen_scenes', 'unseen_pairs')}
+    report = dict(statements_true=scores['unseen_scenes']['statements_true'], statements_true_unseen_pairs=scores['unseen_pairs']['statements_true'],
+                  train_seconds=seconds, scenes=scenes, scores=scores, config=asdict(config), history=history)
     model.save_pretrained(out)
     save_demo_pictures(model, history, out, seed)
     for file in {out/'report.json', *([json_file] if json_file else [])}: write_whole(file, json.dumps(report, indent=2))
+    describe = lambda score: f"{score['statements_true']:6.1%}   ({', '.join(f'{kind} {share:.0%}' for kind, share in score['true_by_kind'].items())})"
     log(f"\nAfter {seconds:.0f} s of training, on {scenes} scenes of each kind, true statements:\n"
-        f"  unseen scenes                   {report['statements_true']:6.1%}\n"
-        f"  colour-kind pairs never trained {report['statements_true_unseen_pairs']:6.1%}\n\n"
+        f"  unseen scenes                   {describe(scores['unseen_scenes'])}\n"
+        f"  colour-kind pairs never trained {describe(scores['unseen_pairs'])}\n\n"
         f"{out/'captions.png'}: captions and where the model looked, word by word\n{out/'training.png'}: the curve\n"
         f"{out}: the model; try  pvtblip caption PICTURE --model {out}")
     return report
@@ -185,7 +191,7 @@ def save_demo_pictures(model, history, out, seed=0):
     scenes = [make_scene(seed, i, split) for i in range(3) for split in ('unseen_scenes', 'unseen_pairs')]
     images = [Image.fromarray(scene.image) for scene in scenes]
     pixel_values = process_image([image_transform(model.config.encoder)(image) for image in images], model)
-    sequences = generate(model, pixel_values).sequences[:, 0]
+    sequences = generate(model, pixel_values, num_beams=3).sequences[:, 0]
     plot_attention(model, images, sequences, pixel_values).savefig(out/'captions.png')
     plot_history(history).figure.savefig(out/'training.png', bbox_inches='tight')
     images[0].save(out/'scene.png')

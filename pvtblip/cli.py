@@ -17,12 +17,12 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
     help="Learn image captioning by building it: train a captioner, and let it say what it sees.",
     epilog="Exit codes: 0 done; 1 bad input or a failure, one line on stderr says which; 2 wrong usage.")
 
-# %% ../nbs/10_cli.ipynb #24ef0dd8
+# %% ../nbs/10_cli.ipynb #6fe5f9b2
 @app.command('demo')
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the model and the pictures.")] = Path('pvtblip-demo'),
     json_file: Annotated[Optional[Path], typer.Option('--json', metavar='FILE', help="Also write the figures here.")] = None,
-    max_steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer is faster and worse.")] = 2000,
+    max_steps: Annotated[int, typer.Option(min=1, help="Training steps; fewer is faster and worse.")] = 1700,
     scenes: Annotated[int, typer.Option(min=1, help="Scenes of each kind in the last measurement.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of weights and scenes.")] = 0,
 ):
