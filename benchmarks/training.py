@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import BertConfig, BertLMHeadModel
 
+from pvtblip.app import fast_precision
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.pvt_encoder import EncoderConfig, image_transform
 from pvtblip.shapes import make_scene
@@ -105,7 +106,7 @@ def main():
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds = args.rounds or (3 if args.quick else 7)
-    fast_bf16 = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast_bf16 = fast_precision() == "bf16"
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; ratio: plain time / ours, median of {rounds}"
           + ("" if fast_bf16 else "; no bfloat16: this processor only emulates it"))
     print(f"{'encoder':>12}{'px':>5}{'images':>8}{'captions':>10}{'width':>7}{'layers':>8}{'dtype':>10}{'ratio':>7}{'captions/s':>12}{'loss ours':>11}{'plain':>9}")

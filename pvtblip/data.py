@@ -183,6 +183,7 @@ class BrokenImage:
     file: str  # the photo, as the caption file names it
     reason: str  # what the loader said
 
+# %% ../nbs/06_data.ipynb #203fc6fb
 class CaptionDataset(Dataset):
     "Photos with `captions_per_image` captions each; an item depends on nothing but (seed, epoch, index)"
     def __init__(self,

@@ -153,6 +153,7 @@ def _place(halves, rng, margin=0.015):
             boxes.append(box)
         else: return boxes
 
+# %% ../nbs/05_shapes.ipynb #2393da63
 def _names(number, split, rng):
     "Different (colour, kind) pairs that the split allows"
     held_out, names = sorted(HELD_OUT), []
@@ -248,6 +249,7 @@ class Statement:
 
     def __repr__(self): return f"{self.about} {self.value!r} of {self.objects}" + (f" ({self.words})" if self.words else '')
 
+# %% ../nbs/05_shapes.ipynb #e40548a6
 @dataclass(frozen=True)
 class Scene:
     "A few shapes on a ground: drawn when `image` is asked for, described when `captions` is"
@@ -277,6 +279,7 @@ class Scene:
                   if (place := relation(self.objects[i].box, self.objects[j].box))]
         return (*named, *placed, Statement('count', _count_words(len(self.objects)), tuple(range(len(self.objects)))))
 
+# %% ../nbs/05_shapes.ipynb #72f73eed
 def _count_words(number, attributes=()):
     "A count in words: 'two shapes', 'two red shapes', 'one circle'"
     said = dict(attributes)
@@ -352,6 +355,7 @@ def _split(caption):
         yield _LEXICON[tuple(words[:length])] if length else ('unknown', words[0])
         words = words[max(length, 1):]
 
+# %% ../nbs/05_shapes.ipynb #e9ac9c40
 class CaptionReader:
     "Reads a caption into mentions of shapes, relations between mentions, counts, and words that it does not know"
     def __init__(self, caption:str):  # any text; case and punctuation other than commas do not matter
@@ -434,6 +438,7 @@ class Check:
         "Whether something is said, nothing false, and nothing that cannot be judged"
         return bool(self.true) and not self.false and not self.unknown
 
+# %% ../nbs/05_shapes.ipynb #5cf93b85
 def _fits(attributes, shape): return sum(getattr(shape, about) == value for about, value in attributes)
 
 def _match(reader, objects, most=8):
@@ -465,6 +470,7 @@ def _statements(reader, objects):
         words = _count_words(number, attributes)
         yield Statement('count', words, counted, words), len(counted) == number
 
+# %% ../nbs/05_shapes.ipynb #a7b8fa2d
 def check_caption(caption:str,  # any text
                   scene  # the Scene that it is said of
                  ):  # Check

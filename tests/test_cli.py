@@ -219,3 +219,9 @@ def test_demo_reports(capsys, tmp_path):
     assert 0 <= report['statements_true'] <= 1 and 0 <= report['statements_true_unseen_pairs'] <= 1 and report['train_seconds'] > 0
     for picture in ('captions.png', 'training.png', 'scene.png'): assert Image.open(tmp_path/'demo'/picture).format == 'PNG'
     refused(capsys, 'demo', '--out', tmp_path/'demo', says=['already holds a model'])
+
+
+def test_a_photo_named_twice_is_no_failure(capsys, data, model):
+    code, out, _ = pvtblip(capsys, 'caption', data/'images/0.png', data/'images/0.png', '--model', model, '--json')
+    first, second = json.loads(out)
+    assert code == 0 and first == second
