@@ -77,6 +77,56 @@ def test_json_lines_count_every_line_break_and_no_other(tmp_path):
     assert read_captions(path) == [Record("a.jpg", ("x y", "z"), 2), Record("b.jpg", ('{"c.jpg": []}',), 8)]
 
 
+def write_coco(records, indent=None):
+    "COCO's captions_*.json: photos and captions in two lists, joined by number"
+    images = [dict(id=r.image_id, file_name=r.file, height=9, width=9) for r in records]
+    annotations = [dict(image_id=r.image_id, id=1000 + i, caption=c) for i, (r, c) in enumerate((r, c) for r in records for c in r.captions)]
+    random.Random(0).shuffle(annotations)  # COCO's own are in no order
+    return json.dumps(dict(info={}, licenses=[], images=images, annotations=annotations), indent=indent)
+
+
+def test_coco_joins_captions_to_photos_by_number(tmp_path):
+    written = [Record(f"{i:012}.jpg", (f"caption {i}",) * (1 + i % 3), 1, None, i * 7) for i in range(1, 9)]
+    (tmp_path / "c").write_text(write_coco(written))
+    assert read_captions(tmp_path / "c") == written
+    (tmp_path / "c").write_text(text := write_coco(written, indent=1))
+    for record in read_captions(tmp_path / "c"):  # the line is that of the photo's entry
+        assert text.split("\n")[record.line - 1:record.line + 2][0].strip() == "{" and record.file in text.split("\n")[record.line + 1]
+
+
+def test_karpathy_states_folders_splits_and_numbers(tmp_path):
+    images = [dict(filepath="val2014", filename="a.jpg", cocoid=7, imgid=0, split="train", sentences=[dict(raw="One.", tokens=["one"]), dict(raw="Two.", tokens=["two"])]),
+              dict(filepath="train2014", filename="a.jpg", cocoid=8, imgid=1, split="restval", sentences=[dict(raw="Three.", tokens=["three"])]),
+              dict(filename="b.jpg", imgid=2, split="test", sentences=[dict(raw="Four.", tokens=["four"])])]
+    path = tmp_path / "c"
+    path.write_text(json.dumps(dict(images=images, dataset="coco")))
+    one, two, three = read_captions(path)
+    assert one == Record("val2014/a.jpg", ("One.", "Two."), 1, "train", 7)
+    assert (two.file, two.image_id, three.file, three.image_id) == ("train2014/a.jpg", 8, "b.jpg", 2)
+    assert read_captions(path, split="train+restval") == [one, two] and read_captions(path, split="test") == [three]
+    with pytest.raises(ValueError, match=r"no split 'val'; .*'train' \(1 photos\), 'restval' \(1 photos\)"): read_captions(path, split="val")
+
+
+@pytest.mark.parametrize("file", ["file", "file_name", "filename", "image", "image_path", "Image"])
+@pytest.mark.parametrize("text", ["caption", "captions", "text"])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_json_lines_and_lists_with_the_names_that_people_use(tmp_path, file, text, as_list):
+    entries = [{file: "a.jpg", text: ["one", "two"]}, {file: "b/a.jpg", text: "three", "id": 5}, {file: "a.jpg", text: "four"}]
+    path = tmp_path / "c"
+    path.write_text(json.dumps(entries, indent=0) if as_list else "\n\n".join(map(json.dumps, entries)))
+    assert [(r.file, r.captions) for r in read_captions(path)] == [("a.jpg", ("one", "two", "four")), ("b/a.jpg", ("three",))]
+    if not as_list: assert [r.line for r in read_captions(path)] == [1, 3]
+
+
+def test_columns_name_fields_with_other_names(tmp_path):
+    path = tmp_path / "c"
+    path.write_text('{"photo": "a.jpg", "says": "one", "file": 3, "part": "x"}')
+    columns = dict(file="photo", caption="says", split="part")
+    assert read_captions(path, columns=columns) == [Record("a.jpg", ("one",), 1, "x")]
+    with pytest.raises(ValueError, match="c:1: no field sais"): read_captions(path, columns=columns | dict(caption="sais"))
+    with pytest.raises(ValueError, match="columns has photo; it may hold file, caption, split, image_id"): read_captions(path, columns=dict(photo="file"))
+
+
 def test_the_known_broken_line_of_flickr30k(tmp_path):
     path = tmp_path / "results.csv"
     path.write_text("image_name| comment_number| comment\n2199200615.jpg| 3| A dog .\n2199200615.jpg| 4   A dog runs across the grass .\n")
@@ -105,7 +155,23 @@ MALFORMED = {  # content: (line, words of the message)
     '{"a.jpg": [' + "9" * 5_000 + "]}": (1, "not JSON (Exceeds the limit"),
     '{"a.jpg": ["x"],\n "b.jpg": []}': (2, "no captions for 'b.jpg'"),
     '{"a.jpg": ["x"],\n "b.jpg": "y"}': (2, "'b.jpg' has a str where its list"),
-    '{"images": [{"id": 1}],\n "annotations": []}': (1, "a caption of 'images' is {\"id\": 1}, not a string"),
+    '{"images": [{"id": 1}],\n "annotations": []}': (1, "an entry of 'images' has no 'file_name'"),
+    '{"images": [{"id": 1, "file_name": "a.jpg"}],\n "annotations": []}': (1, "no captions for 'a.jpg'"),
+    '{"images": [{"id": 1, "file_name": "a.jpg"},\n{"id": 1, "file_name": "b.jpg"}],\n "annotations": []}': (2, "id 1 stands here again"),
+    '{"images": [{"id": 1, "file_name": "a.jpg"},\n{"id": 2, "file_name": "a.jpg"}],\n "annotations": []}': (2, "file_name 'a.jpg' stands here again"),
+    '{"images": [{"id": 1, "file_name": "a.jpg"}],\n "annotations": [\n{"image_id": 2, "caption": "x"}]}': (3, "image_id 2, which 'images' does not list"),
+    '{"images": [{"id": 1, "file_name": "a.jpg"}],\n "annotations": [\n{"image_id": 1, "bbox": []}]}': (3, "instances_*.json"),
+    '{"images": [{"id": 1, "file_name": "a.jpg"}],\n "annotations": [\n{"image_id": 1, "caption": " "}]}': (3, "a caption of 'a.jpg' is empty"),
+    '{"images": [{"filename": "a.jpg", "split": "val"}]}': (1, "no field caption"),
+    '{"images": [{"filename": "a.jpg", "split": 3, "sentences": [{"raw": "x"}]}]}': (1, "'split' of 'a.jpg' is 3"),
+    '{"images": [{"filename": "a.jpg", "sentences": []}]}': (1, "no captions for 'a.jpg'"),
+    '{"images": [{"filename": "a.jpg", "sentences": [{"tokens": ["x"]}]}]}': (1, "is {\"tokens\": [\"x\"]}, not a string"),
+    '{"file": "a.jpg", "text": "x"}\n\n{"file": "b.jpg", "text": "y"': (3, "not JSON"),
+    '{"file": "a.jpg", "text": "x"}\n["b.jpg"]': (2, "where an object should be"),
+    '{"file": "a.jpg", "text": "x"}\n{"file": "b.jpg"}': (2, "no field caption"),
+    '{"file": "a.jpg", "text": "x"}\n{"file": 7, "text": "y"}': (2, "'file' is 7, not the name of a photo"),
+    '{"file": "a.jpg", "text": "x", "split": "a"}\n{"file": "a.jpg", "text": "y", "split": "b"}': (2, "'a.jpg' has split 'b'"),
+    '{"file": "a.jpg", "text": "x", "image_id": [1]}': (1, "the id of 'a.jpg' is [1]"),
     '{"a.jpg": ["x"],\n "b.jpg": ["y",\n null]}': (2, "a caption of 'b.jpg' is null, not a string"),
     '{"a.jpg": ["x"],\n "b.jpg": [3]}': (2, "a caption of 'b.jpg' is 3, not a string"),
     '{"a.jpg": ["x"],\n "b.jpg": [" \\u2028"]}': (2, "a caption of 'b.jpg' is empty"),
@@ -118,7 +184,8 @@ MALFORMED = {  # content: (line, words of the message)
     '{"": ["y"]}': (1, "no photo is named"),
     '{"folder/": ["y"]}': (1, "no photo is named"),
     '{"a\\u0000.jpg": ["y"]}': (1, "is no file name"),
-    '["a.jpg"]': (1, "unknown format"),
+    '["a.jpg"]': (1, "where an object should be"),
+    "[]": (1, "no captions in this file"),
     "\n\nhello\n": (3, "unknown format ('hello')"),
     "a.jpg,A dog without a header\n": (1, "unknown format"),
     "a.jpg#0\tA dog\n\na.jpg A cat\n": (3, "cannot read 'a.jpg A cat'; write name#number"),
