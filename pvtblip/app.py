@@ -6,9 +6,9 @@
 __all__ = ['load_model', 'best_device', 'whole_file', 'write_whole', 'save_figure', 'words_of', 'plot_attention', 'demo_config',
            'fast_precision', 'caption_scenes', 'score_scenes', 'refuse_model', 'save_demo_pictures', 'EasyFirst',
            'demo', 'captioner_config', 'train_on_photos', 'refuse_run', 'describe_run', 'held_out_batch',
-           'caption_files']
+           'caption_batches', 'caption_files', 'score_table', 'comparison_table', 'score_files', 'evaluate_photos']
 
-# %% ../nbs/09_app.ipynb #b06eab50
+# %% ../nbs/09_app.ipynb #df7433a7
 import json, os, time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -17,9 +17,12 @@ from pathlib import Path
 import torch
 from fastcore.basics import store_attr
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .data import CaptionDataset, Collate, read_captions, split_by_name
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights
+from .evaluation import (METRICS, clip_score, coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
+                                plot_best_and_worst, read_hypotheses, read_references, shuffled_gap)
 from .generation import GenerationConfig, attention_map, cross_attention, generate, process_image
 from .pvt_encoder import EncoderConfig, image_transform, load_image
 from .shapes import ShapesDataset, make_scene, score_captions
@@ -324,7 +327,25 @@ def _result(model, name, ids, score, logprobs):
     return dict(image=str(name), caption=model.tokenizer.decode(ids), score=round(score.item(), 6),
                 tokens=[dict(token=token, logprob=round(value, 6)) for token, value in zip(tokens, logprobs[:end].tolist())])
 
-# %% ../nbs/09_app.ipynb #03e76298
+# %% ../nbs/09_app.ipynb #9259cf36
+def caption_batches(
+    files,          # image files
+    model:Captioner,
+    options:GenerationConfig,
+    batch_size=16,  # photos read, encoded and captioned together
+): # yields (images {file: PIL}, broken {file: reason}, pixel_values (B, 3, H, W) or None, what `generate` returned or None)
+    "Caption files batch by batch; a photo that cannot be read is named and left out."
+    for start in range(0, len(files), batch_size):
+        images, broken = {}, {}
+        for file in files[start:start+batch_size]:
+            try: images[file] = load_image(file)
+            except (ValueError, OSError) as problem: broken[file] = str(problem)
+        if not images: yield images, broken, None, None
+        else:
+            pixel_values = process_image(list(images.values()), model)
+            yield images, broken, pixel_values, generate(model, pixel_values, options)
+
+# %% ../nbs/09_app.ipynb #69c3b58a
 def caption_files(
     files,           # image files
     model,           # folder or hub name
@@ -341,16 +362,11 @@ def caption_files(
     model = load_model(model)
     options = GenerationConfig(num_beams=num_beams, max_length=max_length, min_length=min_length).check(model)
     results = {}
-    for start in range(0, len(files), 16):
-        images = {}
-        for file in files[start:start+16]:
-            try: images[file] = load_image(file)
-            except (ValueError, OSError) as problem:
-                error(problem)
-                results[file] = dict(image=str(file), error=str(problem))
+    for images, broken, pixel_values, said in caption_batches(files, model, options):
+        for file, problem in broken.items():
+            error(problem)
+            results[file] = dict(image=str(file), error=problem)
         if not images: continue
-        pixel_values = process_image(list(images.values()), model)
-        said = generate(model, pixel_values, options)
         for file, ids, score, logprobs in zip(images, said.sequences[:, 0], said.scores[:, 0], said.token_logprobs[:, 0]):
             results[file] = _result(model, file, ids, score, logprobs)
             if not as_json: out(f"{file}\t{results[file]['caption']}")
@@ -358,3 +374,131 @@ def caption_files(
         attention = None                                                                   # one picture, of the first batch that could be read
     if as_json: out(json.dumps([results[file] for file in files], indent=2, ensure_ascii=False))
     return sum('error' in result for result in results.values())
+
+# %% ../nbs/09_app.ipynb #3ba389fa
+def score_table(
+    scores,    # of `coco_scores`
+    intervals, # of `confidence_intervals`
+) -> str: # a line a metric
+    "The seven metrics with their intervals, to be read by people."
+    rows = [f"{name:<9}{scores.corpus[name]:8.4f}   {low:.4f} to {high:.4f}" for name, (low, high) in ((name, intervals[name]) for name in METRICS)]
+    return '\n'.join([f"{'':9}{'score':>8}   95 % interval over {len(scores.images)} images", *rows])
+
+def comparison_table(
+    comparison, # of `compare`
+) -> str: # a line a metric
+    "How much better the second system is, to be read by people."
+    rows = [f"{name:<9}{row['difference']:+8.4f}   {row['low']:+.4f} to {row['high']:+.4f}   p = {row['p_value']:.3f}" for name, row in comparison.items()]
+    return '\n'.join([f"{'':9}{'more':>8}   95 % interval         chance of no difference", *rows])
+
+# %% ../nbs/09_app.ipynb #6fc3afcc
+def _report(scores, references, hypotheses, problems, training_captions, **more):
+    "What both commands write as JSON; the first two entries have the form that COCO's users expect."
+    learnt = [caption for own in read_references(training_captions)[0].values() for caption in own] if training_captions else ()
+    return dict(corpus=scores.corpus, images=scores.images, intervals=confidence_intervals(scores), diversity=diversity(list(hypotheses.values()), learnt),
+                problems=problems, references=sum(map(len, references.values())), captions=hypotheses, **more)
+
+def _refuse_suffix(file, suffix, option): # before work starts
+    if file and Path(file).suffix.lower() != suffix: raise ValueError(f"{file}: {option} writes a {suffix} file")
+
+# %% ../nbs/09_app.ipynb #580d92c1
+def score_files(
+    references,           # COCO annotations, or {file: [captions]}
+    hypotheses,           # COCO results, or {file: caption}
+    json_file=None,       # gets everything that was measured
+    against=None,         # hypotheses of an earlier system, to be compared with
+    training_captions=None, # captions that the model learnt from, in a form of `references`
+    tokenized_references=False, # they were tokenised before
+    go_on=False,          # score what can be paired
+    out=print,            # gets the tables
+    log=print,            # gets what is wrong
+) -> dict: # corpus, images, intervals, diversity, problems, ...
+    "Score captions against references; ValueError for whatever would falsify the scores, unless asked to go on."
+    coco_code()
+    read, twice = read_references(references)
+    def paired(file):
+        said, doubled = read_hypotheses(file)
+        return pair_captions(read, said, go_on, doubled=[*twice, *doubled])
+    own, said, problems = paired(hypotheses)
+    earlier = paired(against) if against else None
+    if earlier and earlier[1].keys() != said.keys(): raise ValueError(f"{against}: scores other images than {hypotheses}; compare on the same images")
+    if problems: log(f"going on with {len(said)} images: {describe_problems(problems)}")
+    scores = coco_scores(own, said, tokenized_references)
+    report = _report(scores, own, said, problems, training_captions)
+    out(score_table(scores, report['intervals']))
+    if earlier:
+        report['comparison'] = compare(coco_scores(own, earlier[1], tokenized_references), scores)
+        out(f"\n{hypotheses} against {against}\n{comparison_table(report['comparison'])}")
+    if json_file: write_whole(json_file, json.dumps(report, indent=1, ensure_ascii=False))
+    return report
+
+# %% ../nbs/09_app.ipynb #c6fb1394
+def evaluate_photos(
+    model,                # folder or hub name
+    images,               # folder of photos
+    captions,             # file of references, any format of `read_captions`
+    json_file=None,       # gets everything that was measured
+    results=None,         # gets the captions in COCO's format; None: beside `json_file`, as NAME.results.json
+    sheet=None,           # a PNG for the best and the worst photos
+    training_captions=None, # captions that the model learnt from
+    clip=None,            # folder of a CLIP, for CLIPScore
+    split=None,           # of a caption file that has splits
+    num_beams=3, max_length=None, min_length=0, # see `GenerationConfig`
+    batch_size=16,        # photos captioned together
+    limit=None,           # use this many photos only
+    go_on=False,          # score the photos that can be read
+    out=print,            # gets the table
+    log=print,            # gets everything else
+    progress=True,        # show a bar
+) -> dict: # of `score_files`, with shuffled_gap and clip_score
+    "Caption the photos of a caption file and score the captions; bad input is refused before work starts, broken photos are named."
+    coco_code()
+    _refuse_suffix(sheet, '.png', '--sheet')
+    files = {Path(images)/record.file: record for record in read_captions(captions, images, split=split)[:limit]}
+    name = lambda file: files[file].file if files[file].image_id is None else files[file].image_id
+    references = {str(name(file)): list(record.captions) for file, record in files.items()}
+    pair_captions(references, {one: own[0] for one, own in references.items()}, go_on)                  # what is wrong with them shows before work starts
+    model = load_model(model)
+    options = GenerationConfig(num_beams=num_beams, max_length=max_length, min_length=min_length).check(model)
+    said, broken, losses = {}, {}, []
+    with tqdm(total=len(files), disable=not progress, desc='captioning', unit='photo') as bar:
+        for read, unread, pixel_values, output in caption_batches(list(files), model, options, batch_size):
+            broken |= {files[file].file: why for file, why in unread.items()}
+            said |= {file: model.tokenizer.decode(ids) for file, ids in zip(read, output.sequences[:, 0])} if read else {}
+            if len(read) > 1: losses.append(_batch_gap(model, pixel_values, [files[file].captions for file in read]))
+            bar.update(len(read) + len(unread))
+    for file, why in broken.items(): log(f"skipped broken photo {file}: {why}")
+    results = results or (Path(json_file).with_suffix('.results.json') if json_file else None)
+    if results: write_whole(results, json.dumps([dict(image_id=name(file), caption=caption) for file, caption in said.items()], ensure_ascii=False))
+    if broken and not go_on: raise ValueError(f"{len(broken)} of {len(files)} photos cannot be read, {next(iter(broken))!r} the first; "
+                                              f"repair them, or go on (--go-on) with the others{f' (their captions are in {results})' if results else ''}")
+    if not said: raise ValueError(f"{images}: no photo could be read; the first: {next(iter(broken.values()))}")
+    own, hypotheses, problems = pair_captions({str(name(file)): references[str(name(file))] for file in said}, {str(name(file)): caption for file, caption in said.items()}, go_on=True)
+    if problems: log(describe_problems(problems))
+    if broken: problems['photos that cannot be read'] = list(broken)
+    scores = coco_scores(own, hypotheses)
+    gap = {part: sum(loss[part]*loss['photos'] for loss in losses)/sum(loss['photos'] for loss in losses) for part in ('real', 'shuffled', 'gap')} if losses else None
+    report = _report(scores, own, hypotheses, problems, training_captions, shuffled_gap=gap)
+    paths = {str(name(file)): file for file in files}
+    if clip: report['clip_score'] = dict(zip(hypotheses, clip_score([paths[one] for one in hypotheses], list(hypotheses.values()), clip, best_device())))
+    out(score_table(scores, report['intervals']))
+    log(_beside(report))
+    if json_file: write_whole(json_file, json.dumps(report, indent=1, ensure_ascii=False))
+    if sheet: save_figure(plot_best_and_worst(scores, lambda one: load_image(paths[one]), own, hypotheses), sheet)
+    return report
+
+def _batch_gap(model, pixel_values, captions):
+    "`shuffled_gap` of one batch, with as many captions a photo as the poorest has, over the words that the model can say."
+    count = min(map(len, captions))
+    batch = {name: value.to(pixel_values.device) for name, value in model.tokenizer([one for own in captions for one in own[:count]]).items()}
+    if model.output_ids is not None: batch['labels'].masked_fill_(~torch.isin(batch['labels'], model.output_ids), -100)
+    return dict(shuffled_gap(model, pixel_values, batch['input_ids'], batch['labels']), photos=len(captions))
+
+def _beside(report):
+    "What the seven do not measure, in a line or two."
+    varied, gap, clip = report['diversity'], report['shuffled_gap'], report.get('clip_score')
+    copied = '' if varied['copied_share'] is None else f", {varied['copied_share']:.1%} copied from training"
+    return (f"{varied['unique_share']:.1%} of the captions are unique{copied}; {varied['vocabulary']} words, {varied['mean_length']:.1f} a caption; "
+            f"distinct-1 {varied['distinct_1']:.3f}, distinct-2 {varied['distinct_2']:.3f}"
+            + (f"\nloss of the references {gap['real']:.3f} with their photos, {gap['shuffled']:.3f} with others'" if gap else '')
+            + (f"\nCLIPScore {sum(clip.values())/len(clip):.3f}" if clip else ''))

@@ -61,6 +61,11 @@ def wheel():
         run(pvtblip, '--help', cwd=away)
         run(pvtblip, 'demo', '--out', 'demo', '--max-steps', '4', '--scenes', '20', cwd=away)
         run(pvtblip, 'caption', 'demo/scene.png', '--model', 'demo', '--json', '--attention', 'look.png', cwd=away)
+        (away/'photos').mkdir()
+        shutil.copy(away/'demo/scene.png', away/'photos')
+        (away/'captions.json').write_text('{"scene.png": ["a small red ring", "one ring"]}')
+        run(pvtblip, 'evaluate', '--model', 'demo', '--images', 'photos', '--captions', 'captions.json', '--json', 'scores.json', cwd=away)
+        run(pvtblip, 'score', 'captions.json', 'scores.results.json', '--go-on', cwd=away)
         run(python, '-c', "from pvtblip import load_model, generate_caption; print(generate_caption(load_model('demo'), 'demo/scene.png'))", cwd=away)
 
 

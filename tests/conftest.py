@@ -12,6 +12,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--metrics", metavar="FOLDER", help="folder with coco_vectors.json and coco_demo.json: scores that the COCO server's code gave")
 
 
 def pytest_configure(config):

@@ -225,3 +225,89 @@ def test_a_photo_named_twice_is_no_failure(capsys, data, model):
     code, out, _ = pvtblip(capsys, 'caption', data/'images/0.png', data/'images/0.png', '--model', model, '--json')
     first, second = json.loads(out)
     assert code == 0 and first == second
+
+
+# scores --------------------------------------------------------------------------------------------------------------------------
+
+NAMES = ('Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4', 'METEOR', 'ROUGE_L', 'CIDEr')
+
+
+@pytest.fixture(scope='module')
+def answers(data):
+    "References and answers as {file: …}, and the same as COCO's annotation and result files."
+    captions = json.loads((data/'captions.json').read_text())
+    said = {file: own[0] for file, own in captions.items()}
+    (data/'said.json').write_text(json.dumps(said))
+    (data/'worse.json').write_text(json.dumps({file: 'a shape' for file in captions}))
+    numbers = {file: 100 + i for i, file in enumerate(captions)}
+    (data/'coco.json').write_text(json.dumps(dict(images=[dict(id=number, file_name=file) for file, number in numbers.items()],
+        annotations=[dict(id=i, image_id=numbers[file], caption=caption) for i, (file, caption) in enumerate((f, c) for f, own in captions.items() for c in own)])))
+    (data/'coco_results.json').write_text(json.dumps([dict(image_id=numbers[file], caption=caption) for file, caption in reversed(said.items())]))
+    return data
+
+
+def test_score_reads_both_forms(capsys, answers, tmp_path):
+    code, out, err = pvtblip(capsys, 'score', answers/'captions.json', answers/'said.json', '--json', tmp_path/'a.json', '--training', answers/'captions.json')
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(NAMES)
+    assert pvtblip(capsys, 'score', answers/'coco.json', answers/'coco_results.json', '--json', tmp_path/'b.json')[0] == 0
+    first, second = (json.loads((tmp_path/name).read_text()) for name in ('a.json', 'b.json'))
+    assert list(first['corpus']) == list(NAMES) and all(list(one) == list(NAMES) for one in first['images'].values())
+    assert first['corpus'] == pytest.approx(second['corpus'], abs=1e-12)
+    assert second['images']['100'] == pytest.approx(first['images']['0.png'], abs=1e-12)
+    assert first['corpus']['Bleu_4'] == pytest.approx(1, abs=1e-6) and first['diversity']['copied_share'] == 1 and second['diversity']['copied_share'] is None
+
+
+def test_score_compares(capsys, answers, tmp_path):
+    code, out, _ = pvtblip(capsys, 'score', answers/'captions.json', answers/'said.json', '--against', answers/'worse.json', '--json', tmp_path/'a.json')
+    assert code == 0 and 'p = ' in out
+    assert json.loads((tmp_path/'a.json').read_text())['comparison']['CIDEr']['low'] > 0
+
+
+def test_score_refuses(capsys, answers, tmp_path):
+    "Whatever would falsify the figures is counted and named; nothing is written."
+    said = json.loads((answers/'said.json').read_text())
+    def with_changes(**changes): (tmp_path/'said.json').write_text(json.dumps({**said, **changes})); return tmp_path/'said.json'
+    cases = [(with_changes, {'99.png': 'a ring'}, ["'99.png'", '1']), (with_changes, {'3.png': ' '}, ["'3.png'", 'say nothing']),
+             (with_changes, {'3.png': '犬'}, ["'3.png'", 'script']), (with_changes, {'3.png': 'a\u0007ring'}, ["'3.png'", 'control'])]
+    for make, changes, says in cases:
+        refused(capsys, 'score', answers/'captions.json', make(**changes), '--json', tmp_path/'out.json', says=says)
+        assert not (tmp_path/'out.json').exists()
+        code, _, err = pvtblip(capsys, 'score', answers/'captions.json', tmp_path/'said.json', '--json', tmp_path/'go.json', '--go-on')
+        assert code == 0 and says[0] in err and len(json.loads((tmp_path/'go.json').read_text())['images']) == 24
+    (tmp_path/'half.json').write_text(json.dumps(dict(list(said.items())[:20])))
+    refused(capsys, 'score', answers/'captions.json', tmp_path/'half.json', says=['4'])
+    (tmp_path/'twice.json').write_text('{"0.png": "a ring", ' + json.dumps(said)[1:])
+    refused(capsys, 'score', answers/'captions.json', tmp_path/'twice.json', says=['twice', "'0.png'"])
+    refused(capsys, 'score', answers/'coco.json', answers/'said.json', '--go-on', says=['same split', "'100'", "'0.png'"])
+    (tmp_path/'broken.json').write_text('{"0.png": ')
+    refused(capsys, 'score', answers/'captions.json', tmp_path/'broken.json', says=['broken.json:1', 'not JSON'])
+    refused(capsys, 'score', answers/'captions.json', tmp_path/'none.json', says=['none.json', 'no such file'])
+
+
+def test_evaluate(capsys, answers, model, tmp_path):
+    arguments = ['evaluate', '--model', model, '--images', answers/'images', '--json', tmp_path/'scores.json', '--batch-size', 10]
+    code, out, err = pvtblip(capsys, *arguments, '--captions', answers/'coco.json', '--sheet', tmp_path/'sheet.png')
+    assert code == 0, err
+    report, results = json.loads((tmp_path/'scores.json').read_text()), json.loads((tmp_path/'scores.results.json').read_text())
+    assert list(report['corpus']) == list(NAMES) and list(report['images']) == [str(entry['image_id']) for entry in results]
+    assert [entry['image_id'] for entry in results] == list(range(100, 124)) and 'unique' in err and report['shuffled_gap']['real'] > 0
+    assert Image.open(tmp_path/'sheet.png').format == 'PNG'
+    code, again, _ = pvtblip(capsys, 'score', answers/'coco.json', tmp_path/'scores.results.json')          # the same figures from the files alone
+    assert code == 0 and again == out
+    captioned = json.loads(pvtblip(capsys, 'caption', *(answers/'images'/f'{i}.png' for i in range(24)), '--model', model, '--json')[1])
+    assert [entry['caption'] for entry in captioned] == [entry['caption'] for entry in results]
+
+
+def test_evaluate_refuses(capsys, answers, model, tmp_path):
+    before = ['evaluate', '--model', model, '--images', tmp_path/'images', '--captions', answers/'captions.json', '--json', tmp_path/'scores.json']
+    shutil.copytree(answers/'images', tmp_path/'images')
+    refused(capsys, *before, '--sheet', tmp_path/'sheet.jpg', says=['sheet.jpg', '.png'])
+    (tmp_path/'images/4.png').write_bytes(b'')
+    refused(capsys, *before, says=['1 of 24', "'4.png'", 'scores.results.json'])
+    assert len(json.loads((tmp_path/'scores.results.json').read_text())) == 23 and not (tmp_path/'scores.json').exists()  # the work of the night
+    assert pvtblip(capsys, *before, '--go-on')[0] == 0
+    assert json.loads((tmp_path/'scores.json').read_text())['problems'] == {'photos that cannot be read': ['4.png']}
+    (tmp_path/'images/4.png').unlink()
+    refused(capsys, *before, says=['4.png'])
+    refused(capsys, 'evaluate', '--model', tmp_path, '--images', answers/'images', '--captions', answers/'captions.json', says=[tmp_path])
