@@ -434,7 +434,7 @@ def _remarks(report: DataReport) -> list[str]:
         (text["unknown_tokens"] > 0.01, "many tokens are unknown to the vocabulary: another script, emoji, or a wrong tokenizer?"),
         (text["tokens_per_word"] > 2.5, f"{text['tokens_per_word']:.1f} tokens a word: another language than the vocabulary's?")) if said]
 
-# %% ../nbs/11_sources.ipynb #05e7541e
+# %% ../nbs/11_sources.ipynb #2063154d
 def contact_sheet(
     photos: list[tuple[str, Path | bytes | Image.Image, list[str]]],  # (file, photo, captions), twelve of them or fewer
     path: str | Path,  # PNG to write
@@ -448,7 +448,7 @@ def contact_sheet(
         image.thumbnail((320, 320))
         axis.imshow(image)
         axis.set(xticks=[], yticks=[])
-        lines = [textwrap.shorten(file, 40, placeholder="…"), *(line for caption in captions[:2] for line in textwrap.wrap("– " + textwrap.shorten(caption, 110, placeholder=" …"), 38))]
+        lines = [textwrap.shorten(file, 40, placeholder="…"), *(line for caption in captions[:2] for line in textwrap.wrap("– " + textwrap.shorten(caption, 110, placeholder=" …"), 36))]
         axis.set_xlabel("\n".join(lines), fontsize=8, loc="left", parse_math=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # scripts that the font lacks appear as boxes
