@@ -25,6 +25,14 @@ def write_json(rows):
     return json.dumps({file: list(captions) for file, captions in rows}, indent=1, ensure_ascii=False)
 
 
+def write_lines(rows):
+    return "".join(json.dumps(dict(image=file, caption=list(captions))) + "\n" for file, captions in rows)
+
+
+def write_list(rows):
+    return "[" + ",\n".join(json.dumps(dict(filename=file, text=caption)) for file, captions in rows for caption in captions) + "]"
+
+
 def write_token(rows):
     return "".join(f"{file}#{i}\t{caption}\n" for file, captions in rows for i, caption in enumerate(captions))
 
@@ -42,7 +50,7 @@ def write_bar(rows):
     return "image_name| comment_number| comment\n" + "".join(lines)
 
 
-WRITERS = dict(json=write_json, token=write_token, comma=write_comma, bar=write_bar)
+WRITERS = dict(json=write_json, lines=write_lines, list=write_list, token=write_token, comma=write_comma, bar=write_bar)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 quotes = st.text(st.sampled_from('"\',|#\t 0a\u2028\r'), min_size=1, max_size=12)
 one_caption = st.one_of(words, quotes, st.just('"Go", says, a "sign"'), st.just("x#3\ty| 2| z")).filter(collapse_whitespace)
@@ -54,7 +62,7 @@ folders = st.dictionaries(names, st.lists(one_caption, min_size=1, max_size=6), 
 @given(rows=folders, bom=st.booleans(), windows=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_random_captions_come_back_from_each_format(tmp_path_factory, form, rows, bom, windows):
-    in_a_line = {file: [c if form == "json" else c.replace("\n", " ") for c in captions] for file, captions in rows.items()}
+    in_a_line = {file: [c if form in ("json", "lines", "list") else c.replace("\n", " ") for c in captions] for file, captions in rows.items()}
     text = WRITERS[form](in_a_line.items())
     path = tmp_path_factory.mktemp("captions") / "anything.dat"  # the name says nothing about the format
     path.write_bytes(("\ufeff" * bom + (text.replace("\n", "\r\n") if windows else text)).encode())
@@ -116,6 +124,61 @@ def test_json_lines_and_lists_with_the_names_that_people_use(tmp_path, file, tex
     path.write_text(json.dumps(entries, indent=0) if as_list else "\n\n".join(map(json.dumps, entries)))
     assert [(r.file, r.captions) for r in read_captions(path)] == [("a.jpg", ("one", "two", "four")), ("b/a.jpg", ("three",))]
     if not as_list: assert [r.line for r in read_captions(path)] == [1, 3]
+
+
+def test_tables_with_named_columns(tmp_path):
+    path = tmp_path / "c"
+    path.write_bytes(('\ufefffilename;Split; TEXT ;image_id\r\n\r\na.jpg;train;"one;\r\ntwo";7\r\nsub/a.jpg;;3" of rain;\r\n'
+                      '"b;c.jpg";val;"say ""hi""";x9\r\na.jpg;train;four;7').encode())
+    assert read_captions(path) == [Record("a.jpg", ("one; two", "four"), 3, "train", "7"), Record("sub/a.jpg", ('3" of rain',), 5), Record("b;c.jpg", ('say "hi"',), 6, "val", "x9")]
+    path.write_text("image,caption_0,caption_1,caption_2\na.jpg,one,,two\nb.jpg,three,,\n")
+    assert [r.captions for r in read_captions(path)] == [("one", "two"), ("three",)]
+    path.write_text("what,where\none,a.jpg\n")
+    assert read_captions(path, columns=dict(file="where", caption="what")) == [Record("a.jpg", ("one",), 2)]
+
+
+one_line = st.text(st.sampled_from("abc 019_-.é"), max_size=8)
+cells = st.one_of(one_caption, st.text(st.sampled_from('"\n\r,;|\t ab'), min_size=1, max_size=14).filter(collapse_whitespace))
+
+
+@given(rows=st.lists(st.tuples(names, cells, one_line), min_size=1, max_size=6), delimiter=st.sampled_from(",;\t|"), order=st.permutations(["file", "text", "note"]),
+       quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]), end=st.sampled_from(["\n", "\r\n"]), bom=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_what_the_csv_module_writes_comes_back(tmp_path_factory, rows, delimiter, order, quoting, end, bom):
+    rows = [(file, text.replace("\r", "\r\n"), note) for file, text, note in rows]  # the csv module writes a bare \r without quotes
+    out = io.StringIO(newline="")
+    lines = []  # where each row begins
+    writer = csv.DictWriter(out, order, delimiter=delimiter, quoting=quoting, lineterminator=end)
+    writer.writeheader()
+    for file, text, note in rows:
+        lines.append(out.getvalue().count("\n") + 1)
+        writer.writerow(dict(file=file, text=text, note=note))
+    path = tmp_path_factory.mktemp("captions") / "c"
+    path.write_bytes(("\ufeff" * bom + out.getvalue()).encode())
+    wanted, first = {}, {}
+    for (file, text, _), line in zip(rows, lines):
+        wanted.setdefault(file, []).append(collapse_whitespace(text))
+        first.setdefault(file, line)
+    assert read_captions(path) == [Record(file, tuple(captions), first[file]) for file, captions in wanted.items()]
+
+
+def test_a_caption_of_ten_thousand_words(tmp_path):
+    long = " ".join(f"word{i}" for i in range(40_000))  # 350,000 characters, more than the csv module's default for a field
+    for form in WRITERS:
+        (tmp_path / "c").write_text(WRITERS[form]([("a.jpg", [long, long.replace("7", ","), "short"])]))
+        assert read_captions(tmp_path / "c")[0].captions == (long, long.replace("7", ","), "short")
+
+
+def test_a_photo_that_is_only_in_sub_folders_is_named_with_them(tmp_path):
+    for folder in ("x", "y/z"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jpg").touch()
+    (tmp_path / "x" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "c").write_text("image,caption\nx/a.jpg,one\ny/z/a.jpg,two\n")
+    assert [record.file for record in read_captions(tmp_path / "c", tmp_path)] == ["x/a.jpg", "y/z/a.jpg"]  # two photos, not one
+    (tmp_path / "c").write_text("image,caption\na.jpg,one\n")
+    with pytest.raises(FileNotFoundError, match=r"c:2: 'a.jpg' is not in .* it is in its sub-folders as 'x/a.jpg', 'y/z/a.jpg': write the path below"):
+        read_captions(tmp_path / "c", tmp_path)
 
 
 def test_columns_name_fields_with_other_names(tmp_path):
@@ -191,8 +254,20 @@ MALFORMED = {  # content: (line, words of the message)
     "a.jpg#0\tA dog\n\na.jpg A cat\n": (3, "cannot read 'a.jpg A cat'; write name#number"),
     "a.jpg#0\tA dog\na.jpg#1\t \n": (2, "a caption of 'a.jpg' is empty"),
     "a.jpg#0\tA dog\n../b.jpg#1\tx\n": (2, "leads out of the folder"),
-    "image,caption\na.jpg\n": (2, "cannot read 'a.jpg'; write name,caption"),
-    'image,caption\na.jpg,"A dog\nand a cat"\n': (2, "every opened quote closed on its line"),
+    "image,caption\na.jpg\n": (2, "1 field where the first line names 2; write image, caption, separated by commas"),
+    'image,caption\na.jpg,"A dog\nand a cat\n': (2, "a quoted field is not well formed"),
+    'image,caption\na.jpg,"A dog\nand" a cat\n': (2, "close every opened quote"),
+    'caption,image\n"A" dog,a.jpg\n': (2, "a quoted field is not well formed"),
+    'caption,image\nA dog, a cat,a.jpg\n': (2, "3 fields where the first line names 2"),
+    "image,caption\na.jpg;A dog\n": (2, "it seems to be separated by semicolons"),
+    "image;caption\na.jpg\tA dog\n": (2, "it seems to be separated by tabs"),
+    "\nimage:caption\na.jpg:A dog\n": (2, "which seems to be separated by ':'; commas, tabs, semicolons, bars are read"),
+    "image caption\na.jpg A dog\n": (1, "which seems to be separated by ' '"),
+    "photo,caption\na.jpg,A dog\n": (1, "a table whose first line names the columns"),
+    "image,caption,caption\na.jpg,A dog,x\n": (1, "unknown format"),
+    "image,caption,split\na.jpg,A dog,train\na.jpg,A cat,val\n": (3, "'a.jpg' has split 'val' and id None here, 'train' and None on line 2"),
+    "image,caption_0,caption_1\na.jpg,,\n": (2, "no captions for 'a.jpg'"),
+    'file,text\n"a\nb.jpg",x\n': (2, "is no file name"),
     "image,caption\n,A dog\n": (2, "no photo is named"),
     "image,caption\na.jpg,\n": (2, "a caption of 'a.jpg' is empty"),
     "image_name| comment_number| comment\na.jpg| A dog\n": (2, "write name| number| caption"),
@@ -218,7 +293,12 @@ def test_not_utf8_names_the_line_of_the_bad_byte(tmp_path, content, line):
     with pytest.raises(ValueError, match=f"captions.dat:{line}: not UTF-8"): read_captions(path)
 
 
-@given(content=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda t: ("image,caption\n" + t).encode("utf-8", "surrogatepass")),
+starts = ["image,caption\n", "file\ttext\tsplit\n", "image_name| comment_number| comment\n", "a#0\tb\n", '{"images": [', '{"file": "a", "text": "b"}\n',
+          '[{"file": "a", "text": "b"},', '{"images": [{"id": 1, "file_name": "a"}], "annotations": [', '{"images": [{"filename": "a", "sentences": [']
+
+
+@given(content=st.one_of(st.binary(max_size=60), st.tuples(st.sampled_from(starts).map(str.encode), st.binary(max_size=40)).map(b"".join),
+                         st.tuples(st.sampled_from(starts), st.text(st.sampled_from('{}[]":,;\t|#ax1\\u\n\r '), max_size=40)).map(lambda t: "".join(t).encode()), st.text(max_size=60).map(lambda t: ("image,caption\n" + t).encode("utf-8", "surrogatepass")),
                          st.text(st.sampled_from('{}[]":,ax1\\u\n '), max_size=30).map(lambda t: ("{" + t).encode())))
 @settings(max_examples=300, deadline=None)
 def test_no_content_raises_anything_else(tmp_path_factory, content):

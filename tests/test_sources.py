@@ -1,0 +1,341 @@
+"""What the cells of 11_sources do not reach: several processes, damaged archives, a folder of 1,000 photos with every kind of fault."""
+import io
+import json
+import os
+import pickle
+import sys
+import tarfile
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from pvtblip.data import BrokenImage, CaptionDataset, Collate, Record
+from pvtblip.sources import ShardDataset, check_data, contact_sheet, find_shards, open_photo, open_source, photo_problem, read_hub_dataset
+from pvtblip.tokenizer import CaptionTokenizer
+
+datasets = pytest.importorskip("datasets")
+webdataset = pytest.importorskip("webdataset")
+
+
+def tiny_load(image):
+    "PIL image -> (3, 4, 4)"
+    return torch.tensor(list(image.convert("RGB").resize((4, 4)).tobytes()), dtype=torch.float32).reshape(4, 4, 3).permute(2, 0, 1) / 255
+
+
+def png(number):
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256, 77)).save(out, "PNG")
+    return out.getvalue()
+
+
+def add(archive, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
+SIZES = (9, 1, 7, 3, 12, 2, 5, 8)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    "Eight shards of unequal size, 47 photos with two captions"
+    folder, number = tmp_path_factory.mktemp("shards"), 0
+    for shard, size in enumerate(SIZES):
+        with tarfile.open(folder / f"part-{shard:03}.tar", "w") as archive:
+            for _ in range(size):
+                add(archive, f"{number:04}.png", png(number))
+                add(archive, f"{number:04}.txt", f"photo {number}\nnumber {number}".encode())
+                number += 1
+    return find_shards(folder)
+
+
+def same(items): return items
+
+
+def files_of(batches): return [[item["file"].split("/")[1][:4] for item in batch] for batch in batches]
+
+
+def everything(): return [f"{number:04}" for number in range(sum(SIZES))]
+
+
+# ---------------------------------------------------------------- shards in two processes with two workers
+
+
+def one_process(rank, shards, place):
+    "Read shards as one of two gloo processes; what was read goes into a file"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+    def batches(workers=2, **more):
+        data = ShardDataset(shards, tiny_load, batch_size=3, num_workers=workers, shuffle=4, **more)
+        start = "fork" if workers else None  # a spawned process would spawn its workers, and each imports torch anew
+        for batch in DataLoader(data, batch_size=None, num_workers=workers, collate_fn=same, multiprocessing_context=start):
+            if "num_batches" in more:  # as a training step does: everybody must be there
+                torch.distributed.all_reduce(torch.ones(1))
+            yield batch
+    found = dict(one_pass=files_of(batches(passes=1)), three_passes=files_of(batches(passes=3)), endless=files_of(batches(num_batches=40)),
+                 resumed={start: files_of(batches(start_batch=start, num_batches=40 - start)) for start in (1, 6, 13, 30)},
+                 one_worker=files_of(batches(workers=0, num_batches=9)), one_worker_resumed=files_of(batches(workers=0, start_batch=4, num_batches=5)))
+    with open(f"{place}/{rank}.json", "w") as out: json.dump(found, out)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(shards, tmp_path_factory):
+    place = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(one_process, args=(shards, str(place)), nprocs=2)
+    return [json.loads((place / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def flat(batches): return [file for batch in batches for file in batch]
+
+
+def test_two_processes_with_two_workers_see_each_photo_once_in_a_pass(two):
+    assert sorted(flat(two[0]["one_pass"]) + flat(two[1]["one_pass"])) == everything()
+    assert sorted(flat(two[0]["three_passes"]) + flat(two[1]["three_passes"])) == sorted(everything() * 3)
+    assert len(flat(two[0]["one_pass"])) != len(flat(two[1]["one_pass"]))  # which is why training counts batches
+
+
+def test_uneven_shards_give_every_process_the_same_number_of_whole_batches(two):
+    for found in two: assert [len(batch) for batch in found["endless"]] == [3] * 40
+    counts = [sum((flat(found["endless"]) for found in two), []).count(file) for file in everything()]
+    assert 240 == sum(counts) and min(counts) >= 3  # 47 photos, 240 places: about five times each
+
+
+def test_a_restart_continues_the_shards_where_they_were(two):
+    for found in two:
+        for start, batches in found["resumed"].items(): assert batches == found["endless"][int(start):]
+        assert found["one_worker_resumed"] == found["one_worker"][4:]
+
+
+# ---------------------------------------------------------------- one process
+
+
+def test_shards_go_through_collate_and_depend_on_the_seed_alone(shards):
+    def batches(**more):
+        data = ShardDataset(shards, tiny_load, batch_size=5, num_batches=4, **more)
+        return list(DataLoader(data, batch_size=None, collate_fn=Collate(CaptionTokenizer())))
+    one, again, other = batches(), batches(), batches(seed=1)
+    for a, b in zip(one, again):
+        assert a["files"] == b["files"] and torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["pixel_values"], b["pixel_values"])
+    assert one[0]["pixel_values"].shape == (5, 3, 4, 4) and one[0]["input_ids"].shape[0] == 10  # two captions a photo, by the first
+    assert [batch["files"] for batch in one] != [batch["files"] for batch in other]
+    for batch in one:
+        for file, text in zip(batch["files"], CaptionTokenizer().decode_batch(batch["input_ids"])[::2]): assert text.split()[-1] == str(int(file.split("/")[1][:4]))
+
+
+def test_json_captions_foreign_files_and_faulty_samples(tmp_path):
+    class Evil:
+        def __reduce__(self): return (open, (str(tmp_path / "executed"), "w"))
+    path = str(tmp_path / "a.tar")
+    with tarfile.open(path, "w") as archive:
+        add(archive, "0.png", png(0))
+        add(archive, "0.json", json.dumps(dict(captions=["one", "two"], file_name="elsewhere.png", width=8)).encode())
+        for suffix in ("pickle", "pyd", "pth", "cls"): add(archive, f"0.{suffix}", pickle.dumps(Evil()))
+        add(archive, "1.PNG", png(1))
+        add(archive, "1.json", json.dumps(dict(caption="three")).encode())
+        for name, captions in (("2", b'{"caption": null}'), ("3", b"{"), ("4", b"[]"), ("5", b'{"caption": " "}')):
+            add(archive, f"{name}.png", png(2))
+            add(archive, f"{name}.json", captions)
+        add(archive, "6.png", png(6))
+        add(archive, "7.txt", b"no photo")
+        add(archive, "8.png", b"<html>")
+        add(archive, "8.txt", b"x")
+        add(archive, "9.jpg", png(9)[:30])
+        add(archive, "9.txt", b"caf\xe9")
+    items, = ShardDataset([path], tiny_load, batch_size=20, passes=1, shuffle=1)
+    assert [item["captions"] for item in items[:2]] == [items[0]["captions"], ["three", "three"]] and sorted(items[0]["captions"]) == ["one", "two"]
+    reasons = {item.file: item.reason for item in items[2:]}
+    assert all(isinstance(item, BrokenImage) for item in items[2:]) and len(items) == 10
+    for name, words in (("2", "None, not a string"), ("3", "Expecting"), ("4", "is no object"), ("5", "no captions"), ("6", "no captions"), ("7", "no photo"), ("8", "not an image"), ("9", "utf-8")):
+        assert any(f"/{name}" in file and words in reason for file, reason in reasons.items()), (name, reasons)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(ValueError, match="a.tar/"): list(ShardDataset([path], tiny_load, batch_size=20, passes=1, strict=True))
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.5, 0.7, "boundary", "not a tar", "empty"])
+def test_damaged_shards_are_reported_and_the_place_stays_exact(shards, tmp_path, cut):
+    whole = open(shards[4], "rb").read()
+    content = {"boundary": whole[:1024 * 8], "not a tar": b"<html>" * 300, "empty": b""}.get(cut) if isinstance(cut, str) else whole[:int(len(whole) * cut)]
+    (tmp_path / "cut.tar").write_bytes(content)
+    mixed = [shards[0], str(tmp_path / "cut.tar"), shards[2]]
+    def give(**more): return [[item.file if isinstance(item, BrokenImage) else item["file"] for item in batch] for batch in ShardDataset(mixed, tiny_load, 2, **more)]
+    unbroken = give(num_batches=30)
+    assert sum(name.endswith("cut.tar") for batch in give(passes=1) for name in batch) == 1  # one item says so
+    for start in (1, 7, 20): assert give(start_batch=start, num_batches=30 - start) == unbroken[start:]
+
+
+def test_gzip_shards_are_read(shards, tmp_path):
+    import gzip
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(open(shards[0], "rb").read()))
+    assert sorted(flat(files_of(ShardDataset(find_shards(tmp_path), tiny_load, 4, passes=1)))) == everything()[:9]
+
+
+def test_shard_errors_come_before_work_starts(shards, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="8 shards for 3 processes with 4 workers each; write 12 shards"): ShardDataset(shards, tiny_load, 2, 4, num_processes=3)
+    with pytest.raises(ValueError, match="batch_size 0"): ShardDataset(shards, tiny_load, 0)
+    with pytest.raises(ValueError, match="must not be negative"): ShardDataset(shards, tiny_load, 1, start_batch=-1)
+    with pytest.raises(ValueError, match="goes with neither"): ShardDataset(shards, tiny_load, 1, passes=1, num_batches=3)
+    with pytest.raises(ValueError, match="1 workers, the data set was told 2"): next(iter(ShardDataset(shards, tiny_load, 1, num_workers=2)))
+    with pytest.raises(FileNotFoundError, match=r"part-008.tar: no such shard \(2 of 10 are missing\)"): find_shards(shards[0].replace("000", "{000..009}"))
+    with pytest.raises(ValueError, match="runs a command"): open_source("pipe:touch executed")
+    (tmp_path / "x.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="x.tar"): ShardDataset([str(tmp_path / "x.tar")], tiny_load, 1)
+    for name, extra in (("webdataset", lambda: find_shards("a.tar")), ("datasets", lambda: read_hub_dataset("owner/name"))):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ValueError, match=rf"needs the package {name}; install it with: pip install 'pvtblip\[{name}\]'"): extra()
+
+
+# ---------------------------------------------------------------- tables of Hugging Face
+
+
+def test_hub_rows_join_by_file_name_and_say_what_is_wrong(tmp_path):
+    photos = [dict(bytes=png(i), path=None) for i in (1, 1, 2)]
+    table = datasets.Dataset.from_dict(dict(image=photos, filename=["a.png", "a.png", "b.png"], caption=["one", "two", "three"], split=["train", "train", "val"]))
+    table.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "good")
+    records, images = read_hub_dataset(tmp_path / "good")
+    assert records == [Record("a.png", ("one", "two"), 1, "train"), Record("b.png", ("three",), 3, "val")]
+    data = CaptionDataset(records, images, tiny_load, captions_per_image=2)
+    assert torch.equal(data[1]["pixel_values"], tiny_load(Image.open(io.BytesIO(png(2)))))
+    batch, = DataLoader(data, batch_size=2, num_workers=1, collate_fn=Collate(CaptionTokenizer()), multiprocessing_context="spawn")
+    assert batch["files"] == ["a.png", "b.png"]
+    table.remove_columns("caption").save_to_disk(tmp_path / "without")
+    with pytest.raises(ValueError, match="no column holds photos"): read_hub_dataset(tmp_path / "without")
+    table.remove_columns("caption").cast_column("image", datasets.Image()).save_to_disk(tmp_path / "silent")
+    with pytest.raises(ValueError, match="silent:1: no field caption"): read_hub_dataset(tmp_path / "silent")
+    datasets.Dataset.from_dict(dict(image=[None], text=["x"]), features=datasets.Features(image=datasets.Image(), text=datasets.Value("string"))).save_to_disk(tmp_path / "none")
+    gone = CaptionDataset(*read_hub_dataset(tmp_path / "none"), tiny_load)[0]
+    assert isinstance(gone, BrokenImage) and "has no photo" in gone.reason
+    with pytest.raises(ValueError, match="no split 'test'"): read_hub_dataset(tmp_path / "good", split="test")
+    (tmp_path / "good" / "data-00000-of-00001.arrow").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="the datasets library cannot load it"): open_source(tmp_path / "good")
+
+
+def test_numbered_captions_and_photos_in_a_folder(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    datasets.Dataset.from_dict(dict(file_name=["a.png"], caption_0=["one"], caption_1=["two"])).save_to_disk(tmp_path / "table")
+    source = open_source(tmp_path / "table", images=tmp_path)
+    assert source.records[0].captions == ("one", "two") and source.images == tmp_path
+
+
+@pytest.mark.parametrize("name", ["owner/captions.json", "nowhere/x/y", "captions", "tests/nothing"])
+def test_a_mistyped_path_is_never_looked_up_in_the_network(tmp_path, monkeypatch, name):
+    (tmp_path / "tests").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file"): open_source(name)
+
+
+# ---------------------------------------------------------------- the report
+
+
+def photo(kind="JPEG", size=(40, 30), mode="RGB", **options):
+    out = io.BytesIO()
+    Image.effect_noise(size, 80).convert(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
+def faults():
+    "file -> (content, words of the report), or None as content for what is made otherwise"
+    jpeg, png, webp = photo(), photo("PNG"), photo("WEBP")
+    return {"empty.jpg": (b"", "empty"), "page.jpg": (b"<html>404</html>", "not an image"), "text.png": (b"hello", "not an image"),
+            "head.jpg": (jpeg[:20], ""), "half.jpg": (jpeg[:len(jpeg) // 2], "truncated"), "nearly.jpg": (jpeg[:-40], "truncated"),
+            "half.png": (png[:len(png) // 2], "truncated"), "half.webp": (webp[:len(webp) // 2], ""), "zeros.jpg": (bytes(500), "not an image"),
+            "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"), "bomb.png": (bomb(), "pixels")}
+
+
+def bomb():
+    "A PNG that says it has 40,000 x 40,000 pixels"
+    import struct, zlib
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_every_kind_of_broken_photo_in_a_folder_of_1000(tmp_path, full):
+    images, wanted = tmp_path / "photos", {}
+    images.mkdir()
+    captions = {f"{i:04}.jpg": [f"photo {i}"] for i in range(984)}
+    for file in captions: (images / file).write_bytes(photo(size=(8, 8)))
+    for file, (content, words) in faults().items():
+        (images / file).write_bytes(content)
+        wanted[file] = words
+    (images / "loop.jpg").symlink_to("loop2.jpg")
+    (images / "loop2.jpg").symlink_to("loop.jpg")
+    (images / "dangling.jpg").symlink_to("nowhere.jpg")
+    (images / "folder.jpg").mkdir()
+    os.mkfifo(images / "pipe.jpg")  # would wait for ever
+    wanted |= {"loop.jpg": "loop of symbolic links", "dangling.jpg": "link to a file that is missing", "folder.jpg": "a folder", "pipe.jpg": "no regular file", "gone.jpg": "missing"}
+    (tmp_path / "c.json").write_text(json.dumps(captions | {file: ["x"] for file in wanted}))
+    assert len(captions) + len(wanted) == 1000
+    report = check_data(tmp_path / "c.json", images, full=full, progress=False)
+    assert report.broken.keys() == wanted.keys()
+    for file, words in wanted.items(): assert words in report.broken[file], (file, report.broken[file])
+    assert json.loads(json.dumps(report.to_dict()))["photos"] == 1000 and "broken or missing photos: 16 of 1,000" in str(report)
+
+
+@pytest.mark.parametrize("kind, mode, options", [("JPEG", "RGB", {}), ("JPEG", "L", dict(progressive=True)), ("JPEG", "CMYK", {}), ("PNG", "RGBA", {}), ("PNG", "P", {}),
+                                                 ("WEBP", "RGB", {}), ("WEBP", "RGB", dict(lossless=True)), ("GIF", "L", {}), ("BMP", "RGB", {}), ("TIFF", "RGB", {}), ("PPM", "RGB", {})])
+def test_whole_photos_of_every_format_pass(tmp_path, kind, mode, options):
+    content = photo(kind, mode=mode, **options)
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "tail").write_bytes(content + bytes(3000))  # some cameras write more behind the end
+    for full in (False, True):
+        assert photo_problem("a", tmp_path / "a", full) is None and photo_problem("a", content, full) is None
+        assert photo_problem("tail", tmp_path / "tail", full) is None
+    assert open_photo("a", content).size == (40, 30)
+
+
+def test_damage_in_the_middle_is_found_by_full(tmp_path):
+    content = bytearray(photo("PNG", size=(300, 300)))
+    content[len(content) // 2] ^= 255
+    (tmp_path / "a.png").write_bytes(content)
+    assert photo_problem("a.png", tmp_path / "a.png") is None  # header and end are whole: what headers first costs
+    assert "damaged" in photo_problem("a.png", tmp_path / "a.png", full=True)
+
+
+def test_duplicates_lengths_and_scripts(tmp_path):
+    def write(name, content):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    write("a.jpg", one := photo()), write("b.jpg", one), write("c.jpg", photo()), write("sub/a.jpg", photo())
+    lines = [("a.jpg", "train", ["A dog", "Собака 🐶"]), ("b.jpg", "val", ["a cat"]), ("c.jpg", "train", ["A CAT"]), ("sub/a.jpg", "train", ["word " * 10_000])]
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(dict(file=f, split=s, captions=c)) for f, s, c in lines))
+    report = check_data(tmp_path / "c.jsonl", tmp_path, tokenizer=CaptionTokenizer(max_length=20), progress=False)
+    assert report.duplicates == {"same name": [["a.jpg", "sub/a.jpg"]], "same bytes": [["a.jpg", "b.jpg"]], "same captions": [["b.jpg", "c.jpg"]]}
+    assert report.across_splits == {"same name": [], "same bytes": [["a.jpg", "b.jpg"]], "same captions": [["b.jpg", "c.jpg"]]}
+    assert report.text["truncated"] == 0.2 and report.text["words"]["max"] == 10_000 and report.text["unknown_words"] == {"🐶": 1}
+    assert (report.splits, report.splits_stated) == (dict(train=3, val=1), True)
+    assert any("in more than one split (2)" in remark for remark in report.remarks) and "20.0% of the captions lose their end" in str(report)
+    by_name = check_data(tmp_path / "c.jsonl", tmp_path, split="train", progress=False)
+    assert by_name.photos == 3 and by_name.across_splits["same bytes"] == []
+
+
+def test_truncation_is_what_the_tokenizer_does():
+    "A caption counts as truncated exactly when its row has lost its [SEP]"
+    tokenizer = CaptionTokenizer(max_length=12)
+    from pvtblip.sources import caption_statistics
+    captions = ["dog " * count for count in range(1, 12)]
+    cut = sum(tokenizer.sep_token_id not in row.tolist() for row in tokenizer(captions)["input_ids"])
+    assert 0 < cut < 11 and caption_statistics(captions, tokenizer)["truncated"] == cut / 11
+
+
+def test_contact_sheet_with_odd_captions(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(photo(size=(900, 20)))
+    contact_sheet([("$x_/a.jpg", tmp_path / "a.jpg", ["costs $5 and $\\frac$", "一只狗 " * 50]), ("b", photo("PNG", mode="RGBA"), ["one"])] * 5, tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet: assert sheet.format == "PNG" and sheet.width == 800 and sheet.height == 720
+    (tmp_path / "c.json").write_text('{"gone.jpg": ["x"]}')
+    with pytest.raises(ValueError, match="a contact sheet needs photos"): check_data(tmp_path / "c.json", tmp_path, sheet=tmp_path / "s.png", progress=False)
+
+
+def test_photos_that_vanish_after_the_check(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(photo())
+    (tmp_path / "c.json").write_text('{"a.jpg": ["x"]}')
+    source = open_source(tmp_path / "c.json", tmp_path)
+    assert not check_data(tmp_path / "c.json", tmp_path, progress=False).broken
+    (tmp_path / "a.jpg").unlink()
+    from pvtblip.pvt_encoder import load_image
+    gone = CaptionDataset(source.records, source.images, lambda path: tiny_load(load_image(path)))[0]
+    assert isinstance(gone, BrokenImage) and "no such image file" in gone.reason
