@@ -341,7 +341,8 @@ def test_transform(photo, tmp_path):
     assert pixels.shape == (3, 32, 32) and torch.equal(pixels, transform(photo))
     expected = np.asarray(photo.resize((32, 32), Image.Resampling.BICUBIC)) / 255
     expected = (expected - config.mean) / config.std
-    torch.testing.assert_close(pixels, torch.from_numpy(expected).permute(2, 0, 1).float(), atol=1e-5, rtol=1e-5)
+    step = 1 / 255 / min(config.std)                                           # torch and PIL may round a pixel differently
+    torch.testing.assert_close(pixels, torch.from_numpy(expected).permute(2, 0, 1).float(), atol=1.01*step, rtol=0)
 
 
 def test_a_frozen_backbone_keeps_its_running_statistics():
