@@ -4,24 +4,28 @@
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'learning_rate_factor', 'parameter_groups', 'training_step', 'Meter', 'seed_step', 'save_state',
-           'saved_states', 'read_state', 'load_state', 'train', 'plot_history']
+           'saved_states', 'check_state', 'newest_state', 'read_facts', 'read_tensors', 'load_state', 'Run', 'Callback',
+           'StopAtNonFiniteLoss', 'make_accelerator', 'train', 'plot_history']
 
-# %% ../nbs/03_training.ipynb #03b1df5e
-import json, math, os, random, re, shutil, time
-from dataclasses import asdict, dataclass
+# %% ../nbs/03_training.ipynb #0299b165
+import hashlib, json, math, os, platform, random, re, shutil, signal, tempfile, time, warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import TorchDynamoPlugin, broadcast_object_list, gather_object, set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .data import Collate, SeededBatchSampler
 
-# %% ../nbs/03_training.ipynb #f372d294
+# %% ../nbs/03_training.ipynb #a905d47d
 @dataclass
 class TrainingConfig:
     "How a captioner is trained; names are those of transformers' `TrainingArguments` where it has them."
@@ -29,24 +33,26 @@ class TrainingConfig:
     batch_size: int = 32                   # images a step and process; each brings all its captions
     gradient_accumulation_steps: int = 1   # batches added up before a step, where memory is short
     learning_rate: float = 3e-4            # the highest, reached after the warm-up
+    encoder_lr_scale: float = 1.           # the backbone's rate is this share of it: trained eyes need less than a fresh decoder
     warmup_ratio: float = 0.05             # share of the steps in which the rate rises
     weight_decay: float = 0.05             # on matrices only: biases and norms have no need of it
     adam_beta2: float = 0.98               # memory of the squared gradient, about 50 steps: short runs
     max_grad_norm: float = 1.              # longer gradients are shortened to this
     mixed_precision: str = 'no'            # 'no', 'bf16' or 'fp16' (GPU only)
+    torch_compile: bool = False            # compile the model first: minutes once, then faster steps; the numbers differ in the last digits
     seed: int = 0                          # order of the data, choice of captions, dropout
     dataloader_num_workers: int = 0        # processes that read photos ahead
     logging_steps: int = 10                # loss and speed are noted every so many steps
     eval_steps: int = 0                    # `evaluate` is called every so many steps; 0: never
     save_steps: int = 0                    # a training state is written every so many steps; 0: never
-    save_total_limit: int = 2              # older states are removed
+    save_total_limit: int = 2              # older states are removed, except the best
 
     def __post_init__(self):
         if self.mixed_precision not in ('no', 'bf16', 'fp16'): raise ValueError(
             f"mixed_precision is {self.mixed_precision!r}; choose 'no', 'bf16' or 'fp16'")
         for name in ('max_steps', 'batch_size', 'gradient_accumulation_steps', 'logging_steps', 'save_total_limit'):
             if getattr(self, name) < 1: raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ('learning_rate', 'max_grad_norm'):
+        for name in ('learning_rate', 'encoder_lr_scale', 'max_grad_norm'):
             if not getattr(self, name) > 0: raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ('warmup_ratio', 'weight_decay', 'eval_steps', 'save_steps', 'dataloader_num_workers'):
             if not getattr(self, name) >= 0: raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
@@ -61,46 +67,62 @@ def learning_rate_factor(
     if step < warmup: return (step+1) / (warmup+1)
     return 0.5 * (1 + math.cos(math.pi * (step-warmup) / max(1, total-warmup)))
 
-# %% ../nbs/03_training.ipynb #af1b7f7e
+# %% ../nbs/03_training.ipynb #6abe7aa7
 def parameter_groups(
     model,              # any module
     weight_decay:float, # for matrices
-) -> list[dict]: # two groups, as torch's optimizers take them
-    "Groups for AdamW: matrices decay; biases and norms (one axis) don't, frozen weights are left out."
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [dict(params=[p for p in trained if p.dim() > 1], weight_decay=weight_decay),
-            dict(params=[p for p in trained if p.dim() <= 1], weight_decay=0.)]
+    lr_scales=None,     # {the beginning of parameters' names: their rate as a share of the highest}; the rest has 1
+) -> list[dict]: # two groups for each part, as torch's optimizers take them, with timm's `lr_scale`
+    "Groups for AdamW: matrices decay; biases and norms (one axis) don't, frozen weights are left out; ValueError for a part that has none to train."
+    trained, groups = [(name, p) for name, p in model.named_parameters() if p.requires_grad], []
+    for part, scale in {**(lr_scales or {}), '': 1.}.items():
+        own = [p for name, p in trained if name.startswith(part)]
+        trained = [(name, p) for name, p in trained if not name.startswith(part)]
+        if part and not own: raise ValueError(f"a rate is given for {part!r}, but no weight of that name is trained; unfreeze it, or leave the rate out")
+        groups += [dict(params=[p for p in own if p.dim() > 1], weight_decay=weight_decay, lr_scale=scale),
+                   dict(params=[p for p in own if p.dim() <= 1], weight_decay=0., lr_scale=scale)]
+    return groups
 
-# %% ../nbs/03_training.ipynb #31b2b6d5
+# %% ../nbs/03_training.ipynb #fdd3f8bf
+def _blank_batch(model, device):
+    "One black image with an empty caption: keeps a process in step that has nothing to learn from."
+    size = model.config.encoder.image_size
+    rows = model.tokenizer([''])
+    return dict(pixel_values=torch.zeros(1, 3, size, size, device=device), **{name: ids.to(device) for name, ids in rows.items()})
+
 def training_step(
     accelerator, # moves, scales and adds up
     model,       # as `accelerator.prepare` returned it
     batches,     # list of micro-batches, as `Collate` makes them
     optimizer,   # as `accelerator.prepare` returned it
     config:TrainingConfig,
-): # () the mean loss over all labelled positions, in nats; None, and no step, where every photo was broken
-    "Forward and backward over the micro-batches, each label counting the same, then clip and step; RuntimeError where other processes would wait for ever."
+): # () the mean loss over all labelled positions of all processes, in nats; None, and no step, where every photo was broken
+    "Forward and backward over the micro-batches, each label counting the same, then clip and step."
     whole = [batch for batch in batches if 'labels' in batch]                    # a batch of broken photos has no tensors
-    if len(whole) < len(batches) and accelerator.num_processes > 1: raise RuntimeError(
-        "all photos of a batch are broken, and the other processes wait for it; repair them or take them out of the caption file")
-    if not whole: return None
     counts = [(batch['labels'][:, 1:] != -100).sum() for batch in whole]         # labelled positions of each
-    total, mean = accelerator.reduce(sum(counts)), 0.                            # over all processes
-    for batch, count in zip(whole, counts):
-        with accelerator.autocast(): loss = model(batch['pixel_values'], batch['input_ids'], batch['labels']).loss
-        share = loss * count / total                                             # this micro-batch's part of the mean
-        accelerator.backward(share * accelerator.num_processes)                  # DDP takes the mean over processes
+    nothing = torch.zeros((), dtype=torch.long, device=accelerator.device)
+    total, mean = accelerator.reduce(sum(counts, nothing)), 0.                   # over all processes
+    if not whole and total == 0: return None
+    if accelerator.num_processes > 1:                                            # the others wait for as many passes as they do
+        missing = len(batches) - len(whole)
+        whole, counts = whole + missing*[_blank_batch(accelerator.unwrap_model(model), accelerator.device)], counts + missing*[nothing]
+    for i, (batch, count) in enumerate(zip(whole, counts), 1):
+        with nullcontext() if i == len(whole) else accelerator.no_sync(model):   # gradients travel once a step
+            with accelerator.autocast(): loss = model(batch['pixel_values'], batch['input_ids'], batch['labels']).loss
+            share = loss * count / total                                         # this micro-batch's part of the mean
+            accelerator.backward(share * accelerator.num_processes)              # DDP takes the mean over processes
         mean = mean + share.detach()
-    accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    if accelerator.scaler is None: mean = mean + 0*norm                          # a gradient that is no number shows in the loss; fp16's scaler skips such steps itself
     optimizer.step()
     optimizer.zero_grad()
     return accelerator.reduce(mean)
 
-# %% ../nbs/03_training.ipynb #8f7066ce
+# %% ../nbs/03_training.ipynb #4e189c57
 class Meter:
-    "Mean loss and speed since the last reading."
-    def __init__(self, num_processes:int=1): # each trains on its own images
-        self.num_processes = num_processes
+    "Mean loss and speed since the last reading; what it has collected so far is part of a training state."
+    def __init__(self, accelerator): # several processes each train on their own images
+        self.accelerator = accelerator
         self._restart()
 
     def _restart(self): self.losses, self.captions, self.broken, self.clock = [], 0, {}, time.perf_counter()
@@ -111,21 +133,29 @@ class Meter:
     ):
         "Take note of one step."
         if loss is not None: self.losses.append(loss)
-        self.captions += sum(len(batch['labels']) for batch in batches if 'labels' in batch) * self.num_processes
+        self.captions += sum(len(batch['labels']) for batch in batches if 'labels' in batch) * self.accelerator.num_processes
         self.broken |= {image.file: image.reason for batch in batches for image in batch['broken']}
+
+    def state_dict(self):
+        "What was collected since the last reading, as JSON can say it; called by all processes together."
+        broken = {file: reason for part in gather_object([self.broken]) for file, reason in part.items()}
+        return dict(losses=torch.stack(self.losses).tolist() if self.losses else [], captions=self.captions, broken=broken, seconds=time.perf_counter() - self.clock)
+
+    def load_state_dict(self, state):
+        "Go on collecting; the first process remembers which photos were broken."
+        self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state['losses']]
+        self.captions, self.broken = state['captions'], state['broken'] if self.accelerator.is_main_process else {}
+        self.clock = time.perf_counter() - state['seconds']
 
     def read(self,
         step:int,            # optimizer steps done
         learning_rate:float, # of the last step
     ) -> dict: # step, loss (nats a token; None where all was broken), learning_rate, captions_per_second, broken {file: reason}
-        "What happened since the last reading; raises FloatingPointError where the loss is no number any more."
+        "What happened since the last reading; called by all processes together."
+        state = self.state_dict()
         loss = torch.stack(self.losses).mean().item() if self.losses else None
-        if loss is not None and not math.isfinite(loss): raise FloatingPointError(
-            f"the loss is {loss} at step {step}; lower learning_rate or set mixed_precision='no', then start from an older state")
-        entry = dict(step=step, loss=loss, learning_rate=learning_rate, broken=self.broken,
-                     captions_per_second=self.captions / (time.perf_counter()-self.clock))
         self._restart()
-        return entry
+        return dict(step=step, loss=loss, learning_rate=learning_rate, broken=state['broken'], captions_per_second=state['captions'] / state['seconds'])
 
 # %% ../nbs/03_training.ipynb #9868e9c1
 def seed_step(
@@ -136,141 +166,349 @@ def seed_step(
     "Seed every random generator from (seed, step): nothing random has to be saved, so nothing can be forgotten."
     set_seed(random.Random(f'step {seed} {step} {process}').getrandbits(32))
 
-# %% ../nbs/03_training.ipynb #a52a8691
+# %% ../nbs/03_training.ipynb #341dc3d3
+def _flush(path):
+    "Push a file, or the names in a folder, out to the disk."
+    if os.name == 'nt' and path.is_dir(): return                                 # Windows does not open folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+def _checksums(folder):
+    "sha256 of every file of a state."
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != 'checksums.json':
+            with open(path, 'rb') as file: sums[path.name] = hashlib.file_digest(file, 'sha256').hexdigest()
+    return sums
+
+def _remove(folder):
+    "Take a state away: its name first, so that a half-removed one is not taken for a state."
+    if not folder.exists(): return
+    hidden = folder.with_name(f'.{folder.name}.tmp')
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
+
+@contextmanager
+def _whole_folder(final):
+    "A folder to write into, which gets its name when all of it is on the disk; OSError in one line where it cannot be written."
+    temporary = final.with_name(f'.{final.name}.tmp')
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        (temporary/'checksums.json').write_text(json.dumps(_checksums(temporary)))
+        for path in (*temporary.iterdir(), temporary): _flush(path)
+        _remove(final)
+        os.replace(temporary, final)                                             # one name, one moment
+        _flush(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{final}: the training state cannot be written ({error}); make room or choose another folder, then resume: the states before it are whole") from error
+
+# %% ../nbs/03_training.ipynb #5001fd5e
 def save_state(
     folder,      # where the run's states live
     step:int,    # optimizer steps done
     model,       # a module, unwrapped
     optimizer,   # with its moments
     scaler=None, # fp16's loss scaler
-    history=(),  # what was logged so far
-    settings=None, # dict of what must be the same at resume
-    keep:int=2,  # newest states that stay
+    states=None, # {name of a piece: its `state_dict()`, of tensors and what JSON can say}
+    keep:int=2,  # newest states that stay; their best ones stay too
+    **facts,     # history, settings, best (the step of the best state), ...: what JSON can say
 ) -> Path: # the new state
-    "Write `checkpoint-STEP` whole or not at all: safetensors and JSON, no pickle; older ones are removed."
-    packed = optimizer.state_dict()
+    "Write `checkpoint-STEP` whole or not at all: safetensors, JSON and checksums, no pickle; OSError in one line where there is no room."
+    packed, states = optimizer.state_dict(), states or {}
     tensors = {f'model.{k}': v for k, v in model.state_dict().items()}
     tensors |= {f'optimizer.{i}.{k}': v for i, moments in packed['state'].items() for k, v in moments.items()}
-    facts = dict(step=step, param_groups=packed['param_groups'], scaler=scaler and scaler.state_dict(),
-                 history=list(history), settings=settings)
-    final, temporary = Path(folder)/f'checkpoint-{step}', Path(folder)/f'.checkpoint-{step}.tmp'
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary/'state.safetensors')
-    (temporary/'state.json').write_text(json.dumps(facts))
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)                                                 # one name, one moment
-    for old in saved_states(folder)[:-keep]: shutil.rmtree(old)
+    tensors |= {f'{name}.{k}': v for name, state in states.items() for k, v in state.items() if torch.is_tensor(v)}
+    plain = {name: {k: v for k, v in state.items() if not torch.is_tensor(v)} for name, state in states.items()}
+    facts = dict(step=step, param_groups=packed['param_groups'], scaler=scaler and scaler.state_dict(), pieces=plain, versions=_versions(), **facts)
+    final = Path(folder)/f'checkpoint-{step}'
+    with _whole_folder(final) as temporary:
+        needed, free = sum(v.nbytes for v in tensors.values()), shutil.disk_usage(temporary).free
+        if needed > free: raise OSError(f"{needed/1e6:,.0f} MB needed, {free/1e6:,.0f} MB free")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary/'state.safetensors')
+        (temporary/'state.json').write_text(json.dumps(facts))
+    _prune(final.parent, keep)
     return final
 
-def saved_states(folder) -> list[Path]: # where the run's states live
-    "The whole states in a folder, oldest first; half-written ones have another name."
-    states = [path for path in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', path.name)]
-    return sorted(states, key=lambda path: int(path.name.split('-')[1]))
+def _versions():
+    "What the numbers of a run depend on besides its settings."
+    return dict(python=platform.python_version()) | {name: version(name) for name in ('torch', 'transformers', 'timm', 'accelerate')}
 
-# %% ../nbs/03_training.ipynb #3725d4d1
-def read_state(
+def _prune(folder, keep):
+    "Remove what is neither among the newest states nor their best, and what was left half written."
+    states = saved_states(folder)
+    best = {read_facts(state).get('best') for state in states[-keep:]}
+    for old in states[:-keep]:
+        if _step_of(old) not in best: _remove(old)
+    for left in folder.glob('.checkpoint-*.tmp'): shutil.rmtree(left)
+
+def _step_of(state): return int(state.name.split('-')[1])
+
+def saved_states(folder) -> list[Path]: # where the run's states live
+    "The states in a folder, oldest first; half-written ones have another name."
+    states = [path for path in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', path.name)]
+    return sorted(states, key=_step_of)
+
+# %% ../nbs/03_training.ipynb #03ff868a
+def check_state(
     state, # a `checkpoint-STEP` folder
-) -> tuple[dict, dict]: # tensors by name; facts (step, history, settings, ...)
-    "What a state holds; ValueError naming the folder if it is damaged."
-    try: return load_file(Path(state)/'state.safetensors'), json.loads((Path(state)/'state.json').read_text())
-    except Exception as error: # safetensors, JSON and the file system have their own errors; all mean the same here
-        raise ValueError(f"{state}: not a whole training state ({error}); remove it, the one before will be used") from error
+):
+    "ValueError naming the folder where a file is missing, or is not what was written."
+    try: saved = json.loads((Path(state)/'checksums.json').read_text())
+    except (OSError, ValueError) as error: raise ValueError(f"{state}: not a whole training state ({error})") from error
+    now = _checksums(Path(state))
+    wrong = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if wrong: raise ValueError(f"{state}: not a whole training state ({', '.join(wrong)}: not the bytes that were written)")
+
+def newest_state(
+    folder,            # where the run's states live
+    log=warnings.warn, # told of each damaged one
+) -> Path|None: # None where there is none yet
+    "The newest whole state; damaged ones are put aside as `damaged-checkpoint-STEP`; ValueError where no whole one is left."
+    states = saved_states(folder)
+    for state in reversed(states):
+        try:
+            check_state(state)
+            return state
+        except ValueError as error: log(f"{error}; it is put aside and the one before it is used")
+        shutil.rmtree(state.with_name(f'damaged-{state.name}'), ignore_errors=True)
+        os.replace(state, state.with_name(f'damaged-{state.name}'))
+    if states: raise ValueError(f"{folder}: every training state is damaged; start anew in another folder")
+
+def read_facts(
+    state, # a `checkpoint-STEP` folder
+) -> dict: # step, history, settings, versions, best, ...
+    "What a state says of itself, without its tensors; ValueError where it cannot be read."
+    try: return json.loads((Path(state)/'state.json').read_text())
+    except (OSError, ValueError) as error: raise ValueError(f"{state}: not a whole training state ({error})") from error
+
+def read_tensors(
+    state, # a `checkpoint-STEP` folder
+    part,  # 'model', 'optimizer' or the name of a piece
+) -> dict: # {name within the part: tensor}
+    "One part of a state's tensors."
+    return {k.removeprefix(f'{part}.'): v for k, v in load_file(Path(state)/'state.safetensors').items() if k.startswith(f'{part}.')}
 
 def load_state(
     state,       # a `checkpoint-STEP` folder
     model, optimizer, # put back in place
     scaler=None, # fp16's loss scaler
-) -> dict: # step, history and settings, as saved
+    pieces=None, # {name: what has `load_state_dict(state)`}
+) -> dict: # step, history, settings, ..., as saved
     "Put everything back where `save_state` found it; ValueError for a damaged state."
-    tensors, facts = read_state(state)
-    model.load_state_dict({k.removeprefix('model.'): v for k, v in tensors.items() if k.startswith('model.')})
-    moments = {}
-    for key in tensors:
-        if key.startswith('optimizer.'):
-            _, i, name = key.split('.')
-            moments.setdefault(int(i), {})[name] = tensors[key]
+    check_state(state)
+    facts, moments = read_facts(state), {}
+    model.load_state_dict(read_tensors(state, 'model'))
+    for key, tensor in read_tensors(state, 'optimizer').items():
+        i, name = key.split('.')
+        moments.setdefault(int(i), {})[name] = tensor
     optimizer.load_state_dict(dict(state=moments, param_groups=facts['param_groups']))
     if scaler: scaler.load_state_dict(facts['scaler'])
+    for name, piece in (pieces or {}).items(): piece.load_state_dict(facts['pieces'][name] | read_tensors(state, name))
     return facts
 
-# %% ../nbs/03_training.ipynb #d7a592e9
-def _run_settings(config, model, dataset, num_processes):
+# %% ../nbs/03_training.ipynb #610a54a6
+@dataclass
+class Run:
+    "What callbacks are shown: a run after its last step. They may set `should_save`, `should_stop` and `best`."
+    accelerator: Accelerator
+    model: torch.nn.Module       # the Captioner, unwrapped
+    optimizer: torch.optim.Optimizer
+    config: TrainingConfig
+    folder: Path|None            # of the states
+    settings: dict               # what must be the same at a resume
+    log: object = warnings.warn  # function that is told a line
+    history: list = field(default_factory=list)
+    step: int = 0                # optimizer steps done
+    batches: list = ()           # the micro-batches of the last step
+    loss: torch.Tensor|None = None # () of the last step, over all processes; None where every photo was broken
+    best: int|None = None        # the step whose state is never removed
+    should_save: bool = False    # write a state after this step
+    should_stop: bool = False    # end after this step
+
+class Callback:
+    "A piece around the loop: does nothing until methods are overridden; the names are those of transformers' `TrainerCallback`."
+    def on_train_begin(self, run): "Once, after a state was loaded where there is one; `run.step` steps are done."
+    def on_step_end(self, run): "After each optimizer step."
+    def on_log(self, run, reading): "After each reading of the meter."
+    def on_evaluate_begin(self, run): "Before `evaluate`."
+    def on_evaluate(self, run, measures): "After it, with what it returned."
+    def on_save(self, run): "Before a state is written."
+    def on_train_end(self, run): "Once, after the last step."
+    def settings(self): return {}              # what must be the same at a resume, as JSON can say it
+    def state_dict(self): return {}            # goes into each training state: tensors, and what JSON can say
+    def load_state_dict(self, state): "Gets that back at a resume, before `on_train_begin`."
+
+# %% ../nbs/03_training.ipynb #960081b1
+class StopAtNonFiniteLoss(Callback):
+    "FloatingPointError where a loss or a gradient is no number, with the names of the batch's photos in `nonfinite-STEP.json` beside the states."
+    waiting = None                                                       # (step, loss, files) not yet looked at
+    def on_step_end(self, run):
+        self.on_save(run)
+        if run.loss is None: return
+        self.waiting = run.step, run.loss, [file for batch in run.batches for file in batch.get('files', ())]
+        if run.loss.device.type == 'cpu': self.on_save(run)              # nothing to wait for
+
+    def on_save(self, run):
+        "Look at the loss that waits, if one does."
+        if self.waiting is None: return
+        (step, loss, files), self.waiting = self.waiting, None
+        if not math.isfinite(loss := loss.item()): self.stop(run, step, loss, gather_object(files))
+
+    def on_train_end(self, run): self.on_save(run)
+
+    def stop(self, run, step, loss, files):
+        "Write down which photos it was, and end."
+        where = f"its photos: {', '.join(map(repr, files[:3]))} and {max(0, len(files) - 3)} more"
+        if run.folder:
+            file = run.folder/f'nonfinite-{step}.json'
+            if run.accelerator.is_main_process: file.write_text(json.dumps(dict(step=step, loss=str(loss), files=files), indent=1))
+            where = f"the names of its photos are in {file}"
+        raise FloatingPointError(f"the loss or a gradient is no number any more (loss {loss}) at step {step}; {where}; "
+                                 "look at them, lower learning_rate or set mixed_precision='no', then resume from the last state")
+
+# %% ../nbs/03_training.ipynb #10ee6d62
+def _run_settings(config, model, dataset, num_processes, callbacks, more):
     "What makes a run this run, flat and as JSON gives it back; how often to log or save is free."
     free = {'logging_steps', 'eval_steps', 'save_steps', 'save_total_limit', 'dataloader_num_workers'}
     model = asdict(model.config)
     parts = dict(training={k: v for k, v in asdict(config).items() if k not in free}, encoder=model.pop('encoder') | dict(weights=None),
-                 decoder=model.pop('decoder'), captioner=model, data=dict(images=len(dataset), processes=num_processes))
+                 decoder=model.pop('decoder'), captioner=model, data=dict(images=len(dataset), processes=num_processes),
+                 **{type(callback).__name__: callback.settings() for callback in callbacks}, **(more or {}))
     return json.loads(json.dumps({f'{part} {k}': v for part, fields in parts.items() for k, v in fields.items()}))
 
-def _check_same_run(state, now):
-    "Refuse to go on with settings that would make it another run."
-    saved, short = read_state(state)[1]['settings'], lambda value: repr(value) if len(repr(value)) < 60 else repr(value)[:57] + '...'
-    differ = [f"{k}: {short(saved.get(k))} then, {short(v)} now" for k, v in now.items() if saved.get(k) != v]
-    if differ: raise ValueError(f"{state} was trained with other settings ({'; '.join(differ)}); use the same, or start anew in another folder")
+def _check_same_run(state, now, log):
+    "Refuse to go on with settings that would make it another run; say where a package is another."
+    facts, short = read_facts(state), lambda value: repr(value) if len(repr(value)) < 60 else repr(value)[:57] + '...'
+    differences = lambda then, now: [f"{k}: {short(then.get(k))} then, {short(now.get(k))} now" for k in {**then, **now} if then.get(k) != now.get(k)]
+    if differ := differences(facts['settings'], now): raise ValueError(
+        f"{state} was trained with other settings ({'; '.join(differ)}); use the same, or start anew in another folder")
+    if differ := differences(facts['versions'], _versions()): log(f"{state} was written by other versions ({'; '.join(differ)}): the last digits may differ")
 
-def _accelerator(config):
+def _check_writable(folder):
+    "OSError before the first step where no state could be written after it."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
+    except OSError as error: raise OSError(f"{folder}: training states cannot be written here ({error}); choose another folder") from error
+
+def _state_to_resume(folder, resume, accelerator, log):
+    "The state to go on from, or None; the first process looks, all use what it found."
+    if folder: _check_writable(folder)
+    states = saved_states(folder) if folder else []
+    if states and not resume: raise ValueError(f"{folder} holds {states[-1].name} of an earlier run; resume it, or choose another folder")
+    return broadcast_object_list([newest_state(folder, log) if states and accelerator.is_main_process else None])[0]
+
+def make_accelerator(
+    config:TrainingConfig,
+    **options, # of `Accelerator`, such as log_with
+) -> Accelerator:
     "An Accelerator in the precision that the config asks for; ValueError where the device cannot do it."
     AcceleratorState._reset_state()   # else a process could never train in a second precision; transformers' Trainer does the same
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if config.torch_compile: options['dynamo_plugin'] = TorchDynamoPlugin(backend='inductor', dynamic=True) # captions differ in length
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, **options)
     if config.mixed_precision == 'fp16' and accelerator.device.type == 'cpu': raise ValueError(
         "mixed_precision='fp16' needs a GPU and there is only a CPU; choose 'bf16' or 'no'")
     return accelerator
+
+def _outlive_signals(worker):
+    "A process that reads photos lets the run finish its step: the terminal's Ctrl-C and a scheduler's SIGTERM reach it too."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'alarm'): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))   # half a minute's grace
 
 def _loader(dataset, tokenizer, config, step, num_processes):
     "Batches from the position that `step` optimizer steps have reached; the order is a pure function of seed and step."
     per_step = config.gradient_accumulation_steps * num_processes
     sampler = SeededBatchSampler(len(dataset), config.batch_size, config.seed, start_batch=step*per_step,
                                  num_batches=(config.max_steps-step)*per_step)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(tokenizer), num_workers=config.dataloader_num_workers,
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(tokenizer), num_workers=config.dataloader_num_workers, worker_init_fn=_outlive_signals,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(config.seed))
 
-# %% ../nbs/03_training.ipynb #2cf2d827
+def _agree(run):
+    "What one process asks for, all do (a signal may reach them in different steps); one process has nobody to ask."
+    if run.accelerator.num_processes == 1: return
+    asked = torch.tensor([run.should_save, run.should_stop], dtype=torch.float32, device=run.accelerator.device)
+    run.should_save, run.should_stop = (run.accelerator.reduce(asked) > 0).tolist()
+
+def _save(run, pieces):
+    "The first process writes a state, the others wait."
+    states = {name: piece.state_dict() for name, piece in pieces.items()}       # in all processes: some pieces gather
+    if run.accelerator.is_main_process: save_state(run.folder, run.step, run.model, run.optimizer, run.accelerator.scaler, states,
+        run.config.save_total_limit, history=run.history, settings=run.settings, best=run.best)
+    run.accelerator.wait_for_everyone()
+
+def _set_learning_rate(run):
+    "The rate of the step that is about to be done, which it returns; each part has its share."
+    rate = run.config.learning_rate * learning_rate_factor(run.step-1, int(run.config.max_steps * run.config.warmup_ratio), run.config.max_steps)
+    for group in run.optimizer.param_groups: group['lr'] = rate * group['lr_scale']
+    return rate
+
+# %% ../nbs/03_training.ipynb #3a7dd6df
 def train(
     model,          # a Captioner, changed in place
     dataset,        # items dict(pixel_values, captions, file) or BrokenImage, each a function of its address (epoch, index)
     config:TrainingConfig|None=None,
     folder=None,    # for training states; None: none are written
-    resume=False,   # go on from the newest state in `folder`, if there is one
+    resume=False,   # go on from the newest whole state in `folder`, if there is one
     evaluate=None,  # function of (model, step) -> dict of what it measured, plain values
     progress=True,  # show a bar
+    callbacks=(),   # pieces around the loop, one of a kind
+    accelerator=None, # None: `make_accelerator(config)`
+    settings=None,  # {part: dict} of what else must be the same at a resume
+    log=warnings.warn, # told of damaged states and the like, a line each
 ) -> list[dict]: # history: readings of `Meter` and what `evaluate` returned, each with its step
     "Train a captioner. Killed and resumed, it goes on with the same batches, rates and random numbers; ValueError for another run's state."
-    config = config or TrainingConfig()
-    accelerator = _accelerator(config)
-    settings, states = _run_settings(config, model, dataset, accelerator.num_processes), saved_states(folder) if folder else []
-    if states and not resume: raise ValueError(f"{folder} holds {states[-1].name} of an earlier run; resume it, or choose another folder")
-    if states: _check_same_run(states[-1], settings)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.learning_rate,
+    config, folder = config or TrainingConfig(), folder and Path(folder)
+    accelerator = accelerator or make_accelerator(config)
+    settings = _run_settings(config, model, dataset, accelerator.num_processes, callbacks, settings)
+    state = _state_to_resume(folder, resume, accelerator, log)
+    if state: _check_same_run(state, settings, log)
+    scales = {} if config.encoder_lr_scale == 1 else {'encoder.backbone': config.encoder_lr_scale}
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay, scales), lr=config.learning_rate,
                                   betas=(0.9, config.adam_beta2), fused=accelerator.device.type in ('cpu', 'cuda'))
-    plain, start, history, warmup = model, 0, [], int(config.max_steps * config.warmup_ratio)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if states:
-        facts = load_state(states[-1], plain, optimizer, accelerator.scaler)
-        start, history = facts['step'], facts['history']
-    batches = iter(accelerator.prepare(_loader(dataset, plain.tokenizer, config, start, accelerator.num_processes)))
-    meter = Meter(accelerator.num_processes)
-    with tqdm(total=config.max_steps, initial=start, disable=not (progress and accelerator.is_main_process), desc='training', unit='step') as bar:
-        for step in range(start+1, config.max_steps+1):
-            model.train()
-            group = [next(batches) for _ in range(config.gradient_accumulation_steps)]
-            rate = config.learning_rate * learning_rate_factor(step-1, warmup, config.max_steps)
-            for parameters in optimizer.param_groups: parameters['lr'] = rate
-            seed_step(config.seed, step, accelerator.process_index)
-            meter.add(training_step(accelerator, model, group, optimizer, config), group)
-            due = lambda every: every and (step % every == 0 or step == config.max_steps)
-            if due(config.logging_steps) or folder and due(config.save_steps):       # a state keeps all readings
-                history.append(meter.read(step, rate))
-                bar.set_postfix(loss=history[-1]['loss'], rate=rate, captions_per_second=round(history[-1]['captions_per_second']))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    run, meter = Run(accelerator, model, optimizer, config, folder, settings, log), Meter(accelerator)
+    callbacks = [StopAtNonFiniteLoss(), *callbacks]
+    pieces = {type(piece).__name__: piece for piece in (meter, *callbacks)}
+    if state:
+        facts = load_state(state, model, optimizer, accelerator.scaler, pieces)
+        run.step, run.history, run.best = facts['step'], facts['history'], facts['best']
+    def tell(event, *what):
+        for callback in callbacks: getattr(callback, event)(run, *what)
+    due = lambda every: every and (run.step % every == 0 or run.step == config.max_steps)
+    batches = iter(accelerator.prepare(_loader(dataset, model.tokenizer, config, run.step, accelerator.num_processes)))
+    tell('on_train_begin')
+    with tqdm(total=config.max_steps, initial=run.step, disable=not (progress and accelerator.is_main_process), desc='training', unit='step') as bar:
+        while run.step < config.max_steps and not run.should_stop:
+            run.batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            run.step += 1
+            rate = _set_learning_rate(run)
+            seed_step(config.seed, run.step, accelerator.process_index)
+            run.loss = training_step(accelerator, prepared.train(), run.batches, optimizer, config)
+            meter.add(run.loss, run.batches)
+            run.should_save = bool(due(config.save_steps))
+            tell('on_step_end')
+            if due(config.logging_steps):
+                run.history.append(meter.read(run.step, rate))
+                bar.set_postfix(loss=run.history[-1]['loss'], rate=rate, captions_per_second=round(run.history[-1]['captions_per_second']))
+                tell('on_log', run.history[-1])
             if evaluate and due(config.eval_steps):
-                model.eval()
-                history.append(dict(step=step, **evaluate(plain, step)))
-            if folder and due(config.save_steps) and accelerator.is_main_process:
-                save_state(folder, step, plain, optimizer, accelerator.scaler, history, settings, config.save_total_limit)
+                tell('on_evaluate_begin')
+                run.history.append(dict(step=run.step, **evaluate(model.eval(), run.step)))
+                tell('on_evaluate', run.history[-1])
+            _agree(run)
+            if folder and run.should_save:
+                tell('on_save')
+                _save(run, pieces)
             bar.update()
-    for name in ('forward', '_original_forward'): vars(plain).pop(name, None)    # Accelerate's mixed-precision wrapper
-    plain.eval()
-    return history
+    for name in ('forward', '_original_forward'): vars(model).pop(name, None)    # Accelerate's mixed-precision wrapper
+    model.eval()
+    tell('on_train_end')
+    return run.history
 
 # %% ../nbs/03_training.ipynb #61d83397
 def plot_history(
