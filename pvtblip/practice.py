@@ -8,7 +8,7 @@ __all__ = ['SaveEvery', 'StopOnSignal', 'KeepBest', 'WeightAverage', 'load_best'
            'from_plain', 'read_config', 'change_config', 'to_toml', 'write_config', 'practice_callbacks',
            'prepare_model', 'run_training', 'dry_run']
 
-# %% ../nbs/13_practice.ipynb #959598c9
+# %% ../nbs/13_practice.ipynb #990f7474
 import copy, difflib, functools, json, math, os, random, shutil, signal, statistics, sys, time, tomllib, types, typing
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from .data import Collate
 from .decoder import Captioner, CaptionerConfig, DecoderLayer
 from .pvt_encoder import Block
-from .training import Callback, TrainingConfig, make_accelerator, newest_state, read_facts, read_tensors, saved_states, train
+from .training import Callback, TrainingConfig, make_accelerator, newest_state, read_facts, read_tensors, saved_states, split_like, train
 
 # %% ../nbs/13_practice.ipynb #ad65b489
 class SaveEvery(Callback):
@@ -104,7 +104,7 @@ class KeepBest(Callback):
     def state_dict(self): return dict(score=self.score, waited=self.waited)
     def load_state_dict(self, state): self.score, self.waited = state['score'], state['waited']
 
-# %% ../nbs/13_practice.ipynb #c886afd0
+# %% ../nbs/13_practice.ipynb #4387b7d7
 class WeightAverage(Callback):
     "An exponential moving average of the trained weights, evaluated and returned in their place (Polyak & Juditsky 1992; the warm-up is timm's)."
     def __init__(self,
@@ -120,7 +120,7 @@ class WeightAverage(Callback):
     def on_train_begin(self, run):
         trained = self._trained(run)
         if run.step == 0: self.averages = {name: p.detach().clone() for name, p in trained.items()}
-        else: self.averages = {name: self.averages[name].to(p.device) for name, p in trained.items()}
+        else: self.averages = {name: split_like(self.averages[name], p) for name, p in trained.items()}
 
     def on_step_end(self, run):
         decay = min(self.decay, (1 + run.step) / (10 + run.step))
@@ -133,16 +133,19 @@ class WeightAverage(Callback):
             kept = p.clone()
             p.copy_(self.averages[name])
             self.averages[name].copy_(kept)
-    def on_evaluate(self, run, measures): self.on_evaluate_begin(run)    # and back
+    def on_evaluate(self, run, measures):
+        "And back; FSDP leaves the weights whole after a forward pass, and splits them again here."
+        if hasattr(run.model, 'reshard'): run.model.reshard()
+        self.on_evaluate_begin(run)
 
     def on_train_end(self, run): run.model.load_state_dict(self.averages, strict=False)
     def state_dict(self): return dict(self.averages)
     def load_state_dict(self, state): self.averages = state
 
-# %% ../nbs/13_practice.ipynb #f6823aed
+# %% ../nbs/13_practice.ipynb #50fc1648
 def load_best(
     folder, # of a run's states
-    model,  # gets the weights
+    model,  # a Captioner, gets the weights; after FSDP a fresh one, since the trained one is split
 ) -> int: # the step they are from
     "The weights of the best state, averaged ones where the run has them; those of the newest state where no best was chosen. ValueError where there is no whole state."
     newest = newest_state(folder)
@@ -152,9 +155,9 @@ def load_best(
     model.load_state_dict(read_tensors(state, 'model') | read_tensors(state, 'WeightAverage'))
     return read_facts(state)['step']
 
-# %% ../nbs/13_practice.ipynb #1a3d1f02
+# %% ../nbs/13_practice.ipynb #9d6ed99d
 class HeldOutLoss:
-    "For `evaluate`: loss on held-out photos, and how much worse it is with the images exchanged; several processes share the work."
+    "For `evaluate`: loss on held-out photos, and how much worse it is with the images exchanged; several processes share the work (not under FSDP)."
     def __init__(self,
         dataset,        # held-out photos, addressed by index
         tokenizer,      # the model's
@@ -174,10 +177,11 @@ class HeldOutLoss:
     ) -> dict: # validation_loss and shuffled_image_gap, in nats a token
         "Measure; ValueError where no photo could be read."
         model.eval()
-        device, state = next(model.parameters()).device, PartialState()
+        weight, state = next(model.parameters()), PartialState()
+        device, share = weight.device, 1 if hasattr(weight, 'full_tensor') else state.num_processes    # FSDP: all see all, in step
         sums = torch.zeros(3, device=device)                             # of the losses, of those with exchanged images, of labels
         for i, batch in enumerate(self.batches):
-            if i % state.num_processes != state.process_index or 'labels' not in batch: continue
+            if i % share != state.process_index % share or 'labels' not in batch: continue
             pixels, ids, labels = (batch[name].to(device) for name in ('pixel_values', 'input_ids', 'labels'))
             real, exchanged = (model(images, ids, labels) for images in (pixels, pixels.roll(1, 0)))
             sums += torch.stack([*(F.cross_entropy(out.logits.float(), out.labels, reduction='sum') for out in (real, exchanged)), sums.new_tensor(len(real.labels))])
@@ -294,7 +298,7 @@ def merge_lora(
     if hasattr(model.decoder, 'peft_config'): del model.decoder.peft_config
     return model.requires_grad_(True)
 
-# %% ../nbs/13_practice.ipynb #e8ed8c3c
+# %% ../nbs/13_practice.ipynb #f636ca2b
 @dataclass
 class PracticeConfig:
     "Which pieces go around the loop."
@@ -304,7 +308,7 @@ class PracticeConfig:
     greater_is_better: bool = False        # True for scores such as CIDEr, False for losses
     early_stopping_patience: int = 0       # evaluations without a better one that end the run; 0: never, as the rate's descent often still helps
     ema_decay: float = 0.                  # average of the weights, evaluated and saved in their place; 0: none; 0.999 suits runs of thousands of steps
-    gradient_checkpointing: bool = False   # less memory for about a third more time: for batches that do not fit otherwise
+    gradient_checkpointing: bool = False   # less memory for a second forward pass: for batches that do not fit otherwise
     lora: LoraSettings = field(default_factory=LoraSettings) # adapters instead of the decoder's own weights
     log_with: str|None = None              # 'tensorboard', 'wandb', ...: any tracker of Accelerate; not set: none
 

@@ -54,11 +54,12 @@ def wait_for(child, folder, step):
     assert child.poll() is None, child.communicate()
 
 
+@pytest.mark.parametrize("waits", [(6,), pytest.param((2, 9, 15), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_group_loses_nothing(tmp_path, number):
+def test_a_signal_to_the_whole_group_loses_nothing(tmp_path, number, waits):
     "As a terminal and a scheduler do it: the processes that read photos get it, too. Average, best and history resume with the rest."
     folder, moment = tmp_path / "stopped", random.Random(int(number))
-    for wait in (2, 9):
+    for wait in waits:
         child = start_child(folder, start_new_session=True)
         wait_for(child, folder, wait)
         time.sleep(moment.uniform(0, 0.1))
@@ -124,6 +125,60 @@ def test_two_processes_stop_together(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"exit-{i}").read_text() for i in range(2)] == ["143", "143"] and newest(tmp_path) == 4
     assert done.stdout.count("stopped by SIGTERM after step 4 of 8") == 1
+
+
+SPLIT = """
+import shutil, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from test_practice import *
+class Split(Accelerator):
+    "What Accelerate does for FSDP2 on a GPU: split the model in place, give the optimizer the new weights."
+    def prepare(self, *things):
+        if len(things) == 1: return super().prepare(*things)
+        model, optimizer = things
+        names = {p: name for name, p in model.named_parameters()}
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model.encoder.backbone.stages[0].blocks: fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        now = dict(model.named_parameters())
+        for group in optimizer.param_groups: group["params"] = [now[names[p]] for p in group["params"]]
+        return model, super().prepare(optimizer)
+    def clip_grad_norm_(self, parameters, most): return torch.nn.utils.clip_grad_norm_(parameters, most)
+folder = Path(sys.argv[2])
+config = replace(CONFIG, max_steps=6, save_steps=3, eval_steps=2)
+def go(seed, callbacks=(), **kwargs):
+    model = make_model(seed)
+    return model, train(model, make_data(9), config, folder, evaluate=held_out, progress=False, accelerator=Split(cpu=True), callbacks=[WeightAverage(0.9)], **kwargs)
+model, history = go(0)
+assert type(model.decoder.word_embedding).__name__ == "DTensor" or hasattr(model.decoder.word_embedding, "full_tensor")
+main = Split(cpu=True).is_main_process
+if main:
+    shutil.copytree(folder / "checkpoint-6", folder / "whole")
+    shutil.rmtree(folder / "checkpoint-6")
+Split(cpu=True).wait_for_everyone()
+again, history_again = go(1, resume=True)
+assert without_speed(history) == without_speed(history_again)
+"""
+
+
+def test_weights_that_are_split_over_processes_resume(tmp_path):
+    "FSDP2 (torch's `fully_shard`) on two processors; Accelerate itself splits on GPUs only."
+    from safetensors.torch import load_file
+    script = tmp_path / "split.py"
+    script.write_text(SPLIT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, os.path.dirname(__file__), tmp_path]
+    done = subprocess.run(command, timeout=200, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "checkpoint-6"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert {k.removeprefix("model."): v.shape for k, v in ours.items() if k.startswith("model.")} == {k: v.shape for k, v in make_model().state_dict().items()}
+    fresh = make_model(seed=2)
+    assert load_best(tmp_path, fresh) == 6 and not same_weights(fresh, make_model(seed=2))
 
 
 def test_held_out_loss_is_that_of_one_big_batch():
@@ -196,8 +251,7 @@ def test_a_merged_model_needs_no_peft(tmp_path):
 
 
 @pytest.mark.parametrize("encoder", [EncoderConfig.tiny(image_size=32, stages=(0,)), EncoderConfig("resnet18", image_size=32, stages=(2,)), EncoderConfig("vit_tiny_patch16_224", image_size=32, stages=(2,))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checkpointing_changes_no_gradient(encoder, dtype):
+def test_checkpointing_changes_no_gradient(encoder, dtype=torch.float32):
     torch.manual_seed(0)
     model = Captioner(CaptionerConfig.tiny(encoder=encoder, decoder=DecoderConfig.tiny(hidden_size=32, hidden_dropout_prob=0.1))).train()
     other = checkpoint_gradients(copy.deepcopy(model))
@@ -208,6 +262,10 @@ def test_checkpointing_changes_no_gradient(encoder, dtype):
         found.append({name: p.grad for name, p in captioner.named_parameters()})
     for name, gradient in found[0].items(): assert_close(found[1][name], gradient, rtol=0, atol=0)
     assert model.state_dict().keys() == other.state_dict().keys()
+
+
+def test_checkpointing_changes_no_gradient_in_bf16():
+    test_checkpointing_changes_no_gradient(EncoderConfig.tiny(image_size=32, stages=(0,)), torch.bfloat16)
 
 
 @pytest.mark.slow
