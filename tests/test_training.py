@@ -2,12 +2,14 @@
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ from pvtblip.data import BrokenImage, Collate
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.pvt_encoder import EncoderConfig, image_transform
 from pvtblip.shapes import ShapesDataset
-from pvtblip.training import (TrainingConfig, learning_rate_factor, parameter_groups, plot_history, saved_states, seed_step, train,
-                              training_step)
+from pvtblip.training import (Callback, TrainingConfig, _checksums, learning_rate_factor, newest_state, parameter_groups, plot_history, saved_states,
+                              seed_step, train, training_step)
 
 CONFIG = TrainingConfig(max_steps=10, batch_size=2, gradient_accumulation_steps=2, learning_rate=3e-3, logging_steps=3, save_steps=1, seed=5)
 
@@ -63,40 +65,58 @@ CHILD = """
 import sys, time, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from test_training import CONFIG, fit, make_model, replace, saved_states
-def slowly(model, step):
-    time.sleep(0.05)
-    return dict(seen=step)
+from test_training import CONFIG, Slowly, fit, make_model, replace, saved_states
+config = replace(CONFIG, max_steps=int(sys.argv[3]), eval_steps=1)
 model = make_model(seed=99 if saved_states(sys.argv[2]) else 0)   # resumed weights must come from the state
-fit(replace(CONFIG, eval_steps=1), sys.argv[2], model, resume=True, evaluate=slowly)
+fit(config, sys.argv[2], model, resume=True, evaluate=lambda model, step: dict(seen=step), callbacks=[Slowly()], log=print)
 """
+
+
+class Slowly(Callback):
+    "Steps that can be hit; it counts them, in a number and in a tensor."
+    def on_train_begin(self, run):
+        if run.step == 0: self.steps, self.sum = 0, torch.zeros(1)
+    def on_step_end(self, run):
+        self.steps += 1
+        self.sum += run.loss
+        time.sleep(0.02)
+    def state_dict(self): return dict(steps=self.steps, sum=self.sum)
+    def load_state_dict(self, state): self.steps, self.sum = state["steps"], state["sum"]
 
 
 def newest(folder):
     return int(saved_states(folder)[-1].name.split("-")[1]) if saved_states(folder) else 0
 
 
-def run_child(folder, kill_at=None):
-    "Train in another process; kill it once it has written state `kill_at`. Returns its exit code."
-    child = subprocess.Popen([sys.executable, "-c", CHILD, os.path.dirname(__file__), str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while child.poll() is None:
-        if kill_at and newest(folder) >= kill_at: child.send_signal(signal.SIGKILL)
-        time.sleep(0.002)
-    return child.returncode
+def run_child(folder, kill_at=None, after=0., max_steps=CONFIG.max_steps):
+    "Train in another process; kill it `after` seconds after it has written state `kill_at`. Returns its exit code."
+    command = [sys.executable, "-c", CHILD, os.path.dirname(__file__), str(folder), str(max_steps)]
+    child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while kill_at is not None and child.poll() is None and newest(folder) < kill_at: time.sleep(0.005)
+    if kill_at is not None:
+        time.sleep(after)
+        child.send_signal(signal.SIGKILL)
+    return child.wait()
 
 
-def test_killed_three_times_it_ends_bit_for_bit_the_same(tmp_path):
-    whole, history = fit(replace(CONFIG, eval_steps=1), tmp_path / "whole", evaluate=lambda model, step: dict(seen=step))
-    folder = tmp_path / "killed"
-    for kill_at in (2, 5, 8):
-        assert run_child(folder, kill_at) == -signal.SIGKILL
-        assert kill_at <= newest(folder) < CONFIG.max_steps
-    assert run_child(folder) == 0
-    ours, theirs = (load_file(path / "checkpoint-10" / "state.safetensors") for path in (tmp_path / "whole", folder))
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(tmp_path, kills):
+    steps, moments = 4 * kills, random.Random(kills)
+    config, counted = replace(CONFIG, max_steps=steps, eval_steps=1), Slowly()
+    whole, history = fit(config, tmp_path / "whole", evaluate=lambda model, step: dict(seen=step), callbacks=[counted])
+    folder, killed = tmp_path / "killed", 0
+    while killed < kills:
+        kill_at = newest(folder) + moments.randint(0 if killed % 4 else 1, 3)                # 0: perhaps before it has done anything
+        assert run_child(folder, min(kill_at, steps - 1), moments.uniform(0, 0.06), steps) == -signal.SIGKILL
+        assert newest(folder) < steps, "the run was over before the kill; make it longer"
+        killed += 1
+    assert run_child(folder, max_steps=steps) == 0
+    ours, theirs = (load_file(path / f"checkpoint-{steps}" / "state.safetensors") for path in (tmp_path / "whole", folder))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert all(torch.equal(v, ours[f"model.{k}"]) for k, v in whole.state_dict().items())
-    saved = json.loads((folder / "checkpoint-10" / "state.json").read_text())["history"]
-    assert without_speed(saved) == without_speed(history)
+    facts = json.loads((folder / f"checkpoint-{steps}" / "state.json").read_text())
+    assert without_speed(facts["history"]) == without_speed(history) and facts["pieces"]["Slowly"]["steps"] == steps
+    assert torch.equal(theirs["Slowly.sum"], counted.sum)
 
 
 TWO = """
@@ -133,6 +153,7 @@ def test_the_same_comparison_sees_a_resume_that_forgets(tmp_path):
     file = tmp_path / "checkpoint-9" / "state.safetensors"
     tensors = load_file(file)
     save_file({k: torch.zeros_like(v) if "exp_avg" in k else v for k, v in tensors.items()}, file)
+    (file.parent / "checksums.json").write_text(json.dumps(_checksums(file.parent)))
     assert not same_weights(whole, fit(folder=tmp_path, model=make_model(seed=1), resume=True)[0])
 
 
@@ -165,19 +186,96 @@ def test_older_states_go_and_half_written_ones_are_ignored(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     whole, _ = fit(replace(CONFIG, max_steps=4, save_total_limit=2), tmp_path, resume=True)
     assert [path.name for path in saved_states(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
-    assert sorted(path.name for path in (tmp_path / "checkpoint-4").iterdir()) == ["state.json", "state.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "checkpoint-4").iterdir()) == ["checksums.json", "state.json", "state.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4", "checkpoint-best"]
     shutil.rmtree(tmp_path / "checkpoint-4")
     (tmp_path / ".checkpoint-4.tmp").mkdir()                                          # killed while it wrote the fourth
     assert same_weights(whole, fit(replace(CONFIG, max_steps=4), tmp_path, make_model(seed=1), resume=True)[0])
 
 
-@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
-def test_a_damaged_state_is_named(tmp_path, file):
-    config = replace(CONFIG, max_steps=1)
+def damage(file, how):
+    content = file.read_bytes()
+    if how == "cut": file.write_bytes(content[:50])
+    elif how == "one bit": file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    else: file.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut", "one bit", "gone"])
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "checksums.json"])
+def test_a_damaged_state_is_put_aside_for_the_one_before(tmp_path, file, how):
+    config, lines = replace(CONFIG, max_steps=3), []
+    whole, _ = fit(config, tmp_path)
+    damage(tmp_path / "checkpoint-3" / file, how)
+    resumed, _ = fit(config, tmp_path, make_model(seed=1), resume=True, log=lines.append)
+    assert same_weights(whole, resumed)
+    assert len(lines) == 1 and "checkpoint-3: not a whole training state" in lines[0] and "the one before it is used" in lines[0]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3", "damaged-checkpoint-3"}
+
+
+def test_nothing_but_damaged_states_is_an_error(tmp_path):
+    config = replace(CONFIG, max_steps=2)
     fit(config, tmp_path)
-    damaged = tmp_path / "checkpoint-1" / file
-    damaged.write_bytes(damaged.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"checkpoint-1: not a whole training state .*; remove it"): fit(config, tmp_path, resume=True)
+    for state in saved_states(tmp_path): damage(state / "state.safetensors", "cut")
+    with pytest.raises(ValueError, match="every training state is damaged"), pytest.warns(UserWarning, match="put aside"):
+        fit(config, tmp_path, resume=True)
+
+
+def test_the_best_state_is_never_removed(tmp_path):
+    class Second(Callback):
+        def on_evaluate(self, run, measures): run.best = 2 if run.step >= 2 else None
+    fit(replace(CONFIG, max_steps=6, eval_steps=1), tmp_path, evaluate=lambda model, step: {}, callbacks=[Second()])
+    assert [path.name for path in saved_states(tmp_path)] == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
+
+
+FULL = """
+import resource, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_training import CONFIG, Callback, fit, replace
+class Fill(Callback):
+    def on_save(self, run):
+        if run.step == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+fit(CONFIG, sys.argv[2], callbacks=[Fill()])
+"""
+
+
+def test_a_write_that_fails_leaves_the_last_state(tmp_path):
+    "The system refuses to let a file grow, in the middle of a state."
+    child = subprocess.run([sys.executable, "-c", FULL, os.path.dirname(__file__), str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    last = child.stderr.strip().splitlines()[-1]
+    assert child.returncode == 1 and last.startswith("OSError: ") and "checkpoint-2: the training state cannot be written" in last, child.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert newest_state(tmp_path).name == "checkpoint-1"
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    fit(replace(CONFIG, max_steps=1), tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    with pytest.raises(OSError, match=r"checkpoint-1: .*MB needed, 1 MB free\); make room"): fit(replace(CONFIG, max_steps=1), tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_before_the_first_step(tmp_path):
+    seen = []
+    class Count(Callback):
+        def on_step_end(self, run): seen.append(run.step)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="states cannot be written here"): fit(folder=tmp_path / "file" / "states", callbacks=[Count()])
+    if os.geteuid():                                                                  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(OSError, match="states cannot be written here"): fit(folder=tmp_path / "locked", callbacks=[Count()])
+    assert seen == []
+
+
+def test_other_versions_are_told(tmp_path):
+    config, lines = replace(CONFIG, max_steps=1), []
+    fit(config, tmp_path)
+    facts = json.loads((tmp_path / "checkpoint-1" / "state.json").read_text())
+    facts["versions"]["torch"] = "2.0"
+    (tmp_path / "checkpoint-1" / "state.json").write_text(json.dumps(facts))
+    (tmp_path / "checkpoint-1" / "checksums.json").write_text(json.dumps(_checksums(tmp_path / "checkpoint-1")))
+    fit(config, tmp_path, resume=True, log=lines.append)
+    assert len(lines) == 1 and "torch: '2.0' then, '" in lines[0]
 
 
 def test_a_finished_run_is_finished(tmp_path):
@@ -230,6 +328,55 @@ def test_fp16_without_a_gpu_is_one_clear_line():
     assert "\n" not in str(caught.value) and "GPU" in str(caught.value)
 
 
+GRADIENTS = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from test_training import TrainingConfig, make_model, step_batches, training_step
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+plain = make_model(dropout=0.0)
+before = {k: v.clone() for k, v in plain.named_parameters()}
+model, optimizer = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=1.0))
+for case in ("unequal", "broken", "all broken"):
+    plain.load_state_dict(before)
+    loss = training_step(accelerator, model, step_batches(case, accelerator.process_index), optimizer, TrainingConfig(max_grad_norm=1e9))
+    gradients = {k: before[k] - v.detach() for k, v in plain.named_parameters()}
+    save_file(gradients | ({} if loss is None else dict(loss=loss)), f"{sys.argv[2]}/{case}-{accelerator.process_index}.safetensors")
+"""
+UNEQUAL = ["a dog", "a cat", "two birds sit on a wire above a very busy street in the rain", "a man", "one", "a red and a green bus at a stop"]
+
+
+def step_batches(case, process=None):
+    "The micro-batches of one process of two; None: all in one batch."
+    data, collate = make_data(), Collate(make_model().tokenizer)
+    items = [data[i] | dict(captions=UNEQUAL[i:i+1]) for i in range(6)]
+    shares = dict(unequal=[[items[:1], items[1:2]], [items[2:5], items[5:]]], broken=[[[BrokenImage("x.jpg", "empty")]]*2, [items[:4], items[4:]]])
+    shares["all broken"] = [[[BrokenImage("x.jpg", "empty")]]*2]*2
+    if process is None: return [collate([item for share in shares[case] for batch in share for item in batch])]
+    return [collate(batch) for batch in shares[case][process]]
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    "1 and 1 captions here, 3 and 1 there, of 2 to 15 words; then one process whose photos are all broken; then nothing but broken photos."
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, os.path.dirname(__file__), tmp_path]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for case in ("unequal", "broken"):
+        whole = accumulate(training_step, step_batches(case))
+        for process in range(2):
+            gradients = load_file(tmp_path / f"{case}-{process}.safetensors")
+            assert gradients.pop("loss").isfinite() and gradients.keys() == whole.keys()
+            for name in whole: assert_close(gradients[name], whole[name], rtol=0, atol=1e-6)
+    for process in range(2):
+        gradients = load_file(tmp_path / f"all broken-{process}.safetensors")
+        assert "loss" not in gradients and not any(gradient.any() for gradient in gradients.values())
+
+
 class WithBroken(ShapesDataset):
     "Photos 0 and 3 cannot be read."
     def __getitem__(self, item):
@@ -256,8 +403,34 @@ def test_nothing_but_broken_photos_changes_nothing():
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
     model = make_model()
     with torch.no_grad(): model.decoder.word_embedding[2003] = math.nan              # "is", which the captions use
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"): fit(folder=tmp_path, model=model)
+    with pytest.raises(FloatingPointError, match=r"\(loss nan\) at step 1; the names of its photos are in .*nonfinite-1.json"): fit(folder=tmp_path, model=model)
     assert saved_states(tmp_path) == []
+    with pytest.raises(FloatingPointError, match=r"at step 1; its photos: 'train \d+', "): fit(model=model)
+
+
+class Poisoned(ShapesDataset):
+    "In the second pass scene 3 has a pixel that is no number."
+    def __getitem__(self, item):
+        made = super().__getitem__(item)
+        if item == (1, 3): made["pixel_values"][0, 5, 5] = math.nan
+        return made | dict(file=f"{item[1]}.jpg")
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_the_photo_that_broke_the_loss_is_named(tmp_path, logging_steps):
+    data = Poisoned(make_data().transform, length=7, captions_per_image=2, image_size=32)
+    with pytest.raises(FloatingPointError) as caught: fit(replace(CONFIG, logging_steps=logging_steps), tmp_path, data=data)
+    step, = (int(path.stem.split("-")[1]) for path in tmp_path.glob("nonfinite-*.json"))
+    saved = json.loads((tmp_path / f"nonfinite-{step}.json").read_text())
+    assert "3.jpg" in saved["files"] and len(saved["files"]) == 4 and saved["step"] == step and f"at step {step};" in str(caught.value)
+    assert newest(tmp_path) == step - 1
+    assert all(tensor.isfinite().all() for tensor in load_file(saved_states(tmp_path)[-1] / "state.safetensors").values())
+
+
+def test_a_gradient_that_is_no_number_is_seen_in_its_own_step():
+    class Explode(Callback):
+        def on_train_begin(self, run): run.model.decoder.word_embedding.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FloatingPointError, match=r"a gradient is no number any more .* at step 1;"): fit(callbacks=[Explode()])
 
 
 def test_frozen_weights_stay(tmp_path):
