@@ -5,29 +5,35 @@
 # %% auto #0
 __all__ = ['load_model', 'best_device', 'whole_file', 'write_whole', 'save_figure', 'words_of', 'plot_attention', 'demo_config',
            'fast_precision', 'caption_scenes', 'score_scenes', 'refuse_model', 'save_demo_pictures', 'EasyFirst',
-           'demo', 'captioner_config', 'train_on_photos', 'refuse_run', 'describe_run', 'held_out_batch',
-           'caption_batches', 'caption_files', 'score_table', 'comparison_table', 'score_files', 'evaluate_photos']
+           'demo', 'captioner_config', 'DataConfig', 'PhotoRun', 'open_photos', 'photo_sets', 'photo_loader',
+           'held_out_measures', 'train_on_photos', 'finish_run', 'refuse_run', 'caption_batches', 'caption_files',
+           'score_table', 'comparison_table', 'score_files', 'evaluate_photos']
 
-# %% ../nbs/09_app.ipynb #df7433a7
+# %% ../nbs/09_app.ipynb #3ecd8181
 import json, os, time
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from accelerate.state import PartialState
 from fastcore.basics import store_attr
 from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data import CaptionDataset, Collate, read_captions, split_by_name
+from .data import CaptionDataset, Collate, read_captions, split_by_name, take_split
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights
-from .evaluation import (METRICS, clip_score, coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
+from .evaluation import (METRICS, cider_score, clip_score, coco_code, has_coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
                                 plot_best_and_worst, read_hypotheses, read_references, shuffled_gap)
 from .generation import GenerationConfig, attention_map, cross_attention, generate, process_image
+from .loading import AugmentationConfig, AugmentedDataset, LengthBatchSampler, PhotoCache, caption_lengths, pixel_loader
+from .practice import HeldOutCaptions, HeldOutLoss, PracticeConfig, change_config, dry_run, measures, run_training, to_toml
 from .pvt_encoder import EncoderConfig, image_transform, load_image
 from .shapes import ShapesDataset, make_scene, score_captions
+from .sources import open_source
 from .tokenizer import CaptionTokenizer
-from .training import TrainingConfig, plot_history, saved_states, train
+from .training import TrainingConfig, outlive_signals, plot_history, saved_states, train
 
 # %% ../nbs/09_app.ipynb #c3d6181c
 def load_model(
@@ -236,59 +242,144 @@ def captioner_config(
         hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, max_position_embeddings=128)
     return CaptionerConfig(encoder=EncoderConfig(name=encoder, weights=encoder_weights, **eyes), decoder=mouth, **changes)
 
-# %% ../nbs/09_app.ipynb #3ca76ab5
-def train_on_photos(
-    images,             # folder of photos
-    captions,           # file of captions, any format of `read_captions`
-    out,                # folder for the model, the states and the history
-    config:CaptionerConfig,
-    training:TrainingConfig, # max_steps is set from epochs where epochs is given
-    epochs=None,        # passes over the photos
-    text_model=None,    # BERT whose weights and vocabulary the decoder starts from
-    resume=False,       # go on with the run that `out` holds
-    limit=None,         # use this many photos only
-    captions_per_image=None, # None: the most frequent number, at most 5
-    all_words=False,    # let the model say all 30,522 tokens instead of those of the captions
-    freeze_encoder=False, # leave the backbone's weights as they are
-    strict=False,       # stop at the first broken photo instead of skipping it
-    log=print,          # gets each line of the report
-    progress=True,      # show a bar
-) -> dict: # loss at start and end, captions a second, broken photos
-    "Train a captioner on a folder of photos; raises before work starts where the input is bad, resumes where it was killed."
-    out = Path(out)
-    states = out/'states'
-    if not resume: refuse_run(out)
-    records = read_captions(captions, images)[:limit]
+# %% ../nbs/09_app.ipynb #024f4d6f
+@dataclass
+class DataConfig:
+    "What a run reads."
+    captions: str = 'captions.json'        # a caption file, a dataset of the `datasets` library: whatever `open_source` opens
+    images: str|None = None                # folder of the photos, where the captions are in a file
+    split: str|None = None                 # trained on; not set: train (and restval) where the source has splits, else all but a few photos
+    validation_split: str|None = None      # held out; not set: val where the source has splits, else 2 % by a hash of the file name
+    limit: int|None = None                 # use this many photos only
+    captions_per_image: int|None = None    # not set: the most frequent number, at most 5
+    strict: bool = False                   # stop at the first broken photo instead of skipping it
+    like_lengths: bool = True              # captions of like length in one batch: less padding
+    cache: str|None = None                 # folder for decoded photos: each is decoded once, for all epochs and runs
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig) # how photos are varied
+
+@dataclass
+class PhotoRun:
+    "Everything that makes a run of `pvtblip train`."
+    text_model: str|None = None            # BERT whose weights and vocabulary the decoder starts from
+    freeze_encoder: bool = False           # leave the backbone's weights as they are
+    all_words: bool = False                # let the model say all tokens instead of those of the captions
+    epochs: float = 5.                     # passes over the photos; 0: training.max_steps counts
+    data: DataConfig = field(default_factory=DataConfig)                # what is read
+    captioner: CaptionerConfig = field(default_factory=captioner_config) # what is trained
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(save_steps=100, eval_steps=100, dataloader_num_workers=1)) # how
+    practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
+
+# %% ../nbs/09_app.ipynb #c039e5b2
+def open_photos(
+    data:DataConfig,
+): # (training records, held-out records, photos: a folder or {file: content})
+    "Read the captions and divide the photos; ValueError or FileNotFoundError before work starts."
+    source = open_source(data.captions, data.images)
+    if source.shards: raise ValueError(f"{data.captions}: shards have no list of photos to divide; train on them with `pvtblip.sources.ShardDataset` (11_sources shows how)")
+    if source.images is None: raise ValueError(f"{data.captions}: give the folder of the photos, too")
+    known = {record.split for record in source.records} - {None}
+    train, held = data.split or '+'.join(sorted(known & {'train', 'restval'})), data.validation_split or next(iter(sorted(known & {'val', 'validation', 'dev'})), None)
+    records = (take_split(source.records, train, data.captions) if train else source.records)[:data.limit]
+    if held: return records, take_split(source.records, held, data.captions), source.images
     kept, held = split_by_name(records, share=0.02)
-    if not held: kept, held = records, records[:1]
-    load = image_transform(config.encoder)
-    dataset = CaptionDataset(kept, images, load, captions_per_image=captions_per_image, seed=training.seed, strict=strict)
-    training = replace(training, batch_size=min(training.batch_size, len(kept)))
-    if epochs: training = replace(training, max_steps=max(1, round(epochs * len(kept) / (training.batch_size*training.gradient_accumulation_steps))))
-    tokenizer = CaptionTokenizer(text_model, prompt=config.prompt, max_length=config.max_length)
-    if not all_words: config = replace(config, output_vocabulary=words_of([c for r in records for c in r.captions], tokenizer))
+    return (kept, held, source.images) if len(held) > 1 and kept else (records, records[:2], source.images)
+
+# %% ../nbs/09_app.ipynb #382f767e
+def photo_sets(
+    run:PhotoRun,
+    records, held, # lists of `Record`
+    photos,        # folder or mapping
+    progress=True, # show a bar while the cache is built
+): # (training set, held-out set)
+    "Data sets of photos, varied for training and as they are for measuring, decoded once if there is a cache."
+    data, encoder = run.data, run.captioner.encoder
+    if data.cache and not isinstance(photos, Path): raise ValueError("data.cache keeps photos of a folder; leave it out for this source")
+    load = pixel_loader(encoder, data.augmentation)
+    if data.cache: load = PhotoCache([photos/record.file for record in [*records, *held]], data.augmentation.decode_size(encoder.image_size), data.cache, progress=progress)
+    def photo_set(records, captions_per_image, **options): return CaptionDataset(records, photos, load, captions_per_image, run.training.seed, **options)
+    return (AugmentedDataset(photo_set(records, data.captions_per_image, strict=data.strict), encoder, data.augmentation, run.training.seed),
+            AugmentedDataset(photo_set(held, 1), encoder))
+
+# %% ../nbs/09_app.ipynb #b8823f0b
+def photo_loader(
+    run:PhotoRun,
+    dataset,   # of `photo_sets`
+    tokenizer:CaptionTokenizer,
+): # what `train` takes as `loader`
+    "Batches in an order that is a function of seed and step, captions of like length together."
+    lengths = caption_lengths(dataset.records, tokenizer) if run.data.like_lengths else [0]*len(dataset)
+    def loader(step, accelerator):
+        config, together = run.training, run.training.gradient_accumulation_steps * accelerator.num_processes
+        sampler = LengthBatchSampler(lengths, config.batch_size, config.seed, start_batch=step*together, num_batches=(config.max_steps-step)*together,
+                                     window=50 if run.data.like_lengths else 1, together=together)
+        return accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(tokenizer), num_workers=config.dataloader_num_workers,
+                                              worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(config.seed),
+                                              prefetch_factor=4 if config.dataloader_num_workers else None))
+    return loader
+
+# %% ../nbs/09_app.ipynb #7ca6114b
+def held_out_measures(
+    model:Captioner,
+    held_set,   # of `photo_sets`
+    log=print,  # gets what it says of the first photo
+): # function (model, step) -> dict, as `train` takes it
+    "validation_loss, shuffled_image_gap, unique_caption_share and CIDEr (greedy captions of the first 256 held-out photos)."
+    references = {record.file: list(record.captions) for record in held_set.records}
+    scores = has_coco_code()
+    if not scores: log("CIDEr is not measured on the way; pip install 'pvtblip[eval]' brings it")
+    def speak(model, pixel_values): return model.tokenizer.decode_batch(generate(model, pixel_values).sequences[:, 0])
+    def score(captions):
+        file, said = next(iter(captions.items()))
+        log(f"of {file} it says: {said!r}")
+        return dict(CIDEr=cider_score({file: references[file] for file in captions}, captions)) if scores else {}
+    together = measures(HeldOutLoss(held_set, model.tokenizer), HeldOutCaptions(held_set, model.tokenizer, speak, images=256, score=score))
+    def evaluate(model, step):
+        found = together(model, step)
+        log(f"step {step}: " + ', '.join(f"{name} {value:.3f}" for name, value in found.items()))
+        return found
+    return evaluate
+
+# %% ../nbs/09_app.ipynb #fbed7a0e
+def train_on_photos(
+    run:PhotoRun,
+    out,            # folder for the model, the states and the history
+    resume=False,   # go on with the run that `out` holds
+    dry=False,      # only say what the run would be, measured from three steps; nothing is written
+    log=print,      # gets each line of the report
+    progress=True,  # show a bar
+) -> dict: # loss at start and end, captions a second, broken photos; of a dry run what `dry_run` measured
+    "Train a captioner on photos; raises before work starts where the input is bad, resumes where it was killed."
+    out = Path(out)
+    if not resume and not dry: refuse_run(out)
+    records, held, photos = open_photos(run.data)
+    training = replace(run.training, batch_size=min(run.training.batch_size, len(records)))
+    per_step = training.batch_size*training.gradient_accumulation_steps*PartialState().num_processes
+    if run.epochs: training = replace(training, max_steps=max(1, round(run.epochs * len(records) / per_step)))
+    run = replace(run, training=training)
+    tokenizer = CaptionTokenizer(run.text_model, prompt=run.captioner.prompt, max_length=run.captioner.max_length)
+    config = run.captioner if run.all_words else replace(run.captioner, output_vocabulary=words_of([c for r in [*records, *held] for c in r.captions], tokenizer))
+    dataset, held_set = photo_sets(run, records, held, photos, progress)
     torch.manual_seed(training.seed)
-    model = Captioner(config, text_model)
-    if text_model: load_bert_weights(model.decoder, text_model)
-    if freeze_encoder: model.encoder.backbone.requires_grad_(False)
-    log(f"{len(kept)} photos with {dataset.captions_per_image} captions each, {len(held)} held out; {training.max_steps} steps of {training.batch_size} photos; "
+    model = Captioner(config, run.text_model)
+    if run.text_model: load_bert_weights(model.decoder, run.text_model)
+    if run.freeze_encoder: model.encoder.backbone.requires_grad_(False)
+    log(f"{len(records)} photos with {dataset.captions_per_image} captions each, {len(held)} held out; {training.max_steps} steps of {training.batch_size} photos; "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} weights trained, {len(model.output_ids) if model.output_ids is not None else tokenizer.vocab_size} words")
-    describe_run(out, config, training, dict(images=str(images), captions=str(captions), limit=limit, text_model=text_model, freeze_encoder=freeze_encoder,
-                 captions_per_image=dataset.captions_per_image), resume)
-    batch = held_out_batch(model, held[:32], images, load)
-    def look(model, step):
-        if batch is None: return {}
-        device = next(model.parameters()).device
-        pixel_values, input_ids, labels = (batch[name].to(device) for name in ('pixel_values', 'input_ids', 'labels'))
-        with torch.inference_mode(): loss = model(pixel_values, input_ids, labels).loss.item()
-        said = model.tokenizer.decode(generate(model, pixel_values[:1]).sequences[0, 0])
-        log(f"step {step}: loss on held-out photos {loss:.3f}; of {batch['files'][0]} it says: {said!r}")
-        return dict(held_out_loss=loss)
-    history = train(model, dataset, training, states, resume=resume, evaluate=look, progress=progress)
+    if dry: return dry_run(model, dataset, training, run.practice)
+    if not (out/'run.toml').exists(): write_whole(out/'run.toml', to_toml(run))
+    source = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')} | dict(text_model=run.text_model, freeze_encoder=run.freeze_encoder)
+    history = run_training(model, dataset, training, run.practice, out/'states', resume, held_out_measures(model, held_set, log), progress, log=log,
+                           loader=photo_loader(run, dataset, model.tokenizer), settings=dict(source=source))
+    if not PartialState().is_main_process: return {}
+    return finish_run(model, history, out, run.data.captions, log)
+
+# %% ../nbs/09_app.ipynb #a8efb48a
+def finish_run(model, history, out, captions, log):
+    "Save the model and the history; ValueError where not one photo was read."
     readings = [entry for entry in history if 'broken' in entry]
     losses = [entry['loss'] for entry in readings if entry['loss'] is not None]
-    if not losses: raise ValueError(f"{images}: no photo could be read; the first: {next(iter(readings[0]['broken'].items()))}")
     broken = {file: why for entry in readings for file, why in entry['broken'].items()}
+    if readings and not losses: raise ValueError(f"{captions}: no photo could be read; the first: {next(iter(broken.items()))}")
     model.save_pretrained(out)
     report = dict(loss_start=losses[0], loss_end=losses[-1], broken=broken,
                   captions_per_second=sorted(entry['captions_per_second'] for entry in readings)[len(readings)//2], history=history)
@@ -297,26 +388,10 @@ def train_on_photos(
     log(f"loss {report['loss_start']:.3f} at the start, {report['loss_end']:.3f} at the end; {report['captions_per_second']:.0f} captions a second; {len(broken)} broken photos; model in {out}")
     return report
 
-# %% ../nbs/09_app.ipynb #dba9d62c
 def refuse_run(out):
     "Raise FileExistsError where a folder already holds a model or the states of a run."
     refuse_model(out)
     if saved_states(Path(out)/'states'): raise FileExistsError(f"{out}: holds an unfinished run; add --resume to go on, or choose another folder")
-
-def describe_run(out, config, training, data, resume):
-    "Write run.json, what this run is; at a resume raise ValueError where it would become another one."
-    file, run = Path(out)/'run.json', json.loads(json.dumps(dict(data=data, captioner=asdict(config), training=asdict(training))))
-    if resume and file.exists():
-        then = json.loads(file.read_text(encoding='utf-8'))
-        differ = [f'{part}.{key}' for part in ('data', 'captioner') for key in run[part] if run[part][key] != then[part].get(key)]
-        if differ: raise ValueError(f"{file}: the run was started with another {', '.join(differ)}; resume with the same arguments")
-    else: write_whole(file, json.dumps(run, indent=2))
-
-def held_out_batch(model, records, images, load):
-    "One collated batch of held-out photos, broken ones left out; None where none is left."
-    dataset = CaptionDataset(records, images, load, captions_per_image=1)
-    batch = Collate(model.tokenizer)([dataset[i] for i in range(len(dataset))])
-    return batch if 'labels' in batch else None
 
 # %% ../nbs/09_app.ipynb #c27a8853
 def _result(model, name, ids, score, logprobs):

@@ -62,39 +62,43 @@ def data_check_command(
     if json_file: write_whole(json_file, json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
     raise typer.Exit(1 if report.broken else 0)
 
-# %% ../nbs/10_cli.ipynb #85e42799
+# %% ../nbs/10_cli.ipynb #e2b2caf1
 @app.command('train')
 def train_command(
-    images: Annotated[Path, typer.Option(metavar='DIR', help="Folder of photos.")],
-    captions: Annotated[Path, typer.Option(metavar='FILE', help='JSON {file: [captions]}, or the text files of Flickr8k and Flickr30k.')],
-    out: Annotated[Path, typer.Option(metavar='DIR', help="Gets the model, the training states and the history.")],
-    resume: Annotated[bool, typer.Option('--resume', help="Go on with the run in --out, where it was killed.")] = False,
+    out: Annotated[Path, typer.Option(metavar='DIR', help="Gets the model, the training states, run.toml and the history.")],
+    captions: Annotated[Optional[str], typer.Option(metavar='SOURCE', help="Captions: JSON {file: [captions]}, JSON lines, CSV or TSV, COCO's, Karpathy's, Flickr's files, or a dataset of the datasets library.")] = None,
+    images: Annotated[Optional[str], typer.Option(metavar='DIR', help="Folder of photos.")] = None,
+    config: Annotated[Optional[Path], typer.Option(metavar='TOML', help="Settings, as --dry-run prints them; flags change them.")] = None,
+    changes: Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', help="Change any setting, as practice.ema_decay=0.999; may be given again.")] = None,
+    dry: Annotated[bool, typer.Option('--dry-run', help="Print all settings and what the run would cost, measured from three steps; write nothing.")] = False,
+    resume: Annotated[bool, typer.Option('--resume', help="Go on with the run in --out, where it stopped; the settings are those of its run.toml.")] = False,
     tiny: Annotated[bool, typer.Option('--tiny', help="A captioner of 64-pixel pictures that trains in seconds, to try things out.")] = False,
-    encoder: Annotated[str, typer.Option(metavar='NAME', help="pvt_v2_b0 to pvt_v2_b5, or any timm name.")] = 'pvt_v2_b0',
+    encoder: Annotated[Optional[str], typer.Option(metavar='NAME', help="pvt_v2_b0 to pvt_v2_b5, or any timm name.")] = None,
     encoder_weights: Annotated[Optional[str], typer.Option(metavar='FILE', help="A .safetensors file, or 'pretrained' for the hub's; default: random.")] = None,
     encoder_kwargs: Annotated[Optional[str], typer.Option(metavar='JSON', help='Passed to the encoder, as {"pad_type": "same"}.')] = None,
     stages: Annotated[Optional[str], typer.Option(metavar='N,N', help="Stages of the encoder that the decoder reads, from 0.")] = None,
     image_size: Annotated[Optional[int], typer.Option(min=32, help="Side of the square that photos are resized to.")] = None,
     image_mean: Annotated[Optional[float], typer.Option(help="Subtracted from pixels of 0 to 1; default: ImageNet's three.")] = None,
     image_std: Annotated[Optional[float], typer.Option(help="Divides them after that.")] = None,
-    freeze_encoder: Annotated[bool, typer.Option('--freeze-encoder', help="Train the decoder only.")] = False,
+    freeze_encoder: Annotated[Optional[bool], typer.Option('--freeze-encoder', help="Train the decoder only.")] = None,
     text_model: Annotated[Optional[str], typer.Option(metavar='NAME|DIR', help="A BERT to start the decoder from, as bert-base-uncased; default: a small one from nothing.")] = None,
     prompt: Annotated[Optional[str], typer.Option(help="Begins every caption.")] = None,
     max_length: Annotated[Optional[int], typer.Option(min=4, help="Tokens, prompt included.")] = None,
     label_smoothing: Annotated[Optional[float], typer.Option(min=0, max=0.5)] = None,
-    all_words: Annotated[bool, typer.Option('--all-words', help="Let the model say all 30,522 tokens, not only those of the captions (slower).")] = False,
-    epochs: Annotated[float, typer.Option(min=0, help="Passes over the photos.")] = 5.,
+    all_words: Annotated[Optional[bool], typer.Option('--all-words', help="Let the model say all 30,522 tokens, not only those of the captions (slower).")] = None,
+    epochs: Annotated[Optional[float], typer.Option(min=0, help="Passes over the photos; 5 unless given.")] = None,
     max_steps: Annotated[Optional[int], typer.Option(min=1, help="Training steps, instead of --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Photos a step; each brings its captions.")] = 32,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Photos a step; each brings its captions.")] = None,
     captions_per_image: Annotated[Optional[int], typer.Option(min=1, help="Captions a photo and step; default: as many as the photos have, at most 5.")] = None,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches added up before a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="The highest; it warms up and decays.")] = 3e-4,
-    mixed_precision: Annotated[str, typer.Option(metavar='no|bf16|fp16')] = 'no',
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read photos ahead.")] = 1,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between training states.")] = 100,
-    seed: Annotated[int, typer.Option()] = 0,
+    accumulate: Annotated[Optional[int], typer.Option(min=1, help="Batches added up before a step.")] = None,
+    learning_rate: Annotated[Optional[float], typer.Option(help="The highest; it warms up and decays.")] = None,
+    mixed_precision: Annotated[Optional[str], typer.Option(metavar='no|bf16|fp16')] = None,
+    workers: Annotated[Optional[int], typer.Option(min=0, help="Processes that read photos ahead.")] = None,
+    save_every: Annotated[Optional[int], typer.Option(min=1, help="Steps between training states and between measurements.")] = None,
+    seed: Annotated[Optional[int], typer.Option()] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many photos only.")] = None,
-    strict: Annotated[bool, typer.Option('--strict', help="Stop at the first broken photo instead of skipping it.")] = False,
+    strict: Annotated[Optional[bool], typer.Option('--strict', help="Stop at the first broken photo instead of skipping it.")] = None,
+    cache: Annotated[Optional[str], typer.Option(metavar='DIR', help="Keep decoded photos here: each is decoded once, for all epochs and runs.")] = None,
 ):
     """Train a captioner on a folder of photos with captions.
 
@@ -102,19 +106,25 @@ def train_command(
 
       pvtblip train --images photos --captions captions.json --out model --tiny --max-steps 100
 
-    Killed? The same command with --resume goes on as if nothing had happened. For good captions of real photos start
-    from pretrained parts: --encoder pvt_v2_b2 --encoder-weights pretrained --text-model bert-base-uncased.
+    Stopped or killed? The same command with --resume goes on as if nothing had happened. For good captions of real photos
+    start from pretrained parts: --encoder pvt_v2_b2 --encoder-weights pretrained --text-model bert-base-uncased.
+    Several GPUs: accelerate launch -m pvtblip train, with the same flags.
     """
-    from pvtblip.app import captioner_config, train_on_photos
-    from pvtblip.training import TrainingConfig
-    config = captioner_config(tiny, encoder, True if encoder_weights == 'pretrained' else encoder_weights, text_model,
-        encoder_backbone_kwargs=_json_option('--encoder-kwargs', encoder_kwargs), encoder_stages=_numbers('--stages', stages),
-        encoder_image_size=image_size, encoder_mean=image_mean and [image_mean]*3, encoder_std=image_std and [image_std]*3,
-        prompt=prompt, max_length=max_length, label_smoothing=label_smoothing)
-    training = TrainingConfig(max_steps=max_steps or 1, batch_size=batch_size, gradient_accumulation_steps=accumulate, learning_rate=learning_rate,
-        mixed_precision=mixed_precision, seed=seed, dataloader_num_workers=workers, save_steps=save_every, eval_steps=save_every)
-    train_on_photos(images, captions, out, config, training, None if max_steps else epochs, text_model, resume, limit, captions_per_image,
-                    all_words, freeze_encoder, strict, log=_say)
+    from pvtblip.app import PhotoRun, captioner_config, train_on_photos
+    from pvtblip.practice import change_config, read_config, to_toml
+    if resume and config is None and (out/'run.toml').is_file(): config = out/'run.toml'
+    run = read_config(PhotoRun, config) if config else PhotoRun(captioner=captioner_config(tiny, text_model=text_model))
+    given = {'data.captions': captions, 'data.images': images, 'data.limit': limit, 'data.captions_per_image': captions_per_image, 'data.strict': strict, 'data.cache': cache,
+        'text_model': text_model, 'freeze_encoder': freeze_encoder, 'all_words': all_words, 'epochs': 0. if max_steps else epochs,
+        'captioner.encoder.name': encoder, 'captioner.encoder.weights': True if encoder_weights == 'pretrained' else encoder_weights,
+        'captioner.encoder.backbone_kwargs': _json_option('--encoder-kwargs', encoder_kwargs), 'captioner.encoder.stages': _numbers('--stages', stages),
+        'captioner.encoder.image_size': image_size, 'captioner.encoder.mean': image_mean and [image_mean]*3, 'captioner.encoder.std': image_std and [image_std]*3,
+        'captioner.prompt': prompt, 'captioner.max_length': max_length, 'captioner.label_smoothing': label_smoothing,
+        'training.max_steps': max_steps, 'training.batch_size': batch_size, 'training.gradient_accumulation_steps': accumulate, 'training.learning_rate': learning_rate,
+        'training.mixed_precision': mixed_precision, 'training.seed': seed, 'training.dataloader_num_workers': workers, 'training.save_steps': save_every, 'training.eval_steps': save_every}
+    run = change_config(run, {name: value for name, value in given.items() if value is not None} | _settings(changes or ()))
+    figures = train_on_photos(run, out, resume, dry, log=_say)
+    if dry: print(to_toml(run) + ''.join(f'\n# {name}: {value:,.4g}' for name, value in figures.items()))
 
 # %% ../nbs/10_cli.ipynb #8139319d
 @app.command('caption')
@@ -183,7 +193,7 @@ def evaluate_command(
     evaluate_photos(model, images, captions, json_file, results, sheet, training, clip, split, num_beams, max_length, min_length,
                     batch_size, limit, go_on, log=_say)
 
-# %% ../nbs/10_cli.ipynb #ccc70293
+# %% ../nbs/10_cli.ipynb #08e0ffae
 def _say(line):
     "A line on stderr, above a progress bar where there is one."
     from tqdm import tqdm
@@ -195,6 +205,17 @@ def _json_option(name, text):
     if text is None: return None
     try: return json.loads(text)
     except json.JSONDecodeError as error: raise ValueError(f"{name}: not JSON ({error})") from error
+
+def _settings(changes):
+    "{name: value} of NAME=VALUE; a value is a TOML one, or text."
+    import tomllib
+    found = {}
+    for change in changes:
+        name, equals, text = change.partition('=')
+        if not equals: raise ValueError(f"--set {change}: write NAME=VALUE, as practice.ema_decay=0.999")
+        try: found[name.strip()] = tomllib.loads(f'value = {text}')['value']
+        except tomllib.TOMLDecodeError: found[name.strip()] = text
+    return found
 
 def _numbers(name, text):
     if text is None: return None

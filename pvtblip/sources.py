@@ -168,7 +168,7 @@ def _opened_sample(sample: dict) -> tuple[str, bytes, list[str]]:
     if suffix is None: raise ValueError(f"{name}: no photo; a sample needs one of .{', .'.join(_PHOTO_SUFFIXES)}")
     return f"{name}.{suffix}", sample[suffix], _sample_captions(sample, name)
 
-# %% ../nbs/11_sources.ipynb #ddd7f806
+# %% ../nbs/11_sources.ipynb #de30bccc
 def _shard_size(shard: str) -> int:
     "How many samples a shard has: from the headers of a local archive, by reading it otherwise"
     from webdataset.tariterators import group_by_keys
@@ -258,7 +258,7 @@ class ShardDataset(IterableDataset):
             file, content, captions = _opened_sample(sample)
             pixel_values = self.load(open_photo(file, content))
         except (ValueError, OSError) as error:
-            if self.strict: raise
+            if self.strict: raise ValueError(f"{file}: {error}") from error
             return BrokenImage(file, str(error))
         return dict(pixel_values=pixel_values, captions=draw_captions(captions, self.captions_per_image, f"captions {self.seed} {number} {file}"), file=file)
 

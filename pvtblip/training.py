@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'learning_rate_factor', 'parameter_groups', 'whole_tensor', 'split_like', 'training_step', 'Meter',
            'seed_step', 'save_state', 'saved_states', 'check_state', 'newest_state', 'read_facts', 'read_tensors',
-           'load_state', 'Run', 'Callback', 'StopAtNonFiniteLoss', 'make_accelerator', 'train', 'plot_history']
+           'load_state', 'Run', 'Callback', 'StopAtNonFiniteLoss', 'make_accelerator', 'outlive_signals', 'train',
+           'plot_history']
 
 # %% ../nbs/03_training.ipynb #0299b165
 import hashlib, json, math, os, platform, random, re, shutil, signal, tempfile, time, warnings
@@ -385,7 +386,7 @@ class StopAtNonFiniteLoss(Callback):
         raise FloatingPointError(f"the loss or a gradient is no number any more (loss {loss}) at step {step}; {where}; "
                                  "look at them, lower learning_rate or set mixed_precision='no', then resume from the last state")
 
-# %% ../nbs/03_training.ipynb #0d6283a8
+# %% ../nbs/03_training.ipynb #38954c98
 def _run_settings(config, model, dataset, num_processes, callbacks, more):
     "What makes a run this run, flat and as JSON gives it back; how often to log or save is free."
     free = {'logging_steps', 'eval_steps', 'save_steps', 'save_total_limit', 'dataloader_num_workers'}
@@ -429,7 +430,7 @@ def make_accelerator(
         "mixed_precision='fp16' needs a GPU and there is only a CPU; choose 'bf16' or 'no'")
     return accelerator
 
-def _outlive_signals(worker):
+def outlive_signals(worker):
     "A process that reads photos lets the run finish its step: the terminal's Ctrl-C and a scheduler's SIGTERM reach it too."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, 'alarm'): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))   # half a minute's grace
@@ -439,7 +440,7 @@ def _loader(dataset, tokenizer, config, step, num_processes):
     per_step = config.gradient_accumulation_steps * num_processes
     sampler = SeededBatchSampler(len(dataset), config.batch_size, config.seed, start_batch=step*per_step,
                                  num_batches=(config.max_steps-step)*per_step)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(tokenizer), num_workers=config.dataloader_num_workers, worker_init_fn=_outlive_signals,
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(tokenizer), num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(config.seed))
 
 def _agree(run):
@@ -461,7 +462,7 @@ def _set_learning_rate(run):
     for group in run.optimizer.param_groups: group['lr'] = rate * group['lr_scale']
     return rate
 
-# %% ../nbs/03_training.ipynb #3a7dd6df
+# %% ../nbs/03_training.ipynb #c193a633
 def train(
     model,          # a Captioner, changed in place
     dataset,        # items dict(pixel_values, captions, file) or BrokenImage, each a function of its address (epoch, index)
@@ -474,6 +475,7 @@ def train(
     accelerator=None, # None: `make_accelerator(config)`
     settings=None,  # {part: dict} of what else must be the same at a resume
     log=warnings.warn, # told of damaged states and the like, a line each
+    loader=None,    # function (steps done, accelerator) -> batches on the device, from there on; None: as `_loader` orders them
 ) -> list[dict]: # history: readings of `Meter` and what `evaluate` returned, each with its step
     "Train a captioner. Killed and resumed, it goes on with the same batches, rates and random numbers; ValueError for another run's state."
     config, folder = config or TrainingConfig(), folder and Path(folder)
@@ -494,7 +496,8 @@ def train(
     def tell(event, *what):
         for callback in callbacks: getattr(callback, event)(run, *what)
     due = lambda every: every and (run.step % every == 0 or run.step == config.max_steps)
-    batches = iter(accelerator.prepare(_loader(dataset, model.tokenizer, config, run.step, accelerator.num_processes)))
+    loader = loader or (lambda step, accelerator: accelerator.prepare(_loader(dataset, model.tokenizer, config, step, accelerator.num_processes)))
+    batches = iter(loader(run.step, accelerator))
     tell('on_train_begin')
     with tqdm(total=config.max_steps, initial=run.step, disable=not (progress and accelerator.is_main_process), desc='training', unit='step') as bar:
         while run.step < config.max_steps and not run.should_stop:

@@ -1,5 +1,5 @@
 "The command line as a user meets it: what it prints, what it refuses, what it leaves behind."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -323,3 +323,45 @@ def test_data_check(capsys, answers, tmp_path):
     code, out, _ = pvtblip(capsys, *check)
     assert code == 1 and sorted(json.loads((tmp_path/'report.json').read_text())['broken']) == ['3.png', '5.png']
     refused(capsys, 'data', 'check', '--captions', tmp_path/'images/0.png', says=['0.png', 'UTF-8'])
+
+
+# the settings of a run -------------------------------------------------------------------------------------------------------------
+
+def test_settings_from_a_file_flags_and_set(capsys, data, tmp_path):
+    code, out, err = pvtblip(capsys, *train(data, tmp_path/'out', '--max-steps', 2, '--dry-run', '--set', 'practice.ema_decay=0.9'))
+    assert code == 0 and not (tmp_path/'out').exists() and '2 steps of 4 photos' in err
+    assert 'ema_decay = 0.9' in out and '# seconds_per_step: ' in out and '# trained_parameters: ' in out
+    (tmp_path/'run.toml').write_text(out)                                                 # what it prints is a settings file
+    code, again, _ = pvtblip(capsys, 'train', '--config', tmp_path/'run.toml', '--out', tmp_path/'out', '--dry-run', '--learning-rate', 0.01)
+    settings = lambda text: [line.split('  #')[0] for line in text.splitlines() if line[:1] != '#']
+    assert code == 0 and [pair for pair in zip(settings(out), settings(again)) if pair[0] != pair[1]] == [('learning_rate = 0.0003', 'learning_rate = 0.01')]
+    (tmp_path/'typo.toml').write_text('[training]\nbatchsize = 4\n')
+    refused(capsys, 'train', '--config', tmp_path/'typo.toml', '--out', tmp_path/'out', says=['typo.toml', 'training.batchsize', 'training.batch_size'])
+    refused(capsys, *train(data, tmp_path/'out', '--set', 'training.lr=1'), says=['training.lr'])
+    refused(capsys, *train(data, tmp_path/'out', '--set', 'training.seed=many'), says=['training.seed', 'many', 'int'])
+
+
+def test_a_signal_ends_a_run_cleanly_and_its_folder_is_all_that_a_resume_needs(capsys, data, tmp_path):
+    arguments = ['--max-steps', 120, '--save-every', 120, '--set', 'practice.ema_decay=0.9', '--set', 'data.augmentation.flip=0.5', '--cache', tmp_path/'cache']
+    assert pvtblip(capsys, *train(data, tmp_path/'whole', *arguments))[0] == 0
+    stopped = tmp_path/'stopped'
+    process = subprocess.Popen([sys.executable, '-m', 'pvtblip', *train(data, stopped, *arguments)], stderr=subprocess.PIPE, text=True)
+    err = ''
+    while not re.search(r'\| [1-9]\d*/120 ', err) and (letter := process.stderr.read(1)): err += letter
+    process.send_signal(signal.SIGTERM)
+    err += process.stderr.read()
+    assert process.wait() == 128 + signal.SIGTERM and 'stopped by SIGTERM after step' in err and not (stopped/'model.safetensors').exists(), err
+    code, _, err = pvtblip(capsys, 'train', '--out', stopped, '--resume')
+    assert code == 0, err
+    whole, resumed = (load_file(folder/'model.safetensors') for folder in (tmp_path/'whole', stopped))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_splits_of_the_file_are_used(capsys, data, tmp_path):
+    captions = json.loads((data/'captions.json').read_text())
+    rows = [dict(file=file, caption=own, split='val' if i < 4 else 'test' if i < 8 else 'train') for i, (file, own) in enumerate(captions.items())]
+    (tmp_path/'captions.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    code, _, err = pvtblip(capsys, 'train', '--images', data/'images', '--captions', tmp_path/'captions.jsonl', '--out', tmp_path/'out', *TINY, '--max-steps', 2)
+    assert code == 0 and '16 photos with 5 captions each, 4 held out' in err, err
+    report = json.loads((tmp_path/'out/history.json').read_text())
+    assert {'validation_loss', 'shuffled_image_gap', 'unique_caption_share', 'CIDEr'} <= report['history'][-1].keys()

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from pvtblip.data import BrokenImage, Collate
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
-from pvtblip.practice import (HeldOutLoss, KeepBest, LoraSettings, PracticeConfig, RunConfig, StopOnSignal, UniqueCaptions, WeightAverage, add_lora,
+from pvtblip.practice import (HeldOutLoss, KeepBest, LoraSettings, PracticeConfig, RunConfig, StopOnSignal, HeldOutCaptions, WeightAverage, add_lora,
                               change_config, checkpoint_gradients, dry_run, from_plain, load_best, measures, merge_lora, read_config, run_training,
                               to_toml, write_config)
 from pvtblip.pvt_encoder import EncoderConfig
@@ -193,7 +193,7 @@ def test_held_out_loss_is_that_of_one_big_batch():
     with pytest.raises(ValueError, match="at least two"): HeldOutLoss(make_data(1), model.tokenizer)
     broken = [BrokenImage("a.jpg", "empty")] * 3
     with pytest.raises(ValueError, match="no held-out photo could be read"): HeldOutLoss(broken, model.tokenizer)(model)
-    with pytest.raises(ValueError, match="no held-out photo could be read"): UniqueCaptions(broken, model.tokenizer, None)(model)
+    with pytest.raises(ValueError, match="no held-out photo could be read"): HeldOutCaptions(broken, model.tokenizer, None)(model)
 
 
 def test_a_run_that_ended_early_stays_ended(tmp_path):
