@@ -5,24 +5,25 @@
 # %% auto #0
 __all__ = ['load_model', 'best_device', 'whole_file', 'write_whole', 'save_figure', 'words_of', 'plot_attention', 'demo_config',
            'fast_precision', 'caption_scenes', 'score_scenes', 'refuse_model', 'save_demo_pictures', 'EasyFirst',
-           'demo', 'captioner_config', 'DataConfig', 'PhotoRun', 'open_photos', 'photo_sets', 'photo_loader',
-           'held_out_measures', 'train_on_photos', 'finish_run', 'refuse_run', 'caption_batches', 'caption_files',
-           'score_table', 'comparison_table', 'score_files', 'evaluate_photos']
+           'demo', 'captioner_config', 'DataConfig', 'PhotoRun', 'divide_photos', 'photo_sets', 'photo_loader',
+           'ShardSet', 'held_out_measures', 'photo_material', 'shard_material', 'train_on_photos', 'finish_run',
+           'refuse_run', 'caption_batches', 'caption_files', 'score_table', 'comparison_table', 'score_files',
+           'evaluate_photos']
 
-# %% ../nbs/09_app.ipynb #3ecd8181
-import json, os, time
+# %% ../nbs/09_app.ipynb #51544b45
+import itertools, json, os, random, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from accelerate.state import PartialState
+from accelerate.utils import send_to_device
 from fastcore.basics import store_attr
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data import CaptionDataset, Collate, read_captions, split_by_name, take_split
+from .data import BrokenImage, CaptionDataset, Collate, read_captions, split_by_name, take_split
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights
 from .evaluation import (METRICS, cider_score, clip_score, coco_code, has_coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
                                 plot_best_and_worst, read_hypotheses, read_references, shuffled_gap)
@@ -31,9 +32,9 @@ from .loading import AugmentationConfig, AugmentedDataset, LengthBatchSampler, P
 from .practice import HeldOutCaptions, HeldOutLoss, PracticeConfig, change_config, dry_run, measures, run_training, to_toml
 from .pvt_encoder import EncoderConfig, image_transform, load_image
 from .shapes import ShapesDataset, make_scene, score_captions
-from .sources import open_source
+from .sources import ShardDataset, Source, open_source
 from .tokenizer import CaptionTokenizer
-from .training import TrainingConfig, outlive_signals, plot_history, saved_states, train
+from .training import TrainingConfig, outlive_signals, plot_history, processes, saved_states, train
 
 # %% ../nbs/09_app.ipynb #c3d6181c
 def load_model(
@@ -269,13 +270,12 @@ class PhotoRun:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(save_steps=100, eval_steps=100, dataloader_num_workers=1)) # how
     practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
 
-# %% ../nbs/09_app.ipynb #c039e5b2
-def open_photos(
+# %% ../nbs/09_app.ipynb #ac2c6778
+def divide_photos(
+    source:Source, # of `open_source`, no shards
     data:DataConfig,
 ): # (training records, held-out records, photos: a folder or {file: content})
-    "Read the captions and divide the photos; ValueError or FileNotFoundError before work starts."
-    source = open_source(data.captions, data.images)
-    if source.shards: raise ValueError(f"{data.captions}: shards have no list of photos to divide; train on them with `pvtblip.sources.ShardDataset` (11_sources shows how)")
+    "Which photos are trained on and which are held out; ValueError before work starts."
     if source.images is None: raise ValueError(f"{data.captions}: give the folder of the photos, too")
     known = {record.split for record in source.records} - {None}
     train, held = data.split or '+'.join(sorted(known & {'train', 'restval'})), data.validation_split or next(iter(sorted(known & {'val', 'validation', 'dev'})), None)
@@ -317,14 +317,49 @@ def photo_loader(
                                               prefetch_factor=4 if config.dataloader_num_workers else None))
     return loader
 
-# %% ../nbs/09_app.ipynb #7ca6114b
+# %% ../nbs/09_app.ipynb #906d0fad
+class ShardSet:
+    "Shards as a training set: as many as there are, read one after the other; the last is held out."
+    def __init__(self,
+        run:PhotoRun,
+        shards, # of `open_source`
+    ):
+        "ValueError for a single shard, and for epochs."
+        if len(shards) < 2: raise ValueError(f"{run.data.captions}: one shard cannot be divided; give two or more, the last is held out")
+        if run.epochs or run.data.limit or run.data.cache: raise ValueError(f"{run.data.captions}: shards have no known number of photos; give training.max_steps (--max-steps), and neither epochs, limit nor cache")
+        self.shards, self.run, self.captions_per_image = shards[:-1], run, run.data.captions_per_image or 5
+        self.load, encoder = pixel_loader(run.captioner.encoder, run.data.augmentation), run.captioner.encoder
+        self.vary, plain = AugmentedDataset(self, encoder, run.data.augmentation), AugmentedDataset(self, encoder)
+        held = ShardDataset(shards[-1:], self.load, 32, captions_per_image=5, passes=1, process_index=0, num_processes=1)
+        items = [item for batch in itertools.islice(held, 8) for item in batch if not isinstance(item, BrokenImage)]
+        self.held = [item | dict(pixel_values=plain.normalise(plain.resize(item['pixel_values']))) for item in items]
+
+    def __len__(self): return len(self.shards)
+
+    def loader(self, step, accelerator):
+        "Batches on the device, from the place that `step` optimizer steps have reached."
+        config, together = self.run.training, self.run.training.gradient_accumulation_steps
+        data = ShardDataset(self.shards, self.load, config.batch_size, config.dataloader_num_workers, self.captions_per_image, config.seed, step*together,
+                            (config.max_steps-step)*together, process_index=accelerator.process_index, num_processes=accelerator.num_processes, strict=self.run.data.strict)
+        collate = Collate(CaptionTokenizer(self.run.text_model, prompt=self.run.captioner.prompt, max_length=self.run.captioner.max_length))
+        batches = DataLoader(data, batch_size=None, num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals)
+        for number, items in enumerate(batches, step*together): yield send_to_device(collate([self._varied(item, number, i) for i, item in enumerate(items)]), accelerator.device)
+
+    def _varied(self, item, number, i):
+        if isinstance(item, BrokenImage): return item
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random.Random(f"augment {self.run.training.seed} {number} {i}").getrandbits(63))
+            pixels, captions = self.vary.vary(item['pixel_values'], item['captions'])
+        return item | dict(pixel_values=self.vary.normalise(pixels.contiguous()), captions=captions)
+
+# %% ../nbs/09_app.ipynb #eda6c08e
 def held_out_measures(
     model:Captioner,
-    held_set,   # of `photo_sets`
+    held_set,   # of `photo_sets`, or a list of items
     log=print,  # gets what it says of the first photo
 ): # function (model, step) -> dict, as `train` takes it
     "validation_loss, shuffled_image_gap, unique_caption_share and CIDEr (greedy captions of the first 256 held-out photos)."
-    references = {record.file: list(record.captions) for record in held_set.records}
+    references = {item['file']: item['captions'] for item in held_set} if isinstance(held_set, list) else {record.file: list(record.captions) for record in held_set.records}
     scores = has_coco_code()
     if not scores: log("CIDEr is not measured on the way; pip install 'pvtblip[eval]' brings it")
     def speak(model, pixel_values): return model.tokenizer.decode_batch(generate(model, pixel_values).sequences[:, 0])
@@ -339,7 +374,24 @@ def held_out_measures(
         return found
     return evaluate
 
-# %% ../nbs/09_app.ipynb #fbed7a0e
+# %% ../nbs/09_app.ipynb #78c14c46
+def photo_material(run, source, tokenizer, progress):
+    "The run with its steps counted and its words known, the training set, the held-out set and the loader."
+    records, held, photos = divide_photos(source, run.data)
+    training = replace(run.training, batch_size=min(run.training.batch_size, len(records)))
+    per_step = training.batch_size*training.gradient_accumulation_steps*processes().num_processes
+    if run.epochs: training = replace(training, max_steps=max(1, round(run.epochs * len(records) / per_step)))
+    words = None if run.all_words else words_of([c for record in [*records, *held] for c in record.captions], tokenizer)
+    run = replace(run, training=training, captioner=replace(run.captioner, output_vocabulary=words or run.captioner.output_vocabulary))
+    dataset, held_set = photo_sets(run, records, held, photos, progress)
+    return run, dataset, held_set, photo_loader(run, dataset, tokenizer)
+
+def shard_material(run, source, tokenizer, progress):
+    "The same of shards, whose words nobody knows beforehand."
+    dataset = ShardSet(run, source.shards)
+    return run, dataset, dataset.held, dataset.loader
+
+# %% ../nbs/09_app.ipynb #bc735b30
 def train_on_photos(
     run:PhotoRun,
     out,            # folder for the model, the states and the history
@@ -349,29 +401,25 @@ def train_on_photos(
     progress=True,  # show a bar
 ) -> dict: # loss at start and end, captions a second, broken photos; of a dry run what `dry_run` measured
     "Train a captioner on photos; raises before work starts where the input is bad, resumes where it was killed."
-    out = Path(out)
+    out, asked = Path(out), run
     if not resume and not dry: refuse_run(out)
-    records, held, photos = open_photos(run.data)
-    training = replace(run.training, batch_size=min(run.training.batch_size, len(records)))
-    per_step = training.batch_size*training.gradient_accumulation_steps*PartialState().num_processes
-    if run.epochs: training = replace(training, max_steps=max(1, round(run.epochs * len(records) / per_step)))
-    run = replace(run, training=training)
+    source, main = open_source(run.data.captions, run.data.images), processes().is_main_process
     tokenizer = CaptionTokenizer(run.text_model, prompt=run.captioner.prompt, max_length=run.captioner.max_length)
-    config = run.captioner if run.all_words else replace(run.captioner, output_vocabulary=words_of([c for r in [*records, *held] for c in r.captions], tokenizer))
-    dataset, held_set = photo_sets(run, records, held, photos, progress)
+    run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(run, source, tokenizer, progress and main)
+    training, output_ids = run.training, run.captioner.output_vocabulary
     torch.manual_seed(training.seed)
-    model = Captioner(config, run.text_model)
+    model = Captioner(run.captioner, run.text_model)
     if run.text_model: load_bert_weights(model.decoder, run.text_model)
     if run.freeze_encoder: model.encoder.backbone.requires_grad_(False)
-    log(f"{len(records)} photos with {dataset.captions_per_image} captions each, {len(held)} held out; {training.max_steps} steps of {training.batch_size} photos; "
-        f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} weights trained, {len(model.output_ids) if model.output_ids is not None else tokenizer.vocab_size} words")
+    if main: log(f"{len(dataset)} {'shards' if source.shards else 'photos'} with {dataset.captions_per_image} captions each, {len(held_set)} held out; "
+                 f"{training.max_steps} steps of {training.batch_size} photos; {sum(p.numel() for p in model.parameters() if p.requires_grad):,} weights trained, "
+                 f"{len(output_ids) if output_ids else tokenizer.vocab_size} words")
+    if dry and source.shards: raise ValueError(f"{run.data.captions}: a dry run needs a known number of photos; try a short run on shards instead")
     if dry: return dry_run(model, dataset, training, run.practice)
-    if not (out/'run.toml').exists(): write_whole(out/'run.toml', to_toml(run))
-    source = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')} | dict(text_model=run.text_model, freeze_encoder=run.freeze_encoder)
-    history = run_training(model, dataset, training, run.practice, out/'states', resume, held_out_measures(model, held_set, log), progress, log=log,
-                           loader=photo_loader(run, dataset, model.tokenizer), settings=dict(source=source))
-    if not PartialState().is_main_process: return {}
-    return finish_run(model, history, out, run.data.captions, log)
+    if main and not (out/'run.toml').exists(): write_whole(out/'run.toml', to_toml(asked))
+    what = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')} | dict(text_model=run.text_model, freeze_encoder=run.freeze_encoder)
+    history = run_training(model, dataset, training, run.practice, out/'states', resume, held_out_measures(model, held_set, log if main else lambda line: None), progress, log=log, loader=loader, settings=dict(source=what))
+    return finish_run(model, history, out, run.data.captions, log) if main else {}
 
 # %% ../nbs/09_app.ipynb #a8efb48a
 def finish_run(model, history, out, captions, log):

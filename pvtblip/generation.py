@@ -6,7 +6,7 @@
 __all__ = ['GenerationConfig', 'keep_top_k', 'keep_top_p', 'repeated_ngrams', 'FastLinear', 'for_inference', 'NextToken',
            'GenerationOutput', 'generate', 'process_image', 'generate_caption', 'cross_attention', 'attention_map']
 
-# %% ../nbs/04_generation.ipynb #8a8c087a
+# %% ../nbs/04_generation.ipynb #1a97ddb5
 import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from .decoder import Captioner
-from .pvt_encoder import image_transform, load_image
+from .pvt_encoder import image_transform
 
 # %% ../nbs/04_generation.ipynb #a6ba7379
 @dataclass
@@ -296,7 +296,7 @@ def generate(
     longest = int((~logprobs.isnan()).sum(-1).max())
     return GenerationOutput(sequences[..., :prompt.shape[1]+longest], scores, logprobs[..., :longest].nan_to_num(0.))
 
-# %% ../nbs/04_generation.ipynb #40426f49
+# %% ../nbs/04_generation.ipynb #331963fe
 def process_image(
     images,          # a path, a PIL image or a (3, H, W) tensor ready for the encoder; a list of them; or a (B, 3, H, W) tensor
     model:Captioner, # knows its size and normalisation
@@ -305,7 +305,7 @@ def process_image(
     transform = image_transform(model.config.encoder)
     images = [images] if _is_one(images) else list(images)
     if not images: raise ValueError("no images: give a path, a PIL image, a tensor, or a list with at least one")
-    tensors = [image if torch.is_tensor(image) else transform(load_image(image)) for image in images]
+    tensors = [image if torch.is_tensor(image) else transform(image) for image in images]
     sizes = {tuple(tensor.shape) for tensor in tensors}
     if len(sizes) > 1: raise ValueError(f"the images are tensors of different shapes {sorted(sizes)}; give them one size, or as PIL images")
     return torch.stack(tensors).to(next(model.parameters()).device)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'learning_rate_factor', 'parameter_groups', 'whole_tensor', 'split_like', 'training_step', 'Meter',
            'seed_step', 'save_state', 'saved_states', 'check_state', 'newest_state', 'read_facts', 'read_tensors',
-           'load_state', 'Run', 'Callback', 'StopAtNonFiniteLoss', 'make_accelerator', 'outlive_signals', 'train',
-           'plot_history']
+           'load_state', 'Run', 'Callback', 'StopAtNonFiniteLoss', 'processes', 'make_accelerator', 'outlive_signals',
+           'train', 'plot_history']
 
-# %% ../nbs/03_training.ipynb #0299b165
+# %% ../nbs/03_training.ipynb #ad8e1b4e
 import hashlib, json, math, os, platform, random, re, shutil, signal, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import TorchDynamoPlugin, broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -386,7 +386,7 @@ class StopAtNonFiniteLoss(Callback):
         raise FloatingPointError(f"the loss or a gradient is no number any more (loss {loss}) at step {step}; {where}; "
                                  "look at them, lower learning_rate or set mixed_precision='no', then resume from the last state")
 
-# %% ../nbs/03_training.ipynb #38954c98
+# %% ../nbs/03_training.ipynb #9eb62401
 def _run_settings(config, model, dataset, num_processes, callbacks, more):
     "What makes a run this run, flat and as JSON gives it back; how often to log or save is free."
     free = {'logging_steps', 'eval_steps', 'save_steps', 'save_total_limit', 'dataloader_num_workers'}
@@ -418,11 +418,16 @@ def _state_to_resume(folder, resume, accelerator, log):
     if states and not resume: raise ValueError(f"{folder} holds {states[-1].name} of an earlier run; resume it, or choose another folder")
     return broadcast_object_list([newest_state(folder, log) if states and accelerator.is_main_process else None])[0]
 
+def processes() -> PartialState:
+    "The processes of this run and which of them this is; without a GPU they talk through gloo, of which Accelerate has to be told."
+    return PartialState(cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available())
+
 def make_accelerator(
     config:TrainingConfig,
     **options, # of `Accelerator`, such as log_with
 ) -> Accelerator:
     "An Accelerator in the precision that the config asks for; ValueError where the device cannot do it."
+    processes()
     AcceleratorState._reset_state()   # else a process could never train in a second precision; transformers' Trainer does the same
     if config.torch_compile: options['dynamo_plugin'] = TorchDynamoPlugin(backend='inductor', dynamic=True) # captions differ in length
     accelerator = Accelerator(mixed_precision=config.mixed_precision, **options)

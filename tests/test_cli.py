@@ -365,3 +365,24 @@ def test_splits_of_the_file_are_used(capsys, data, tmp_path):
     assert code == 0 and '16 photos with 5 captions each, 4 held out' in err, err
     report = json.loads((tmp_path/'out/history.json').read_text())
     assert {'validation_loss', 'shuffled_image_gap', 'unique_caption_share', 'CIDEr'} <= report['history'][-1].keys()
+
+
+def test_shards_train_and_several_processes_share_the_work(capsys, data, tmp_path):
+    import tarfile
+    captions = json.loads((data/'captions.json').read_text())
+    for shard in range(3):
+        with tarfile.open(tmp_path/f'photos-{shard}.tar', 'w') as archive:
+            for file, own in list(captions.items())[8*shard:8*shard+8]:
+                (tmp_path/'caption.txt').write_text('\n'.join(own))
+                archive.add(data/'images'/file, file)
+                archive.add(tmp_path/'caption.txt', Path(file).stem + '.txt')
+    shards = ['train', '--captions', tmp_path/'photos-{0..2}.tar', *TINY, '--max-steps', 4, '--save-every', 2]
+    code, _, err = pvtblip(capsys, *shards, '--out', tmp_path/'out', '--set', 'data.augmentation.flip=0.5')
+    assert code == 0 and '2 shards with 5 captions each, 8 held out; 4 steps of 4 photos' in err, err
+    assert pvtblip(capsys, 'caption', data/'images/0.png', '--model', tmp_path/'out')[0] == 0
+    refused(capsys, *shards[:-4], '--out', tmp_path/'epochs', says=['--max-steps'])
+    for name, arguments in (('photos', train(data, tmp_path/'photos', '--max-steps', 4)), ('shards', [*shards, '--out', tmp_path/'shards'])):
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'pvtblip', *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1'})
+        assert done.returncode == 0, '\n'.join(line for line in done.stderr.splitlines() if 'rror' in line)
+        assert done.stderr.count('captions a second; 0 broken photos; model in') == 1 and (tmp_path/name/'model.safetensors').exists()
