@@ -48,16 +48,16 @@ def _java(
         f"Java answered {len(answers)} of {len(lines)} lines (exit code {done.returncode}): {done.stderr.strip()[-300:]}")
     return answers
 
-# %% ../nbs/07_evaluation.ipynb #b464c186
+# %% ../nbs/07_evaluation.ipynb #2ac37d6d
 def ptb_tokenize(
     captions, # strings
 ) -> list[str]: # lower case, words parted by one space, punctuation removed; as many as there are captions
-    "Tokenise as the COCO server does (Stanford's PTBTokenizer 3.4.1), white space collapsed first; RuntimeError where a caption would shift the others."
+    "Tokenise as the COCO server does (Stanford's PTBTokenizer 3.4.1), white space collapsed first; ChildProcessError where a caption would shift the others."
     folder = coco_code()[1]/'tokenizer'
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
-    lines = [collapse_whitespace(caption) for caption in captions] + ['the end of the captions']
+    lines = [collapse_whitespace(caption) for caption in captions] + ['the end of the captions']   # must come out last, or something was shifted
     answers = _java(folder, lines, ['-cp', STANFORD_CORENLP_3_4_1_JAR, 'edu.stanford.nlp.process.PTBTokenizer', '-preserveLines', '-lowerCase', '-encoding', 'UTF-8'])
-    if answers[-1] != lines[-1]: raise RuntimeError("the tokeniser broke a caption in two, so the others would be paired wrongly; remove odd characters from the captions")
+    if answers[-1] != lines[-1]: raise ChildProcessError("the tokeniser broke a caption in two, so the others would be paired wrongly; remove odd characters from the captions")
     return [' '.join(word for word in answer.split(' ') if word and word not in PUNCTUATIONS) for answer in answers[:-1]]
 
 # %% ../nbs/07_evaluation.ipynb #8fe95e04
