@@ -285,14 +285,14 @@ def test_score_refuses(capsys, answers, tmp_path):
     refused(capsys, 'score', answers/'captions.json', tmp_path/'none.json', says=['none.json', 'no such file'])
 
 
-def test_evaluate(capsys, answers, model, tmp_path):
+def test_evaluate(capsys, answers, model, clip, tmp_path):
     arguments = ['evaluate', '--model', model, '--images', answers/'images', '--json', tmp_path/'scores.json', '--batch-size', 10]
-    code, out, err = pvtblip(capsys, *arguments, '--captions', answers/'coco.json', '--sheet', tmp_path/'sheet.png')
+    code, out, err = pvtblip(capsys, *arguments, '--captions', answers/'coco.json', '--sheet', tmp_path/'sheet.png', '--clip', clip)
     assert code == 0, err
     report, results = json.loads((tmp_path/'scores.json').read_text()), json.loads((tmp_path/'scores.results.json').read_text())
     assert list(report['corpus']) == list(NAMES) and list(report['images']) == [str(entry['image_id']) for entry in results]
     assert [entry['image_id'] for entry in results] == list(range(100, 124)) and 'unique' in err and report['shuffled_gap']['real'] > 0
-    assert Image.open(tmp_path/'sheet.png').format == 'PNG'
+    assert Image.open(tmp_path/'sheet.png').format == 'PNG' and report['clip_score'].keys() == report['images'].keys() and 'CLIPScore' in err
     code, again, _ = pvtblip(capsys, 'score', answers/'coco.json', tmp_path/'scores.results.json')          # the same figures from the files alone
     assert code == 0 and again == out
     captioned = json.loads(pvtblip(capsys, 'caption', *(answers/'images'/f'{i}.png' for i in range(24)), '--model', model, '--json')[1])

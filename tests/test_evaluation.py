@@ -195,23 +195,6 @@ def test_diversity_by_hand():
     with pytest.raises(ValueError, match='no captions'): diversity([])
 
 
-@pytest.fixture(scope='module')
-def clip(tmp_path_factory):
-    "A CLIP of a few thousand random weights, as transformers saves it."
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-    folder = tmp_path_factory.mktemp('clip')
-    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    torch.manual_seed(0)
-    letters = [chr(i) for i in range(33, 127)]
-    vocabulary = {piece: i for i, piece in enumerate([*letters, *(f'{letter}</w>' for letter in letters), '<|startoftext|>', '<|endoftext|>'])}
-    config = CLIPConfig(text_config=dict(small, vocab_size=len(vocabulary), max_position_embeddings=77, bos_token_id=len(vocabulary)-2, eos_token_id=len(vocabulary)-1,
-                                         pad_token_id=len(vocabulary)-1), vision_config=dict(small, image_size=32, patch_size=16), projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[])
-    CLIPProcessor(CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)), tokenizer).save_pretrained(folder)
-    return folder
-
-
 def test_clip_score(clip, tmp_path):
     from transformers import CLIPModel, CLIPProcessor
     files = []
