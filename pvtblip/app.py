@@ -6,11 +6,11 @@
 __all__ = ['load_model', 'best_device', 'whole_file', 'write_whole', 'save_figure', 'words_of', 'plot_attention', 'demo_config',
            'fast_precision', 'caption_scenes', 'score_scenes', 'refuse_model', 'save_demo_pictures', 'EasyFirst',
            'demo', 'captioner_config', 'DataConfig', 'PhotoRun', 'divide_photos', 'photo_sets', 'photo_loader',
-           'ShardSet', 'held_out_measures', 'photo_material', 'shard_material', 'train_on_photos', 'finish_run',
-           'refuse_run', 'caption_batches', 'caption_files', 'score_table', 'comparison_table', 'score_files',
-           'evaluate_photos']
+           'ShardSet', 'held_out_measures', 'photo_material', 'shard_material', 'train_on_photos', 'put_together',
+           'finish_run', 'refuse_run', 'caption_batches', 'caption_files', 'score_table', 'comparison_table',
+           'read_training_captions', 'score_files', 'evaluate_photos']
 
-# %% ../nbs/09_app.ipynb #51544b45
+# %% ../nbs/09_app.ipynb #bc30eed9
 import itertools, json, os, random, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -34,7 +34,7 @@ from .pvt_encoder import EncoderConfig, image_transform, load_image
 from .shapes import ShapesDataset, make_scene, score_captions
 from .sources import ShardDataset, Source, open_source
 from .tokenizer import CaptionTokenizer
-from .training import TrainingConfig, outlive_signals, plot_history, processes, saved_states, train
+from .training import TrainingConfig, outlive_signals, plot_history, processes, saved_states, train, whole_tensor
 
 # %% ../nbs/09_app.ipynb #c3d6181c
 def load_model(
@@ -270,7 +270,7 @@ class PhotoRun:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(save_steps=100, eval_steps=100, dataloader_num_workers=1)) # how
     practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
 
-# %% ../nbs/09_app.ipynb #ac2c6778
+# %% ../nbs/09_app.ipynb #c575840f
 def divide_photos(
     source:Source, # of `open_source`, no shards
     data:DataConfig,
@@ -278,11 +278,19 @@ def divide_photos(
     "Which photos are trained on and which are held out; ValueError before work starts."
     if source.images is None: raise ValueError(f"{data.captions}: give the folder of the photos, too")
     known = {record.split for record in source.records} - {None}
-    train, held = data.split or '+'.join(sorted(known & {'train', 'restval'})), data.validation_split or next(iter(sorted(known & {'val', 'validation', 'dev'})), None)
+    train = data.split or '+'.join(sorted(known & {'train', 'training', 'restval'}))
+    if known and not train: raise ValueError(f"{data.captions}: states the splits {', '.join(sorted(known))}; say with data.split which to train on")
     records = (take_split(source.records, train, data.captions) if train else source.records)[:data.limit]
-    if held: return records, take_split(source.records, held, data.captions), source.images
-    kept, held = split_by_name(records, share=0.02)
-    return (kept, held, source.images) if len(held) > 1 and kept else (records, records[:2], source.images)
+    held = data.validation_split or next(iter(sorted((known & {'val', 'valid', 'validation', 'dev'}) - set(train.split('+')))), None)
+    if held:
+        held = take_split(source.records, held, data.captions)
+        if both := {record.file for record in records} & {record.file for record in held}: raise ValueError(
+            f"{data.captions}: {len(both)} photos are to be trained on and held out, {min(both)!r} the first; divide data.split and data.validation_split")
+        return records, held, source.images
+    for share in (0.02, 0.1, 0.3, 0.5):                                                    # small sets give up a larger share: two photos at least
+        kept, held = split_by_name(records, share)
+        if kept and len(held) > 1: return kept, held, source.images
+    raise ValueError(f"{data.captions}: {len(records)} photos are too few to train on some and hold out others; give more")
 
 # %% ../nbs/09_app.ipynb #382f767e
 def photo_sets(
@@ -317,7 +325,7 @@ def photo_loader(
                                               prefetch_factor=4 if config.dataloader_num_workers else None))
     return loader
 
-# %% ../nbs/09_app.ipynb #906d0fad
+# %% ../nbs/09_app.ipynb #4ebcdb40
 class ShardSet:
     "Shards as a training set: as many as there are, read one after the other; the last is held out."
     def __init__(self,
@@ -327,7 +335,8 @@ class ShardSet:
         "ValueError for a single shard, and for epochs."
         if len(shards) < 2: raise ValueError(f"{run.data.captions}: one shard cannot be divided; give two or more, the last is held out")
         if run.epochs or run.data.limit or run.data.cache: raise ValueError(f"{run.data.captions}: shards have no known number of photos; give training.max_steps (--max-steps), and neither epochs, limit nor cache")
-        self.shards, self.run, self.captions_per_image = shards[:-1], run, run.data.captions_per_image or 5
+        if run.data.split or run.data.validation_split: raise ValueError(f"{run.data.captions}: shards state no splits; leave data.split and data.validation_split out, the last shard is held out")
+        self.shards, self.run, self.captions_per_image = shards[:-1], run, run.data.captions_per_image or 'all'
         self.load, encoder = pixel_loader(run.captioner.encoder, run.data.augmentation), run.captioner.encoder
         self.vary, plain = AugmentedDataset(self, encoder, run.data.augmentation), AugmentedDataset(self, encoder)
         held = ShardDataset(shards[-1:], self.load, 32, captions_per_image=5, passes=1, process_index=0, num_processes=1)
@@ -339,7 +348,7 @@ class ShardSet:
     def loader(self, step, accelerator):
         "Batches on the device, from the place that `step` optimizer steps have reached."
         config, together = self.run.training, self.run.training.gradient_accumulation_steps
-        data = ShardDataset(self.shards, self.load, config.batch_size, config.dataloader_num_workers, self.captions_per_image, config.seed, step*together,
+        data = ShardDataset(self.shards, self.load, config.batch_size, config.dataloader_num_workers, self.run.data.captions_per_image, config.seed, step*together,
                             (config.max_steps-step)*together, process_index=accelerator.process_index, num_processes=accelerator.num_processes, strict=self.run.data.strict)
         collate = Collate(CaptionTokenizer(self.run.text_model, prompt=self.run.captioner.prompt, max_length=self.run.captioner.max_length))
         batches = DataLoader(data, batch_size=None, num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals)
@@ -391,7 +400,7 @@ def shard_material(run, source, tokenizer, progress):
     dataset = ShardSet(run, source.shards)
     return run, dataset, dataset.held, dataset.loader
 
-# %% ../nbs/09_app.ipynb #bc735b30
+# %% ../nbs/09_app.ipynb #2c3768a1
 def train_on_photos(
     run:PhotoRun,
     out,            # folder for the model, the states and the history
@@ -402,7 +411,10 @@ def train_on_photos(
 ) -> dict: # loss at start and end, captions a second, broken photos; of a dry run what `dry_run` measured
     "Train a captioner on photos; raises before work starts where the input is bad, resumes where it was killed."
     out, asked = Path(out), run
-    if not resume and not dry: refuse_run(out)
+    resuming = resume and bool(saved_states(out/'states'))
+    if dry: run = replace(run, data=replace(run.data, cache=None))
+    elif not resume: refuse_run(out)
+    elif not resuming: refuse_model(out)
     source, main = open_source(run.data.captions, run.data.images), processes().is_main_process
     tokenizer = CaptionTokenizer(run.text_model, prompt=run.captioner.prompt, max_length=run.captioner.max_length)
     run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(run, source, tokenizer, progress and main)
@@ -416,12 +428,23 @@ def train_on_photos(
                  f"{len(output_ids) if output_ids else tokenizer.vocab_size} words")
     if dry and source.shards: raise ValueError(f"{run.data.captions}: a dry run needs a known number of photos; try a short run on shards instead")
     if dry: return dry_run(model, dataset, training, run.practice)
-    if main and not (out/'run.toml').exists(): write_whole(out/'run.toml', to_toml(asked))
-    what = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')} | dict(text_model=run.text_model, freeze_encoder=run.freeze_encoder)
-    history = run_training(model, dataset, training, run.practice, out/'states', resume, held_out_measures(model, held_set, log if main else lambda line: None), progress, log=log, loader=loader, settings=dict(source=what))
+    if main and not resuming: write_whole(out/'run.toml', to_toml(asked))
+    quiet = log if main else lambda line: None
+    what = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')} | dict(text_model=run.text_model, freeze_encoder=run.freeze_encoder, workers=training.dataloader_num_workers if source.shards else None)
+    history = run_training(model, dataset, training, run.practice, out/'states', resume, held_out_measures(model, held_set, quiet),
+                           progress, log=quiet, loader=loader, settings=dict(source=what))
+    model = put_together(model, run)
     return finish_run(model, history, out, run.data.captions, log) if main else {}
 
-# %% ../nbs/09_app.ipynb #a8efb48a
+# %% ../nbs/09_app.ipynb #e772ef68
+def put_together(model, run):
+    "The model, or where FSDP has split its weights over the processes, a whole one; all of them call this."
+    weights = model.state_dict()
+    if not any(hasattr(weight, 'full_tensor') for weight in weights.values()): return model
+    weights, whole = {name: whole_tensor(weight).cpu() for name, weight in weights.items()}, Captioner(run.captioner, run.text_model)
+    whole.load_state_dict(weights)
+    return whole
+
 def finish_run(model, history, out, captions, log):
     "Save the model and the history; ValueError where not one photo was read."
     readings = [entry for entry in history if 'broken' in entry]
@@ -429,11 +452,13 @@ def finish_run(model, history, out, captions, log):
     broken = {file: why for entry in readings for file, why in entry['broken'].items()}
     if readings and not losses: raise ValueError(f"{captions}: no photo could be read; the first: {next(iter(broken.items()))}")
     model.save_pretrained(out)
-    report = dict(loss_start=losses[0], loss_end=losses[-1], broken=broken,
-                  captions_per_second=sorted(entry['captions_per_second'] for entry in readings)[len(readings)//2], history=history)
+    speeds = sorted(entry['captions_per_second'] for entry in readings)
+    report = dict(loss_start=losses[0] if losses else None, loss_end=losses[-1] if losses else None, broken=broken,
+                  captions_per_second=speeds[len(speeds)//2] if speeds else None, history=history)
     write_whole(out/'history.json', json.dumps(report, indent=2))
     for file, why in broken.items(): log(f"skipped broken photo {file}: {why}")
-    log(f"loss {report['loss_start']:.3f} at the start, {report['loss_end']:.3f} at the end; {report['captions_per_second']:.0f} captions a second; {len(broken)} broken photos; model in {out}")
+    if not readings: log(f"ended before the first loss was noted; model in {out}")
+    else: log(f"loss {report['loss_start']:.3f} at the start, {report['loss_end']:.3f} at the end; {report['captions_per_second']:.0f} captions a second; {len(broken)} broken photos; model in {out}")
     return report
 
 def refuse_run(out):
@@ -514,17 +539,20 @@ def comparison_table(
     rows = [f"{name:<9}{row['difference']:+8.4f}   {row['low']:+.4f} to {row['high']:+.4f}   p = {row['p_value']:.3f}" for name, row in comparison.items()]
     return '\n'.join([f"{'':9}{'more':>8}   95 % interval         chance of no difference", *rows])
 
-# %% ../nbs/09_app.ipynb #6fc3afcc
-def _report(scores, references, hypotheses, problems, training_captions, **more):
+# %% ../nbs/09_app.ipynb #4833c39c
+def read_training_captions(file): # of `pvtblip train`, in any form that it reads; None: none
+    "All captions of a file, one after the other."
+    return [caption for record in read_captions(file) for caption in record.captions] if file else ()
+
+def _report(scores, references, hypotheses, problems, learnt, **more):
     "What both commands write as JSON; the first two entries have the form that COCO's users expect."
-    learnt = [caption for own in read_references(training_captions)[0].values() for caption in own] if training_captions else ()
     return dict(corpus=scores.corpus, images=scores.images, intervals=confidence_intervals(scores), diversity=diversity(list(hypotheses.values()), learnt),
                 problems=problems, references=sum(map(len, references.values())), captions=hypotheses, **more)
 
 def _refuse_suffix(file, suffix, option): # before work starts
     if file and Path(file).suffix.lower() != suffix: raise ValueError(f"{file}: {option} writes a {suffix} file")
 
-# %% ../nbs/09_app.ipynb #580d92c1
+# %% ../nbs/09_app.ipynb #15a79b1b
 def score_files(
     references,           # COCO annotations, or {file: [captions]}
     hypotheses,           # COCO results, or {file: caption}
@@ -538,7 +566,7 @@ def score_files(
 ) -> dict: # corpus, images, intervals, diversity, problems, ...
     "Score captions against references; ValueError for whatever would falsify the scores, unless asked to go on."
     coco_code()
-    read, twice = read_references(references)
+    (read, twice), learnt = read_references(references), read_training_captions(training_captions)
     def paired(file):
         said, doubled = read_hypotheses(file)
         return pair_captions(read, said, go_on, doubled=[*twice, *doubled])
@@ -547,7 +575,7 @@ def score_files(
     if earlier and earlier[1].keys() != said.keys(): raise ValueError(f"{against}: scores other images than {hypotheses}; compare on the same images")
     if problems: log(f"going on with {len(said)} images: {describe_problems(problems)}")
     scores = coco_scores(own, said, tokenized_references)
-    report = _report(scores, own, said, problems, training_captions)
+    report = _report(scores, own, said, problems, learnt)
     out(score_table(scores, report['intervals']))
     if earlier:
         report['comparison'] = compare(coco_scores(own, earlier[1], tokenized_references), scores)
@@ -555,7 +583,7 @@ def score_files(
     if json_file: write_whole(json_file, json.dumps(report, indent=1, ensure_ascii=False))
     return report
 
-# %% ../nbs/09_app.ipynb #c6fb1394
+# %% ../nbs/09_app.ipynb #02f0b666
 def evaluate_photos(
     model,                # folder or hub name
     images,               # folder of photos
@@ -580,6 +608,9 @@ def evaluate_photos(
     files = {Path(images)/record.file: record for record in read_captions(captions, images, split=split)[:limit]}
     name = lambda file: files[file].file if files[file].image_id is None else files[file].image_id
     references = {str(name(file)): list(record.captions) for file, record in files.items()}
+    if len(references) < len(files): raise ValueError(f"{captions}: {len(files) - len(references)} photos share their image_id with another one; give each its own")
+    learnt = read_training_captions(training_captions)
+    if clip and not (Path(clip)/'config.json').is_file(): raise FileNotFoundError(f"{clip}: no CLIP model there; give a folder that transformers' save_pretrained wrote")
     pair_captions(references, {one: own[0] for one, own in references.items()}, go_on)                  # what is wrong with them shows before work starts
     model = load_model(model)
     options = GenerationConfig(num_beams=num_beams, max_length=max_length, min_length=min_length).check(model)
@@ -601,7 +632,7 @@ def evaluate_photos(
     if broken: problems['photos that cannot be read'] = list(broken)
     scores = coco_scores(own, hypotheses)
     gap = {part: sum(loss[part]*loss['photos'] for loss in losses)/sum(loss['photos'] for loss in losses) for part in ('real', 'shuffled', 'gap')} if losses else None
-    report = _report(scores, own, hypotheses, problems, training_captions, shuffled_gap=gap)
+    report = _report(scores, own, hypotheses, problems, learnt, shuffled_gap=gap)
     paths = {str(name(file)): file for file in files}
     if clip: report['clip_score'] = dict(zip(hypotheses, clip_score([paths[one] for one in hypotheses], list(hypotheses.values()), clip, best_device())))
     out(score_table(scores, report['intervals']))

@@ -35,7 +35,7 @@ def demo_command(
     from pvtblip.app import demo
     demo(out, json_file, max_steps=max_steps, scenes=scenes, seed=seed, log=_say)
 
-# %% ../nbs/10_cli.ipynb #001ea607
+# %% ../nbs/10_cli.ipynb #3fd2df89
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at photos and captions before training.")
 app.add_typer(data_app, name='data')
 
@@ -57,12 +57,13 @@ def data_check_command(
     from pvtblip.sources import check_data
     from pvtblip.tokenizer import CaptionTokenizer
     if sheet and sheet.suffix.lower() != '.png': raise ValueError(f"{sheet}: --sheet writes a .png file")
+    for file in filter(None, (json_file, sheet)): file.parent.mkdir(parents=True, exist_ok=True)
     report = check_data(captions, images, split, CaptionTokenizer(text_model, max_length=max_length), full, sheet)
     print(report)
     if json_file: write_whole(json_file, json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
     raise typer.Exit(1 if report.broken else 0)
 
-# %% ../nbs/10_cli.ipynb #e2b2caf1
+# %% ../nbs/10_cli.ipynb #e9565d52
 @app.command('train')
 def train_command(
     out: Annotated[Path, typer.Option(metavar='DIR', help="Gets the model, the training states, run.toml and the history.")],
@@ -112,19 +113,25 @@ def train_command(
     """
     from pvtblip.app import PhotoRun, captioner_config, train_on_photos
     from pvtblip.practice import change_config, read_config, to_toml
+    from pvtblip.training import processes
+    if max_steps and epochs: raise ValueError("--max-steps and --epochs both say how long to train; give one of them")
+    if config and (tiny or text_model): raise ValueError(f"{config}: holds the captioner; write there what --tiny and --text-model would change")
     if resume and config is None and (out/'run.toml').is_file(): config = out/'run.toml'
     run = read_config(PhotoRun, config) if config else PhotoRun(captioner=captioner_config(tiny, text_model=text_model))
     given = {'data.captions': captions, 'data.images': images, 'data.limit': limit, 'data.captions_per_image': captions_per_image, 'data.strict': strict, 'data.cache': cache,
         'text_model': text_model, 'freeze_encoder': freeze_encoder, 'all_words': all_words, 'epochs': 0. if max_steps else epochs,
         'captioner.encoder.name': encoder, 'captioner.encoder.weights': True if encoder_weights == 'pretrained' else encoder_weights,
         'captioner.encoder.backbone_kwargs': _json_option('--encoder-kwargs', encoder_kwargs), 'captioner.encoder.stages': _numbers('--stages', stages),
-        'captioner.encoder.image_size': image_size, 'captioner.encoder.mean': image_mean and [image_mean]*3, 'captioner.encoder.std': image_std and [image_std]*3,
+        'captioner.encoder.image_size': image_size, 'captioner.encoder.mean': None if image_mean is None else [image_mean]*3, 'captioner.encoder.std': None if image_std is None else [image_std]*3,
         'captioner.prompt': prompt, 'captioner.max_length': max_length, 'captioner.label_smoothing': label_smoothing,
         'training.max_steps': max_steps, 'training.batch_size': batch_size, 'training.gradient_accumulation_steps': accumulate, 'training.learning_rate': learning_rate,
         'training.mixed_precision': mixed_precision, 'training.seed': seed, 'training.dataloader_num_workers': workers, 'training.save_steps': save_every, 'training.eval_steps': save_every}
-    run = change_config(run, {name: value for name, value in given.items() if value is not None} | _settings(changes or ()))
+    changed = {name: value for name, value in given.items() if value is not None} | _settings(changes or ())
+    if 'training.max_steps' in changed: changed.setdefault('epochs', 0.)
+    if tiny and encoder: changed = {'captioner.encoder.backbone_kwargs': {}, 'captioner.encoder.stages': [-1]} | changed   # tiny's own are those of a PVT
+    run = change_config(run, changed)
     figures = train_on_photos(run, out, resume, dry, log=_say)
-    if dry: print(to_toml(run) + ''.join(f'\n# {name}: {value:,.4g}' for name, value in figures.items()))
+    if dry and processes().is_main_process: print(to_toml(run) + ''.join(f'\n# {name}: {value:,.4g}' for name, value in figures.items()))
 
 # %% ../nbs/10_cli.ipynb #8139319d
 @app.command('caption')
@@ -145,14 +152,14 @@ def caption_command(
     failed = caption_files(images, model, num_beams, max_length, min_length, as_json, attention, out=print, error=_complain)
     raise typer.Exit(1 if failed else 0)
 
-# %% ../nbs/10_cli.ipynb #b4c79542
+# %% ../nbs/10_cli.ipynb #db9322d0
 @app.command('score')
 def score_command(
     references: Annotated[Path, typer.Argument(metavar='REFERENCES', help="COCO's annotation file, or JSON {file: [captions]}.")],
     hypotheses: Annotated[Path, typer.Argument(metavar='HYPOTHESES', help="COCO's result file, or JSON {file: caption}.")],
     json_file: Annotated[Optional[Path], typer.Option('--json', metavar='OUT', help="Also write scores, intervals and the scores of each image here.")] = None,
     against: Annotated[Optional[Path], typer.Option(metavar='FILE', help="Captions of an earlier system: is the new one really better?")] = None,
-    training: Annotated[Optional[Path], typer.Option(metavar='FILE', help="Captions that the model learnt from, to count the copied ones.")] = None,
+    training: Annotated[Optional[Path], typer.Option(metavar='FILE', help="Captions that the model learnt from, in any form that training reads, to count the copied ones.")] = None,
     tokenized_references: Annotated[bool, typer.Option('--tokenized-references', help="The references were tokenised before.")] = False,
     go_on: Annotated[bool, typer.Option('--go-on', help="Score what can be paired, whatever is wrong with the rest.")] = False,
 ):
@@ -164,7 +171,7 @@ def score_command(
     from pvtblip.app import score_files
     score_files(references, hypotheses, json_file, against, training, tokenized_references, go_on, log=_say)
 
-# %% ../nbs/10_cli.ipynb #64457f54
+# %% ../nbs/10_cli.ipynb #47297f6e
 @app.command('evaluate')
 def evaluate_command(
     model: Annotated[str, typer.Option(metavar='DIR', help="A model folder, or a name on the Hugging Face hub.")],
@@ -173,7 +180,7 @@ def evaluate_command(
     json_file: Annotated[Optional[Path], typer.Option('--json', metavar='OUT', help="Also write scores, intervals and the scores of each image here.")] = None,
     results: Annotated[Optional[Path], typer.Option(metavar='FILE', help="Write the captions here in COCO's format; default: OUT with .results.json.")] = None,
     sheet: Annotated[Optional[Path], typer.Option(metavar='PNG', help="Draw the ten best and the ten worst here.")] = None,
-    training: Annotated[Optional[Path], typer.Option(metavar='FILE', help="Captions that the model learnt from, to count the copied ones.")] = None,
+    training: Annotated[Optional[Path], typer.Option(metavar='FILE', help="Captions that the model learnt from, in any form that training reads, to count the copied ones.")] = None,
     clip: Annotated[Optional[Path], typer.Option(metavar='DIR', help="Folder of a CLIP, for CLIPScore.")] = None,
     split: Annotated[Optional[str], typer.Option(metavar='NAME', help="Only photos of this split, where the file has splits.")] = None,
     num_beams: Annotated[int, typer.Option(help="Captions searched side by side; 1 is greedy.")] = 3,
@@ -193,13 +200,17 @@ def evaluate_command(
     evaluate_photos(model, images, captions, json_file, results, sheet, training, clip, split, num_beams, max_length, min_length,
                     batch_size, limit, go_on, log=_say)
 
-# %% ../nbs/10_cli.ipynb #08e0ffae
+# %% ../nbs/10_cli.ipynb #3a2c1bc2
 def _say(line):
     "A line on stderr, above a progress bar where there is one."
     from tqdm import tqdm
     tqdm.write(line, file=sys.stderr)
 
-def _complain(message): _say(f"error: {' '.join(str(message).split())}")
+def _complain(message):
+    "One line; of an error in a process that reads photos the last line, which says what was wrong."
+    text = str(message)
+    if 'in DataLoader worker process' in text: text = text.strip().splitlines()[-1].partition(': ')[2]
+    _say(f"error: {' '.join(text.split())}")
 
 def _json_option(name, text):
     if text is None: return None

@@ -77,7 +77,7 @@ class StopOnSignal(Callback):
         if PartialState().is_main_process: self.log(f"stopped by {signal.Signals(self.number).name} {self.line}")
         raise SystemExit(128 + self.number)
 
-# %% ../nbs/13_practice.ipynb #1c79f0c7
+# %% ../nbs/13_practice.ipynb #b632d95c
 class KeepBest(Callback):
     "The state with the best measure stays, whatever its age; with `patience`, that many evaluations without a better one end the run."
     def __init__(self,
@@ -85,6 +85,8 @@ class KeepBest(Callback):
         greater_is_better=False,  # True for scores such as CIDEr
         patience:int=0,           # 0: never end early
     ): self.metric, self.sign, self.patience = metric, 1 if greater_is_better else -1, patience
+
+    def settings(self): return dict(metric=self.metric, sign=self.sign)
 
     def on_train_begin(self, run):
         if run.step == 0: self.score, self.waited = None, 0
@@ -260,7 +262,7 @@ def checkpoint_gradients(
         if type(module) in (Block, DecoderLayer): module.__class__ = _checkpointed(type(module))
     return model
 
-# %% ../nbs/13_practice.ipynb #6c8e3709
+# %% ../nbs/13_practice.ipynb #f5e14405
 @dataclass
 class LoraSettings:
     "Low-rank adapters on the decoder's projections; names are those of peft's `LoraConfig`."
@@ -276,9 +278,9 @@ def add_lora(
     model, # a Captioner, changed in place
     settings:LoraSettings,
 ):
-    "Freeze the decoder and put adapters beside its projections; returns the model. ImportError where peft is missing."
+    "Freeze the decoder and put adapters beside its projections; returns the model. ModuleNotFoundError where peft is missing."
     try: from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error: raise ImportError("LoRA needs peft; pip install peft") from error
+    except ModuleNotFoundError as error: raise ModuleNotFoundError("LoRA needs peft; pip install 'pvtblip[lora]'") from error
     parts = 'attention' if settings.whole_cross_attention else '(cross)?attention'
     names = rf'bert\.encoder\.layer\.\d+\.({parts}\..*|intermediate\.|output\.)(query|key|value|dense)'
     inject_adapter_in_model(LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, target_modules=names), model.decoder)
@@ -327,7 +329,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)    # how
     practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
 
-# %% ../nbs/13_practice.ipynb #1b136f40
+# %% ../nbs/13_practice.ipynb #18349ce0
 def _paths(cls, above=''):
     "The dotted name of every setting in a tree."
     for f, hint in _hints(cls):
@@ -385,7 +387,14 @@ def read_config(
     try: values = tomllib.loads(text) if Path(file).suffix == '.toml' else json.loads(text)
     except ValueError as error: raise ValueError(f"{file}: cannot be read as {Path(file).suffix[1:] or 'JSON'} ({error}); correct this place") from error
     if not isinstance(values, dict): raise ValueError(f"{file}: holds a {type(values).__name__}; a config is a table of settings")
-    return from_plain(cls, values, file)
+    from_plain(cls, values, file)                                        # names and types, as they stand there
+    return from_plain(cls, _over(cls, json.loads(json.dumps(asdict(cls()))), values), file)
+
+def _over(cls, defaults, values):
+    "Plain values laid over a tree's defaults, part by part."
+    parts = {f.name for f, hint in _hints(cls) if _part(hint)}
+    return defaults | {name: _over(_part(dict((f.name, hint) for f, hint in _hints(cls))[name]), defaults[name], value) if name in parts and isinstance(value, dict) else value
+                       for name, value in values.items()}
 
 def change_config(
     config,  # a dataclass, perhaps of dataclasses

@@ -454,7 +454,7 @@ def contact_sheet(
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # scripts that the font lacks appear as boxes
         figure.savefig(path, dpi=80)
 
-# %% ../nbs/11_sources.ipynb #ed800329
+# %% ../nbs/11_sources.ipynb #b4ed5226
 def _groups(pairs: Iterable[tuple[object, str]]) -> list[list[str]]:
     "Files that share a key, two or more of each"
     found = defaultdict(list)
@@ -510,6 +510,7 @@ def check_data(
     if source.shards: raise ValueError(f"{captions}: shards cannot be checked; check the photos and captions before they are packed")
     records, photos = source.records, Path(images) if a_file and images is not None else source.images
     if isinstance(photos, Path) and not photos.is_dir(): raise FileNotFoundError(f"{photos}: no such folder; give the folder of the photos")
+    if sheet is not None and photos is None: raise ValueError("a contact sheet needs photos; give the folder of the photos, or leave the sheet away")
     content, (sides, stated) = _content_of(photos), _split_of(records)
     broken, sizes = ({}, {}) if photos is None else _checked_photos([record.file for record in records], content, full, progress)
     duplicates = _duplicates(records, sizes, content)
@@ -518,7 +519,8 @@ def check_data(
                         broken, 0 if photos is None else len(records), full, duplicates,
                         {kind: [group for group in groups if len({sides[file] for file in group}) > 1] for kind, groups in duplicates.items()})
     report.remarks = _remarks(report)
-    if sheet is not None: contact_sheet(_sheet_photos(records, sizes, content), sheet)
+    if sheet is not None and sizes: contact_sheet(_sheet_photos(records, sizes, content), sheet)
+    elif sheet is not None: report.remarks.append("no contact sheet was drawn: not one photo can be read")
     return report
 
 def _sheet_photos(records: list[Record], sizes: dict[str, int], content: Callable[[str], Path | bytes] | None) -> list[tuple]:

@@ -267,7 +267,7 @@ def saved_states(folder) -> list[Path]: # where the run's states live
     states = [path for path in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', path.name)]
     return sorted(states, key=_step_of)
 
-# %% ../nbs/03_training.ipynb #d7855776
+# %% ../nbs/03_training.ipynb #e5a0bd4e
 def check_state(
     state, # a `checkpoint-STEP` folder
 ):
@@ -323,7 +323,8 @@ def load_state(
         moments.setdefault(int(i), {})[name] = split_like(tensor, weights[int(i)]) if tensor.ndim else tensor
     optimizer.load_state_dict(dict(state=moments, param_groups=facts['param_groups']))
     if scaler: scaler.load_state_dict(facts['scaler'])
-    for name, piece in (pieces or {}).items(): piece.load_state_dict(facts['pieces'][name] | read_tensors(state, name))
+    for name, piece in (pieces or {}).items():
+        if name in facts['pieces']: piece.load_state_dict(facts['pieces'][name] | read_tensors(state, name))   # one that came later begins anew
     return facts
 
 # %% ../nbs/03_training.ipynb #610a54a6

@@ -378,7 +378,7 @@ def test_shards_train_and_several_processes_share_the_work(capsys, data, tmp_pat
                 archive.add(tmp_path/'caption.txt', Path(file).stem + '.txt')
     shards = ['train', '--captions', tmp_path/'photos-{0..2}.tar', *TINY, '--max-steps', 4, '--save-every', 2]
     code, _, err = pvtblip(capsys, *shards, '--out', tmp_path/'out', '--set', 'data.augmentation.flip=0.5')
-    assert code == 0 and '2 shards with 5 captions each, 8 held out; 4 steps of 4 photos' in err, err
+    assert code == 0 and '2 shards with all captions each, 8 held out; 4 steps of 4 photos' in err, err
     assert pvtblip(capsys, 'caption', data/'images/0.png', '--model', tmp_path/'out')[0] == 0
     refused(capsys, *shards[:-4], '--out', tmp_path/'epochs', says=['--max-steps'])
     for name, arguments in (('photos', train(data, tmp_path/'photos', '--max-steps', 4)), ('shards', [*shards, '--out', tmp_path/'shards'])):
@@ -386,3 +386,51 @@ def test_shards_train_and_several_processes_share_the_work(capsys, data, tmp_pat
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1'})
         assert done.returncode == 0, '\n'.join(line for line in done.stderr.splitlines() if 'rror' in line)
         assert done.stderr.count('captions a second; 0 broken photos; model in') == 1 and (tmp_path/name/'model.safetensors').exists()
+
+
+def test_no_photo_is_both_trained_on_and_held_out(data, tmp_path):
+    from pvtblip.app import DataConfig, divide_photos
+    from pvtblip.data import Record
+    from pvtblip.sources import Source
+    def divide(splits, **settings):
+        records = [Record(f'{i}.png', ('a ring',), i, split) for i, split in enumerate(splits)]
+        kept, held, _ = divide_photos(Source(records, data/'images'), DataConfig(**settings))
+        assert kept and len(held) > 1 and not {one.file for one in kept} & {one.file for one in held}
+        return {one.split for one in kept}, {one.split for one in held}
+    assert divide(['training']*4 + ['validation']*2 + ['test']*2) == ({'training'}, {'validation'})
+    assert divide(['train', 'restval']*3 + ['val']*2) == ({'train', 'restval'}, {'val'})
+    assert divide(['train']*40, split='train')[1] == {'train'}                             # a part of the training split is held out
+    divide([None]*5)
+    for splits, settings, says in ((['val']*3 + ['test']*3, {}, 'which to train on'), (['train']*3 + ['val']*3, dict(split='train+val', validation_split='val'), '3 photos'),
+                                   ([None], {}, 'too few'), (['a']*3 + ['b']*3, dict(validation_split='b'), 'which to train on')):
+        with pytest.raises(ValueError, match=says): divide(splits, **settings)
+
+
+def test_settings_that_would_go_wrong_silently(capsys, data, tmp_path):
+    (tmp_path/'part.toml').write_text('[training]\nlearning_rate = 0.01\n[captioner]\nmax_length = 30\n')      # the rest keeps the command's defaults
+    code, out, err = pvtblip(capsys, 'train', '--config', tmp_path/'part.toml', '--images', data/'images', '--captions', data/'captions.json', '--out', tmp_path/'x', '--dry-run',
+                             '--workers', 0, '--batch-size', 2, '--image-size', 64, '--image-mean', 0, '--cache', tmp_path/'cache', '--set', 'training.max_steps=3')
+    assert code == 0 and not (tmp_path/'cache').exists(), err
+    for line in ('max_length = 30', 'num_hidden_layers = 4', 'save_steps = 100', 'mean = [0.0, 0.0, 0.0]', 'epochs = 0.0', 'max_steps = 3'): assert f'\n{line}  #' in out, line
+    refused(capsys, *train(data, tmp_path/'out', '--max-steps', 3, '--epochs', 1), says=['--max-steps', '--epochs'])
+    refused(capsys, *train(data, tmp_path/'out', '--config', tmp_path/'part.toml'), says=['part.toml', '--tiny'])
+    code, _, err = pvtblip(capsys, *train(data, tmp_path/'out', '--max-steps', 1, '--encoder', 'resnet18'))
+    assert code == 0, err
+    refused(capsys, *train(data, tmp_path/'out', '--max-steps', 1, '--resume', '--learning-rate', 1), says=['learning_rate'])
+    shutil.rmtree(tmp_path/'out'/'states')
+    refused(capsys, *train(data, tmp_path/'out', '--max-steps', 1, '--resume'), says=['already holds a model'])
+    refused(capsys, *train(data, tmp_path/'fp16', '--max-steps', 1, '--mixed-precision', 'fp16'), says=['fp16'])
+    assert pvtblip(capsys, *train(data, tmp_path/'fp16', '--max-steps', 1))[0] == 0
+    assert 'mixed_precision = "no"' in (tmp_path/'fp16/run.toml').read_text()                                    # what ran, not what failed before
+
+
+def test_a_broken_photo_in_a_reading_process_is_named_in_a_line(capsys, tmp_path):
+    data = photos(tmp_path/'data', 12)
+    for i in range(12): (data/f'images/{i}.png').write_bytes(b'')
+    out, err = refused(capsys, *train(data, tmp_path/'out', '--max-steps', 2, '--strict', '--workers', 1), says=['.png'])
+    assert 'Traceback' not in err
+
+
+def test_photos_of_one_id_are_refused(capsys, data, model, tmp_path):
+    (tmp_path/'twins.jsonl').write_text('\n'.join(json.dumps(dict(image_id=i//2, file_name=f'{i}.png', caption='a ring')) for i in range(4)))
+    refused(capsys, 'evaluate', '--model', model, '--images', data/'images', '--captions', tmp_path/'twins.jsonl', says=['2 photos', 'image_id'])
