@@ -327,7 +327,9 @@ def test_contact_sheet_with_odd_captions(tmp_path):
     contact_sheet([("$x_/a.jpg", tmp_path / "a.jpg", ["costs $5 and $\\frac$", "一只狗 " * 50]), ("b", photo("PNG", mode="RGBA"), ["one"])] * 5, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet: assert sheet.format == "PNG" and sheet.width == 800 and sheet.height == 720
     (tmp_path / "c.json").write_text('{"gone.jpg": ["x"]}')
-    with pytest.raises(ValueError, match="a contact sheet needs photos"): check_data(tmp_path / "c.json", tmp_path, sheet=tmp_path / "s.png", progress=False)
+    with pytest.raises(ValueError, match="a contact sheet needs photos"): check_data(tmp_path / "c.json", sheet=tmp_path / "s.png", progress=False)
+    report = check_data(tmp_path / "c.json", tmp_path, sheet=tmp_path / "s.png", progress=False)          # the report is not lost for want of a picture
+    assert list(report.broken) == ["gone.jpg"] and "no contact sheet" in str(report) and not (tmp_path / "s.png").exists()
 
 
 def test_photos_that_vanish_after_the_check(tmp_path):
