@@ -583,7 +583,7 @@ def score_files(
     if json_file: write_whole(json_file, json.dumps(report, indent=1, ensure_ascii=False))
     return report
 
-# %% ../nbs/09_app.ipynb #02f0b666
+# %% ../nbs/09_app.ipynb #b8acf4c4
 def evaluate_photos(
     model,                # folder or hub name
     images,               # folder of photos
@@ -641,6 +641,7 @@ def evaluate_photos(
     if sheet: save_figure(plot_best_and_worst(scores, lambda one: load_image(paths[one]), own, hypotheses), sheet)
     return report
 
+# %% ../nbs/09_app.ipynb #6fe77a8f
 def _batch_gap(model, pixel_values, captions):
     "`shuffled_gap` of one batch, with as many captions a photo as the poorest has, over the words that the model can say."
     count = min(map(len, captions))

@@ -200,7 +200,7 @@ def evaluate_command(
     evaluate_photos(model, images, captions, json_file, results, sheet, training, clip, split, num_beams, max_length, min_length,
                     batch_size, limit, go_on, log=_say)
 
-# %% ../nbs/10_cli.ipynb #3a2c1bc2
+# %% ../nbs/10_cli.ipynb #78499159
 def _say(line):
     "A line on stderr, above a progress bar where there is one."
     from tqdm import tqdm
@@ -212,6 +212,7 @@ def _complain(message):
     if 'in DataLoader worker process' in text: text = text.strip().splitlines()[-1].partition(': ')[2]
     _say(f"error: {' '.join(text.split())}")
 
+# %% ../nbs/10_cli.ipynb #ce1451d0
 def _json_option(name, text):
     if text is None: return None
     try: return json.loads(text)
@@ -233,6 +234,7 @@ def _numbers(name, text):
     try: return [int(part) for part in text.split(',')]
     except ValueError as error: raise ValueError(f"{name}: {text!r} is not a list of whole numbers like 2,3") from error
 
+# %% ../nbs/10_cli.ipynb #5ec2c7e5
 def _keep_memory():
     "Let glibc keep freed memory: a table of gradients given back and cleared anew every step costs a quarter of a small model's time."
     if sys.platform != 'linux' or not hasattr(libc := ctypes.CDLL(None), 'mallopt'): return

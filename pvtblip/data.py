@@ -147,7 +147,7 @@ def _coco_rows(path: Path, text: str, starts: dict[str, int]) -> Iterator[_Row]:
         if not captions[image_id]: raise _problem(path, line, f"no captions for {file!r}", "write one, or remove the photo")
         for caption in captions[image_id]: yield _Row(line, file, caption, None, image_id)
 
-# %% ../nbs/06_data.ipynb #3a246d64
+# %% ../nbs/06_data.ipynb #5f8563aa
 def _mapping_rows(path: Path, members: list) -> Iterator[_Row]:
     'Rows of {"file": ["caption", ...]}'
     for line, file, _, captions in members:
@@ -161,6 +161,7 @@ def _json_lines_rows(path: Path, text: str, columns: dict[str, str]) -> Iterator
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip(): yield from _object_rows(path, number, _parsed_json(path, line, number), columns)
 
+# %% ../nbs/06_data.ipynb #dd00aaab
 def _parsed_json(path: Path, text: str, line: int = 1, parse: Callable[[str], object] = json.loads) -> object:
     "What `text` means; ValueError 'FILE:LINE' where it is no JSON"
     try: return parse(text)
@@ -297,7 +298,7 @@ def take_split(
         raise ValueError(f"{source}: no split {', '.join(map(repr, sorted(missing)))}; the splits that it states: {stated}")
     return [record for record in records if record.split in wanted]
 
-# %% ../nbs/06_data.ipynb #448808cd
+# %% ../nbs/06_data.ipynb #39b38439
 def _photos_below(images: Path, name: str) -> list[str]:
     "Where a file of this name lies in the folder and its sub-folders; links to folders are not followed"
     return sorted(Path(folder, name).relative_to(images).as_posix() for folder, _, files in os.walk(images) if name in files)
@@ -312,6 +313,7 @@ def _check_photos(path: Path, records: list[Record], images: Path) -> None:
                   else "add the photos, or remove them from the caption file")
         raise FileNotFoundError(f"{path}:{missing[0].line}: {missing[0].file!r} is not in {images} ({len(missing)} of {len(records)} photos are missing); {remedy}")
 
+# %% ../nbs/06_data.ipynb #56742854
 def _gathered(path: Path, rows: Iterator[_Row]) -> list[Record]:
     "Rows -> one record a photo; ValueError where a name leads out of the folder, a caption is empty, or two rows disagree about a photo"
     first, captions = {}, {}

@@ -84,7 +84,7 @@ def speaks_of_colour(
     "Whether one of the captions names a colour, light or dark"
     return any(map(_COLOUR.search, captions))
 
-# %% ../nbs/12_loading.ipynb #48408bb4
+# %% ../nbs/12_loading.ipynb #5f3e9bb7
 class AugmentedDataset(Dataset):
     "A captioned data set whose photos are uint8, varied as its captions allow and normalised; an item depends on (seed, epoch, index) alone"
     def __init__(self,
@@ -135,6 +135,7 @@ class AugmentedDataset(Dataset):
             pixels, captions = self.vary(pixels, captions)
         return item | dict(pixel_values=self.normalise(pixels.contiguous()), captions=captions)
 
+# %% ../nbs/12_loading.ipynb #c2372346
 def pixel_loader(
     encoder: EncoderConfig,
     augmentation: AugmentationConfig | None = None,
@@ -219,7 +220,7 @@ class PhotoCache:
 
     def __getstate__(self): return self.__dict__ | dict(_pixels=None)  # worker processes map the file themselves
 
-# %% ../nbs/12_loading.ipynb #139000ed
+# %% ../nbs/12_loading.ipynb #fcbf22e4
 def caption_lengths(
     records: list[Record],
     tokenizer: CaptionTokenizer,
@@ -232,6 +233,7 @@ def caption_lengths(
         lengths += [max(next(tokens) for _ in texts) for texts in captions]
     return lengths
 
+# %% ../nbs/12_loading.ipynb #a320fc4a
 class LengthBatchSampler(SeededBatchSampler):
     "As `SeededBatchSampler`, with photos whose captions are of like length in one batch; still a function of (seed, step)"
     def __init__(self,

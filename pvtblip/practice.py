@@ -329,7 +329,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)    # how
     practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
 
-# %% ../nbs/13_practice.ipynb #18349ce0
+# %% ../nbs/13_practice.ipynb #a39f1e10
 def _paths(cls, above=''):
     "The dotted name of every setting in a tree."
     for f, hint in _hints(cls):
@@ -353,6 +353,7 @@ def _fits(value, hint):
         if isinstance(value, list if kind is tuple else kind) and (kind is bool or not isinstance(value, bool)): return True
     return False
 
+# %% ../nbs/13_practice.ipynb #9d4b7781
 def from_plain(
     cls,    # a dataclass, perhaps of dataclasses
     values, # dict, as TOML or JSON give it
@@ -378,6 +379,7 @@ def _meant(name, root):
     near = same or difflib.get_close_matches(name, paths, 3) or difflib.get_close_matches(name.rpartition('.')[2], [path.rpartition('.')[2] for path in paths], 3)
     return f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(paths)}"
 
+# %% ../nbs/13_practice.ipynb #092bd437
 def read_config(
     cls,  # a dataclass, perhaps of dataclasses
     file, # .toml or .json
@@ -438,7 +440,7 @@ def write_config(
     text = to_toml(config) if Path(file).suffix == '.toml' else json.dumps(asdict(config), indent=2)
     Path(file).write_text(text, encoding='utf-8')
 
-# %% ../nbs/13_practice.ipynb #c52e6be0
+# %% ../nbs/13_practice.ipynb #cea10606
 def practice_callbacks(
     practice:PracticeConfig,
 ) -> list[Callback]:
@@ -458,6 +460,7 @@ def prepare_model(
     if practice.lora.r: add_lora(model, practice.lora)
     return checkpoint_gradients(model) if practice.gradient_checkpointing else model
 
+# %% ../nbs/13_practice.ipynb #7201a80e
 def run_training(
     model,          # a Captioner, changed in place
     dataset,        # as `train` takes it
@@ -486,7 +489,7 @@ def run_training(
     if practice.lora.r: merge_lora(model)
     return history
 
-# %% ../nbs/13_practice.ipynb #b34fd8a1
+# %% ../nbs/13_practice.ipynb #d1ae421c
 def _peak_memory(device):
     "Bytes: of a GPU the most that tensors took, else the most that this process ever had in memory."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
@@ -510,6 +513,7 @@ def _same_random_numbers():
     random.setstate(python)
     np.random.set_state(numpy)
 
+# %% ../nbs/13_practice.ipynb #837ee10b
 def dry_run(
     model,   # a Captioner; a copy of it is trained
     dataset, # as `train` takes it

@@ -41,7 +41,7 @@ def open_photo(
     except Exception as error: raise ValueError(f"{name}: damaged or unreadable image ({error})") from error  # decoders fail in many ways
     return image
 
-# %% ../nbs/11_sources.ipynb #a1d85d4a
+# %% ../nbs/11_sources.ipynb #734ea0be
 class HubPhotos(Mapping):
     "File name -> photo, out of the tables of the `datasets` library"
     def __init__(self,
@@ -67,6 +67,7 @@ class HubPhotos(Mapping):
     def __iter__(self) -> Iterator[str]: return iter(self.places)
     def __len__(self) -> int: return len(self.places)
 
+# %% ../nbs/11_sources.ipynb #af04fa31
 def _needed_package(name: str, what: str):
     "The module `name`; ValueError that names the extra where it is not installed"
     try: return __import__(name)
@@ -109,7 +110,7 @@ def _dealt(shards: list[str], seed: int, number: int, stream: int, streams: int)
     random.Random(f"shards {seed} {number}").shuffle(order)
     return order[stream::streams]
 
-# %% ../nbs/11_sources.ipynb #778e8524
+# %% ../nbs/11_sources.ipynb #2ce4c03d
 _PHOTO_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 
 def _wanted(name: str) -> bool:
@@ -148,6 +149,7 @@ def _read_shard(shard: str) -> Iterator[dict | BrokenImage]:
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
         yield BrokenImage(shard, f"{shard}: damaged or unreadable shard ({str(error.args[0] if error.args else error)[:80]})")
 
+# %% ../nbs/11_sources.ipynb #247da20b
 def _sample_captions(sample: dict, name: str) -> list[str]:
     "The captions of a sample: the lines of its .txt, or what its .json holds; ValueError where there are none"
     if "txt" in sample: captions = sample["txt"].decode("utf-8").split("\n")
@@ -168,7 +170,7 @@ def _opened_sample(sample: dict) -> tuple[str, bytes, list[str]]:
     if suffix is None: raise ValueError(f"{name}: no photo; a sample needs one of .{', .'.join(_PHOTO_SUFFIXES)}")
     return f"{name}.{suffix}", sample[suffix], _sample_captions(sample, name)
 
-# %% ../nbs/11_sources.ipynb #de30bccc
+# %% ../nbs/11_sources.ipynb #d09bf293
 def _shard_size(shard: str) -> int:
     "How many samples a shard has: from the headers of a local archive, by reading it otherwise"
     from webdataset.tariterators import group_by_keys
@@ -182,6 +184,7 @@ def _shard_size(shard: str) -> int:
         if whole: return whole
     return sum(1 for _ in _read_shard(shard))  # an address, or damaged: what can be read counts
 
+# %% ../nbs/11_sources.ipynb #79118267
 class ShardDataset(IterableDataset):
     "Batches of photos with captions from WebDataset shards, dealt out to processes and workers; give it to DataLoader(batch_size=None)"
     def __init__(self,
@@ -314,7 +317,7 @@ def open_source(
         raise ValueError(f"{source}: a folder that is neither a saved dataset nor one of shards; give the caption file{f' ({chr(44).join(found)}?)' if found else ''}")
     return Source(read_captions(path, images, split, columns), None if images is None else Path(images))
 
-# %% ../nbs/11_sources.ipynb #0a5747e9
+# %% ../nbs/11_sources.ipynb #85ba16f8
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands near the end of a whole file of this format
 
 def _ends_well(kind: str, tail: bytes, size: int, head: bytes) -> bool:
@@ -350,6 +353,7 @@ def photo_problem(
     except Exception as error: return str(error).removeprefix(f"{photo if isinstance(photo, Path) else name}: ")  # decoders fail in many ways
     return None
 
+# %% ../nbs/11_sources.ipynb #2fc11634
 def _file_problem(path: Path) -> str | None:
     "What is wrong with a file before it is opened: missing, a loop of links, a folder, no right to read, empty"
     try: found = os.stat(path)
@@ -384,7 +388,7 @@ def caption_statistics(
                 tokens_per_word=sum(lengths) / max(1, sum(map(len, words))), unknown_words=dict(strange.most_common(10)),
                 vocabulary_words=len({word.lower() for caption in words for word in caption}), vocabulary_tokens=len(seen), vocabulary_size=tokenizer.vocab_size)
 
-# %% ../nbs/11_sources.ipynb #83f476de
+# %% ../nbs/11_sources.ipynb #70fc0a0b
 @dataclass
 class DataReport:
     "What `check_data` found; `str()` is for people, `to_dict()` for JSON"
@@ -424,6 +428,7 @@ class DataReport:
             lines += [f"    {' = '.join(group[:4])}{' = …' if len(group) > 4 else ''}" for group in (self.across_splits[kind] or groups)[:3]]
         return "\n".join(lines + [f"look at: {remark}" for remark in self.remarks])
 
+# %% ../nbs/11_sources.ipynb #adca064f
 def _remarks(report: DataReport) -> list[str]:
     "What deserves a second look, in words"
     text, across = report.text, sum(map(len, report.across_splits.values()))
@@ -454,7 +459,7 @@ def contact_sheet(
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # scripts that the font lacks appear as boxes
         figure.savefig(path, dpi=80)
 
-# %% ../nbs/11_sources.ipynb #b4ed5226
+# %% ../nbs/11_sources.ipynb #636f84c0
 def _groups(pairs: Iterable[tuple[object, str]]) -> list[list[str]]:
     "Files that share a key, two or more of each"
     found = defaultdict(list)
@@ -472,6 +477,7 @@ def _duplicates(records: list[Record], sizes: dict[str, int], content: Callable[
             "same bytes": _groups((_photo_key(content(file)), file) for file in same_size),
             "same captions": _groups((frozenset(caption.lower() for caption in record.captions), record.file) for record in records)}
 
+# %% ../nbs/11_sources.ipynb #c47439da
 def _checked_photos(files: list[str], content: Callable[[str], Path | bytes], full: bool, progress: bool) -> tuple[dict[str, str], dict[str, int]]:
     "(file -> what is wrong, file -> size in bytes), several photos at a time"
     def check(file):
@@ -494,6 +500,7 @@ def _content_of(images: Path | Mapping | None) -> Callable[[str], Path | bytes] 
     if images is None: return None
     return (lambda file: images / file) if isinstance(images, Path) else images.content
 
+# %% ../nbs/11_sources.ipynb #7d6eb3c0
 def check_data(
     captions: str | Path,  # anything that `open_source` opens, except shards
     images: str | Path | None = None,  # the folder of the photos; None: where there is one, only captions are looked at

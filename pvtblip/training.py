@@ -84,7 +84,7 @@ def parameter_groups(
                    dict(params=[p for p in own if p.dim() <= 1], weight_decay=0., lr_scale=scale)]
     return groups
 
-# %% ../nbs/03_training.ipynb #66ff021c
+# %% ../nbs/03_training.ipynb #c5ebcd06
 def whole_tensor(tensor):
     "A tensor that FSDP has split over the processes, put together: all of them call this. Any other tensor as it is."
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
@@ -101,6 +101,7 @@ def _blank_batch(model, device):
     rows = model.tokenizer([''])
     return dict(pixel_values=torch.zeros(1, 3, size, size, device=device), **{name: ids.to(device) for name, ids in rows.items()})
 
+# %% ../nbs/03_training.ipynb #84d82bea
 def training_step(
     accelerator, # moves, scales and adds up
     model,       # as `accelerator.prepare` returned it
@@ -218,7 +219,7 @@ def _whole_folder(final):
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{final}: the training state cannot be written ({error}); make room or choose another folder, then resume: the states before it are whole") from error
 
-# %% ../nbs/03_training.ipynb #d39a9cbc
+# %% ../nbs/03_training.ipynb #faea5350
 def save_state(
     folder,      # where the run's states live
     step:int,    # optimizer steps done
@@ -248,6 +249,7 @@ def save_state(
     _prune(final.parent, keep)
     return final
 
+# %% ../nbs/03_training.ipynb #90c73331
 def _versions():
     "What the numbers of a run depend on besides its settings."
     return dict(python=platform.python_version()) | {name: version(name) for name in ('torch', 'transformers', 'timm', 'accelerate')}
@@ -267,7 +269,7 @@ def saved_states(folder) -> list[Path]: # where the run's states live
     states = [path for path in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', path.name)]
     return sorted(states, key=_step_of)
 
-# %% ../nbs/03_training.ipynb #e5a0bd4e
+# %% ../nbs/03_training.ipynb #ec209621
 def check_state(
     state, # a `checkpoint-STEP` folder
 ):
@@ -293,6 +295,7 @@ def newest_state(
         os.replace(state, state.with_name(f'damaged-{state.name}'))
     if states: raise ValueError(f"{folder}: every training state is damaged; start anew in another folder")
 
+# %% ../nbs/03_training.ipynb #547a20f0
 def read_facts(
     state, # a `checkpoint-STEP` folder
 ) -> dict: # step, history, settings, versions, best, ...
@@ -387,7 +390,7 @@ class StopAtNonFiniteLoss(Callback):
         raise FloatingPointError(f"the loss or a gradient is no number any more (loss {loss}) at step {step}; {where}; "
                                  "look at them, lower learning_rate or set mixed_precision='no', then resume from the last state")
 
-# %% ../nbs/03_training.ipynb #9eb62401
+# %% ../nbs/03_training.ipynb #63938892
 def _run_settings(config, model, dataset, num_processes, callbacks, more):
     "What makes a run this run, flat and as JSON gives it back; how often to log or save is free."
     free = {'logging_steps', 'eval_steps', 'save_steps', 'save_total_limit', 'dataloader_num_workers'}
@@ -405,6 +408,7 @@ def _check_same_run(state, now, log):
         f"{state} was trained with other settings ({'; '.join(differ)}); use the same, or start anew in another folder")
     if differ := differences(facts['versions'], _versions()): log(f"{state} was written by other versions ({'; '.join(differ)}): the last digits may differ")
 
+# %% ../nbs/03_training.ipynb #34aad95a
 def _check_writable(folder):
     "OSError before the first step where no state could be written after it."
     try:
@@ -419,6 +423,7 @@ def _state_to_resume(folder, resume, accelerator, log):
     if states and not resume: raise ValueError(f"{folder} holds {states[-1].name} of an earlier run; resume it, or choose another folder")
     return broadcast_object_list([newest_state(folder, log) if states and accelerator.is_main_process else None])[0]
 
+# %% ../nbs/03_training.ipynb #19a49a82
 def processes() -> PartialState:
     "The processes of this run and which of them this is; without a GPU they talk through gloo, of which Accelerate has to be told."
     return PartialState(cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available())
@@ -436,6 +441,7 @@ def make_accelerator(
         "mixed_precision='fp16' needs a GPU and there is only a CPU; choose 'bf16' or 'no'")
     return accelerator
 
+# %% ../nbs/03_training.ipynb #d1848365
 def outlive_signals(worker):
     "A process that reads photos lets the run finish its step: the terminal's Ctrl-C and a scheduler's SIGTERM reach it too."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -449,6 +455,7 @@ def _loader(dataset, tokenizer, config, step, num_processes):
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(tokenizer), num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals,
                       pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(config.seed))
 
+# %% ../nbs/03_training.ipynb #f5008131
 def _agree(run):
     "What one process asks for, all do (a signal may reach them in different steps); one process has nobody to ask."
     if run.accelerator.num_processes == 1: return
