@@ -7,10 +7,10 @@ __all__ = ['load_model', 'best_device', 'whole_file', 'write_whole', 'save_figur
            'fast_precision', 'caption_scenes', 'score_scenes', 'refuse_model', 'save_demo_pictures', 'EasyFirst',
            'demo', 'captioner_config', 'DataConfig', 'PhotoRun', 'divide_photos', 'photo_sets', 'photo_loader',
            'ShardSet', 'held_out_measures', 'photo_material', 'shard_material', 'train_on_photos', 'put_together',
-           'finish_run', 'refuse_run', 'caption_batches', 'caption_files', 'score_table', 'comparison_table',
-           'read_training_captions', 'score_files', 'evaluate_photos']
+           'finish_run', 'refuse_run', 'refuse_suffix', 'caption_batches', 'caption_files', 'score_table',
+           'comparison_table', 'read_training_captions', 'score_files', 'evaluate_photos']
 
-# %% ../nbs/09_app.ipynb #bc30eed9
+# %% ../nbs/09_app.ipynb #5a8f9d9a
 import itertools, json, os, random, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .data import BrokenImage, CaptionDataset, Collate, read_captions, split_by_name, take_split
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights
-from .evaluation import (METRICS, cider_score, clip_score, coco_code, has_coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
+from .evaluation import (METRICS, check_clip, cider_score, clip_score, coco_code, has_coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
                                 plot_best_and_worst, read_hypotheses, read_references, shuffled_gap)
 from .generation import GenerationConfig, attention_map, cross_attention, generate, process_image
 from .loading import AugmentationConfig, AugmentedDataset, LengthBatchSampler, PhotoCache, caption_lengths, pixel_loader
@@ -475,6 +475,11 @@ def _result(model, name, ids, score, logprobs):
     return dict(image=str(name), caption=model.tokenizer.decode(ids), score=round(score.item(), 6),
                 tokens=[dict(token=token, logprob=round(value, 6)) for token, value in zip(tokens, logprobs[:end].tolist())])
 
+# %% ../nbs/09_app.ipynb #fe970a6b
+def refuse_suffix(file, suffix, option):
+    "Raise ValueError before work starts where an option names a file of another kind; None is no file."
+    if file and Path(file).suffix.lower() != suffix: raise ValueError(f"{file}: {option} writes a {suffix} file")
+
 # %% ../nbs/09_app.ipynb #9259cf36
 def caption_batches(
     files,          # image files
@@ -493,7 +498,7 @@ def caption_batches(
             pixel_values = process_image(list(images.values()), model)
             yield images, broken, pixel_values, generate(model, pixel_values, options)
 
-# %% ../nbs/09_app.ipynb #69c3b58a
+# %% ../nbs/09_app.ipynb #7f4ac48a
 def caption_files(
     files,           # image files
     model,           # folder or hub name
@@ -506,7 +511,7 @@ def caption_files(
     "Caption files with a model folder; a missing file stops it before work starts, a broken photo does not."
     for file in files:
         if not Path(file).is_file(): raise FileNotFoundError(f"{file}: no such image")
-    if attention and Path(attention).suffix.lower() != '.png': raise ValueError(f"{attention}: --attention writes a .png file")
+    refuse_suffix(attention, '.png', '--attention')
     model = load_model(model)
     options = GenerationConfig(num_beams=num_beams, max_length=max_length, min_length=min_length).check(model)
     results = {}
@@ -539,7 +544,7 @@ def comparison_table(
     rows = [f"{name:<9}{row['difference']:+8.4f}   {row['low']:+.4f} to {row['high']:+.4f}   p = {row['p_value']:.3f}" for name, row in comparison.items()]
     return '\n'.join([f"{'':9}{'more':>8}   95 % interval         chance of no difference", *rows])
 
-# %% ../nbs/09_app.ipynb #4833c39c
+# %% ../nbs/09_app.ipynb #84d97926
 def read_training_captions(file): # of `pvtblip train`, in any form that it reads; None: none
     "All captions of a file, one after the other."
     return [caption for record in read_captions(file) for caption in record.captions] if file else ()
@@ -548,9 +553,6 @@ def _report(scores, references, hypotheses, problems, learnt, **more):
     "What both commands write as JSON; the first two entries have the form that COCO's users expect."
     return dict(corpus=scores.corpus, images=scores.images, intervals=confidence_intervals(scores), diversity=diversity(list(hypotheses.values()), learnt),
                 problems=problems, references=sum(map(len, references.values())), captions=hypotheses, **more)
-
-def _refuse_suffix(file, suffix, option): # before work starts
-    if file and Path(file).suffix.lower() != suffix: raise ValueError(f"{file}: {option} writes a {suffix} file")
 
 # %% ../nbs/09_app.ipynb #15a79b1b
 def score_files(
@@ -583,7 +585,7 @@ def score_files(
     if json_file: write_whole(json_file, json.dumps(report, indent=1, ensure_ascii=False))
     return report
 
-# %% ../nbs/09_app.ipynb #b8acf4c4
+# %% ../nbs/09_app.ipynb #b0b02a7c
 def evaluate_photos(
     model,                # folder or hub name
     images,               # folder of photos
@@ -604,13 +606,13 @@ def evaluate_photos(
 ) -> dict: # of `score_files`, with shuffled_gap and clip_score
     "Caption the photos of a caption file and score the captions; bad input is refused before work starts, broken photos are named."
     coco_code()
-    _refuse_suffix(sheet, '.png', '--sheet')
+    refuse_suffix(sheet, '.png', '--sheet')
     files = {Path(images)/record.file: record for record in read_captions(captions, images, split=split)[:limit]}
     name = lambda file: files[file].file if files[file].image_id is None else files[file].image_id
     references = {str(name(file)): list(record.captions) for file, record in files.items()}
     if len(references) < len(files): raise ValueError(f"{captions}: {len(files) - len(references)} photos share their image_id with another one; give each its own")
     learnt = read_training_captions(training_captions)
-    if clip and not (Path(clip)/'config.json').is_file(): raise FileNotFoundError(f"{clip}: no CLIP model there; give a folder that transformers' save_pretrained wrote")
+    if clip: check_clip(clip)
     pair_captions(references, {one: own[0] for one, own in references.items()}, go_on)                  # what is wrong with them shows before work starts
     model = load_model(model)
     options = GenerationConfig(num_beams=num_beams, max_length=max_length, min_length=min_length).check(model)

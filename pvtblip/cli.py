@@ -35,7 +35,7 @@ def demo_command(
     from pvtblip.app import demo
     demo(out, json_file, max_steps=max_steps, scenes=scenes, seed=seed, log=_say)
 
-# %% ../nbs/10_cli.ipynb #3fd2df89
+# %% ../nbs/10_cli.ipynb #af56ef88
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at photos and captions before training.")
 app.add_typer(data_app, name='data')
 
@@ -53,10 +53,10 @@ def data_check_command(
     """Count photos and captions, and name what is wrong with them: missing and broken photos, cut captions, unknown
     tokens, duplicates across splits. The exit code is 1 where photos are missing or broken.
     """
-    from pvtblip.app import write_whole
+    from pvtblip.app import refuse_suffix, write_whole
     from pvtblip.sources import check_data
     from pvtblip.tokenizer import CaptionTokenizer
-    if sheet and sheet.suffix.lower() != '.png': raise ValueError(f"{sheet}: --sheet writes a .png file")
+    refuse_suffix(sheet, '.png', '--sheet')
     for file in filter(None, (json_file, sheet)): file.parent.mkdir(parents=True, exist_ok=True)
     report = check_data(captions, images, split, CaptionTokenizer(text_model, max_length=max_length), full, sheet)
     print(report)

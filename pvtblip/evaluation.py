@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'has_coco_code', 'coco_code', 'ptb_tokenize', 'Scores', 'coco_scores', 'cider_score',
            'confidence_intervals', 'compare', 'read_references', 'read_hypotheses', 'odd_characters',
            'describe_problems', 'pair_captions', 'words_said', 'diversity', 'shuffled_gap', 'pointing_test',
-           'clip_score', 'plot_best_and_worst']
+           'check_clip', 'clip_score', 'plot_best_and_worst']
 
 # %% ../nbs/07_evaluation.ipynb #a81aa4ae
 import json, re, subprocess, unicodedata
@@ -422,7 +422,11 @@ def _inside(
     down, across = (torch.arange(height) + 0.5)/height, (torch.arange(width) + 0.5)/width
     return ((down >= y0) & (down < y1))[:, None] & ((across >= x0) & (across < x1))
 
-# %% ../nbs/07_evaluation.ipynb #81d20b44
+# %% ../nbs/07_evaluation.ipynb #3219f922
+def check_clip(clip): # folder
+    "FileNotFoundError where there is no CLIP that transformers could load."
+    if not (Path(clip)/'config.json').is_file(): raise FileNotFoundError(f"{clip}: no CLIP model there; give a folder that transformers' save_pretrained wrote")
+
 def clip_score(
     files,    # image files
     captions, # one for each
@@ -433,7 +437,7 @@ def clip_score(
     "CLIPScore, which needs no references: 2.5 times the cosine of image and caption, where positive (Hessel et al. 2021); FileNotFoundError where there is no CLIP."
     from transformers import CLIPModel, CLIPProcessor
     if len(files) != len(captions): raise ValueError(f"{len(files)} files and {len(captions)} captions; give one caption for each file")
-    if not (Path(clip)/'config.json').is_file(): raise FileNotFoundError(f"{clip}: no CLIP model there; give a folder that transformers' save_pretrained wrote")
+    check_clip(clip)
     model, processor, scores = CLIPModel.from_pretrained(clip).to(device).eval(), CLIPProcessor.from_pretrained(clip), []
     for start in range(0, len(files), batch_size):
         here = slice(start, start+batch_size)

@@ -1,5 +1,5 @@
 "Options that all tests share: `pytest --slow` also runs the tests marked slow."
-import os
+import os, subprocess, sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,3 +40,16 @@ def clip(tmp_path_factory):
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[])
     CLIPProcessor(CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)), tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run_in_two(tmp_path):
+    "A function that runs a script in two processes that share the work; its arguments are the folder of the tests and the test's own."
+    def run(text, timeout):
+        script = tmp_path / "script.py"
+        script.write_text(text)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, os.path.dirname(__file__), tmp_path]
+        done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return done
+    return run

@@ -116,13 +116,9 @@ except SystemExit as end: open(f"{sys.argv[2]}/exit-{make_accelerator(config).pr
 """
 
 
-def test_two_processes_stop_together(tmp_path):
+def test_two_processes_stop_together(tmp_path, run_in_two):
     "Only one of them gets the signal; it is seen one step later, since the piece that sends it comes last."
-    script = tmp_path / "together.py"
-    script.write_text(TOGETHER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, os.path.dirname(__file__), tmp_path]
-    done = subprocess.run(command, timeout=120, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    done = run_in_two(TOGETHER, timeout=120)
     assert [(tmp_path / f"exit-{i}").read_text() for i in range(2)] == ["143", "143"] and newest(tmp_path) == 4
     assert done.stdout.count("stopped by SIGTERM after step 4 of 8") == 1
 
@@ -166,14 +162,10 @@ assert without_speed(history) == without_speed(history_again)
 """
 
 
-def test_weights_that_are_split_over_processes_resume(tmp_path):
+def test_weights_that_are_split_over_processes_resume(tmp_path, run_in_two):
     "FSDP2 (torch's `fully_shard`) on two processors; Accelerate itself splits on GPUs only."
     from safetensors.torch import load_file
-    script = tmp_path / "split.py"
-    script.write_text(SPLIT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, os.path.dirname(__file__), tmp_path]
-    done = subprocess.run(command, timeout=200, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    run_in_two(SPLIT, timeout=200)
     ours, theirs = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "checkpoint-6"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert {k.removeprefix("model."): v.shape for k, v in ours.items() if k.startswith("model.")} == {k: v.shape for k, v in make_model().state_dict().items()}

@@ -136,11 +136,8 @@ resumed, _ = fit(config, folder, make_model(seed=1), make_data(9), resume=True)
 """
 
 
-def test_two_processes_stay_together_and_resume(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, os.path.dirname(__file__), tmp_path]
-    subprocess.run(command, check=True, timeout=300, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_two_processes_stay_together_and_resume(tmp_path, run_in_two):
+    run_in_two(TWO, timeout=300)
     reports = [(tmp_path / f"{i}-of-2").read_text() for i in range(2)]
     assert reports[0] == reports[1] and reports[0].startswith("True "), reports
     with pytest.raises(ValueError, match="data processes: 2 then, 1 now"): fit(replace(CONFIG, max_steps=4), tmp_path, data=make_data(9), resume=True)
@@ -359,13 +356,9 @@ def step_batches(case, process=None):
     return [collate(batch) for batch in shares[case][process]]
 
 
-def test_two_processes_give_the_gradients_of_one(tmp_path):
+def test_two_processes_give_the_gradients_of_one(tmp_path, run_in_two):
     "1 and 1 captions here, 3 and 1 there, of 2 to 15 words; then one process whose photos are all broken; then nothing but broken photos."
-    script = tmp_path / "gradients.py"
-    script.write_text(GRADIENTS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, os.path.dirname(__file__), tmp_path]
-    done = subprocess.run(command, timeout=120, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    run_in_two(GRADIENTS, timeout=120)
     for case in ("unequal", "broken"):
         whole = accumulate(training_step, step_batches(case))
         for process in range(2):
