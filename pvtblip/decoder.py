@@ -408,7 +408,7 @@ def load_whole(
         if name not in own: raise ValueError(f"{file}: foreign weight {name}; the file belongs to another model")
     model.load_state_dict(saved)
 
-# %% ../nbs/02_decoder.ipynb #87d4bdf8
+# %% ../nbs/02_decoder.ipynb #2b7939a2
 class Captioner(nn.Module):
     "Image encoder + decoder + the loss, with the shift in one place (after BLIP, arXiv:2201.12086)."
     def __init__(self,
@@ -452,6 +452,7 @@ class Captioner(nn.Module):
         pixel_values, # (B, 3, H, W)
         input_ids,    # (N, T) N = B*C, the C captions of an image adjacent
         labels,       # (N, T) as transformers means them: aligned with input_ids, -100 where nothing is learnt
+        weights=None, # (N,) how much each row counts, below 0 to unlearn it; None: all the same
     ) -> CaptionerOutput:
         "One training step's loss: each image is encoded once, logits are computed only where there is a label; raises ValueError where there is none."
         if input_ids.shape[0] % pixel_values.shape[0]: raise ValueError(
@@ -462,7 +463,9 @@ class Captioner(nn.Module):
         targets = labels[:, 1:]                          # the shift: after seeing token t, say token t+1
         labelled = targets != -100                                                          # (N, T-1)
         logits, targets = self.decoder.logits(hidden[labelled], self.output_ids), self._as_outputs(targets[labelled]) # (M, V), (M,)
-        return CaptionerOutput(F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing), logits, targets)
+        losses = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing, reduction='mean' if weights is None else 'none')
+        if weights is not None: losses = (losses * weights[:, None].expand_as(labelled)[labelled]).mean()
+        return CaptionerOutput(losses, logits, targets)
 
     def _as_outputs(self, targets): # (M,) token ids
         "Labels as indices into the output vocabulary."

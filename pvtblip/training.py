@@ -101,7 +101,7 @@ def _blank_batch(model, device):
     rows = model.tokenizer([''])
     return dict(pixel_values=torch.zeros(1, 3, size, size, device=device), **{name: ids.to(device) for name, ids in rows.items()})
 
-# %% ../nbs/03_training.ipynb #84d82bea
+# %% ../nbs/03_training.ipynb #8d744a87
 def training_step(
     accelerator, # moves, scales and adds up
     model,       # as `accelerator.prepare` returned it
@@ -120,7 +120,7 @@ def training_step(
         whole, counts = whole + missing*[_blank_batch(accelerator.unwrap_model(model), accelerator.device)], counts + missing*[nothing]
     for i, (batch, count) in enumerate(zip(whole, counts), 1):
         with nullcontext() if i == len(whole) else accelerator.no_sync(model):   # gradients travel once a step
-            with accelerator.autocast(): loss = model(batch['pixel_values'], batch['input_ids'], batch['labels']).loss
+            with accelerator.autocast(): loss = model(batch['pixel_values'], batch['input_ids'], batch['labels'], batch.get('weights')).loss
             share = loss * count / total                                         # this micro-batch's part of the mean
             accelerator.backward(share * accelerator.num_processes)              # DDP takes the mean over processes
         mean = mean + share.detach()
