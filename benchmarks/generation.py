@@ -5,7 +5,8 @@
 Both run in this process, in turn, several times; the ratio is the median of (transformers' time / ours).
 Both get image tokens, so the encoder is not timed. transformers runs at its best: scaled dot-product attention
 and a fresh `EncoderDecoderCache` per call. The tokens of both must be the same up to [SEP]. A warm-up call of each is not timed; what ours does in its first call
-only, packing weights, is printed apart.
+only, packing weights, is printed apart. The floor is the time that the least work would take: for each step the bytes of weights and caches over this
+machine's bandwidth, or its multiplications over the machine's matrix rate, whichever is more; both rates are measured first. `of floor` is floor / ours.
 """
 import argparse
 import json
@@ -56,6 +57,33 @@ def end_gap(ours, images, share=0.1):
     return float((logits.amax(-1) - logits[..., ours.tokenizer.sep_token_id]).flatten().quantile(share))
 
 
+def best_seconds(function, device, rounds=7):
+    "The shortest of several runs."
+    function()
+    return min(timed(function, device)[1] for _ in range(rounds))
+
+
+def machine(dtype, device):
+    "Bytes a second that are read, and floating-point operations a second of a large matrix product."
+    block, matrix = torch.ones(2**26, device=device), torch.ones(2048, 2048, dtype=dtype, device=device)  # 268 MB: no cache holds it
+    return 4 * 2**26 / best_seconds(block.sum, device), 2 * 2048**3 / best_seconds(lambda: matrix @ matrix, device)
+
+
+def least_seconds(config, image_tokens, lengths, beams, prompt, dtype, rates):
+    "What the least work takes: lengths are the generated tokens of each image; a step's work is bound by memory or by multiplications."
+    D, layers, size = config.hidden_size, config.num_hidden_layers, dtype.itemsize
+    layer, head = 6 * D * D + 2 * D * config.intermediate_size, D * D + config.vocab_size * D  # self 4 D^2, cross-attention's query and output 2 D^2
+    keys = len(lengths) * image_tokens * layers * 2 * D  # of the images, computed once
+    seconds = max((layers * 2 * D * D + keys) * size / rates[0], 2 * keys * D / rates[1])
+    for step in range(max(lengths)):
+        images = sum(length > step for length in lengths)
+        rows, new, past = images * (beams if step else 1), 1 if step else prompt, prompt + step
+        caches = (images * image_tokens + rows * past) * layers * 2 * D
+        operations = 2 * rows * (new * layers * layer + head) + 4 * D * layers * rows * new * (image_tokens + past)
+        seconds += max((layers * layer + head + caches) * size / rates[0], operations / rates[1])
+    return seconds
+
+
 def call_ours(model, images, beams):
     return generate(model, image_tokens=images, num_beams=beams, max_length=MAX_LENGTH).sequences[:, 0]
 
@@ -79,7 +107,7 @@ def timed(function, device):
     return result, time.perf_counter() - start
 
 
-def measure(ours, theirs, images, beams, rounds):
+def measure(ours, theirs, images, beams, rounds, rates):
     "One row of the table: both called in turn, `rounds` times, after a warm-up."
     sep, device = ours.tokenizer.sep_token_id, images.device
     prompt = ours.tokenizer(batch_size=len(images))["input_ids"].to(device)
@@ -89,8 +117,9 @@ def measure(ours, theirs, images, beams, rounds):
     for i in range(rounds):
         mine, other = (timed(f, device)[1] for f in (pair if i % 2 == 0 else pair[::-1]))
         times.append((mine, other) if i % 2 == 0 else (other, mine))
-    lengths = [len(row) - prompt.shape[1] for row in a]
-    return dict(ratio=round(statistics.median(y / x for x, y in times), 2), ms=round(1e3 * statistics.median(x for x, _ in times), 1),
+    lengths, ms = [len(row) - prompt.shape[1] for row in a], 1e3 * statistics.median(x for x, _ in times)
+    floor = 1e3 * least_seconds(ours.config.decoder, images.shape[1], lengths, beams, prompt.shape[1], images.dtype, rates)
+    return dict(ratio=round(statistics.median(y / x for x, y in times), 2), ms=round(ms, 1), floor_ms=round(floor, 1), of_floor=round(floor / ms, 2),
                 same_tokens=a == b, tokens=sum(lengths), shortest=min(lengths), longest=max(lengths))
 
 
@@ -106,7 +135,9 @@ def main():
     bf16 = device.type == "cuda" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # elsewhere bfloat16 is no faster on a processor
     rows = []
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; ratio: transformers' time / ours, median of {rounds}")
-    print(f"{'model':36}{'ending':>8}{'dtype':>10}{'batch':>6}{'beams':>6}{'ratio':>7}{'ms':>9}{'tokens':>8}  lengths  same tokens")
+    rates = {dtype: machine(dtype, device) for dtype in (torch.float32, torch.bfloat16)[:1 + bf16]}
+    for dtype, (read, multiplied) in rates.items(): print(f"{str(dtype).removeprefix('torch.')}: {read/1e9:.1f} GB/s read, {multiplied/1e9:,.0f} GFLOP/s")
+    print(f"{'model':36}{'ending':>8}{'dtype':>10}{'batch':>6}{'beams':>6}{'ratio':>7}{'ms':>9}{'floor':>8}{'of floor':>9}{'tokens':>8}  lengths  same tokens")
     for name, (sizes, num_tokens) in MODELS.items():
         ours, theirs, images = build(sizes, num_tokens, max(batches), device)
         first, second = (1e3 * timed(lambda: call_ours(ours, images[:1], 1), device)[1] for _ in range(2))
@@ -119,10 +150,10 @@ def main():
                 for batch in batches:
                     for beams in (1, 3, 5):
                         row = dict(model=name, ending=ending, dtype=str(dtype).removeprefix("torch."), batch=batch, beams=beams,
-                                   **measure(ours, theirs, images[:batch], beams, rounds))
+                                   **measure(ours, theirs, images[:batch], beams, rounds, rates[dtype]))
                         rows.append(row)
                         if args.json: Path(args.json).write_text(json.dumps(rows, indent=1))  # after each row: a run that is stopped keeps what it has
-                        print(f"{name:36}{ending:>8}{row['dtype']:>10}{batch:6}{beams:6}{row['ratio']:7.2f}{row['ms']:9.1f}{row['tokens']:8}"
+                        print(f"{name:36}{ending:>8}{row['dtype']:>10}{batch:6}{beams:6}{row['ratio']:7.2f}{row['ms']:9.1f}{row['floor_ms']:8.1f}{row['of_floor']:9.0%}{row['tokens']:8}"
                               f"  {row['shortest']:>3}-{row['longest']:<3}  {row['same_tokens']}", flush=True)
     ratios = [row["ratio"] for row in rows]
     print(f"smallest ratio {min(ratios)}, median {statistics.median(ratios):.2f}; same tokens in {sum(r['same_tokens'] for r in rows)} of {len(rows)}")
