@@ -35,7 +35,7 @@ def demo_command(
     from pvtblip.app import demo
     demo(out, json_file, max_steps=max_steps, scenes=scenes, seed=seed, log=_say)
 
-# %% ../nbs/10_cli.ipynb #af56ef88
+# %% ../nbs/10_cli.ipynb #ae7a336f
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at photos and captions before training.")
 app.add_typer(data_app, name='data')
 
@@ -53,7 +53,8 @@ def data_check_command(
     """Count photos and captions, and name what is wrong with them: missing and broken photos, cut captions, unknown
     tokens, duplicates across splits. The exit code is 1 where photos are missing or broken.
     """
-    from pvtblip.app import refuse_suffix, write_whole
+    from pvtblip.app import refuse_suffix
+    from pvtblip.photo_training import write_whole
     from pvtblip.sources import check_data
     from pvtblip.tokenizer import CaptionTokenizer
     refuse_suffix(sheet, '.png', '--sheet')
@@ -63,7 +64,7 @@ def data_check_command(
     if json_file: write_whole(json_file, json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
     raise typer.Exit(1 if report.broken else 0)
 
-# %% ../nbs/10_cli.ipynb #e9565d52
+# %% ../nbs/10_cli.ipynb #82bc2d9f
 @app.command('train')
 def train_command(
     out: Annotated[Path, typer.Option(metavar='DIR', help="Gets the model, the training states, run.toml and the history.")],
@@ -111,7 +112,7 @@ def train_command(
     start from pretrained parts: --encoder pvt_v2_b2 --encoder-weights pretrained --text-model bert-base-uncased.
     Several GPUs: accelerate launch -m pvtblip train, with the same flags.
     """
-    from pvtblip.app import PhotoRun, captioner_config, train_on_photos
+    from pvtblip.photo_training import PhotoRun, captioner_config, train_on_photos
     from pvtblip.practice import change_config, read_config, to_toml
     from pvtblip.training import processes
     if max_steps and epochs: raise ValueError("--max-steps and --epochs both say how long to train; give one of them")

@@ -389,7 +389,7 @@ def test_shards_train_and_several_processes_share_the_work(capsys, data, tmp_pat
 
 
 def test_no_photo_is_both_trained_on_and_held_out(data, tmp_path):
-    from pvtblip.app import DataConfig, divide_photos
+    from pvtblip.photo_training import DataConfig, divide_photos
     from pvtblip.data import Record
     from pvtblip.sources import Source
     def divide(splits, **settings):
