@@ -9,8 +9,8 @@ __all__ = ['PVT_CONFIGS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PHOTO_FORMATS', 'DRA
            'make_backbone', 'ImageEncoder', 'to_rgb', 'load_image', 'load_pixels', 'normalise_pixels',
            'image_transform']
 
-# %% ../nbs/01_pvt_encoder.ipynb #bedb41e6
-import json
+# %% ../nbs/01_pvt_encoder.ipynb #25f7f068
+import io, json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -383,7 +383,7 @@ class ImageEncoder(nn.Module):
             parts.append(tokens)
         return torch.cat(parts, dim=1)                                                           # (B, S, D)
 
-# %% ../nbs/01_pvt_encoder.ipynb #bc0e9272
+# %% ../nbs/01_pvt_encoder.ipynb #83f1b7aa
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: opening one starts Ghostscript
 
 def to_rgb(image:Image.Image) -> Image.Image:
@@ -398,15 +398,15 @@ def to_rgb(image:Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-def _read_photo(path,  # a file
-                read,  # function of the opened PIL image, whose pixels are not yet decoded
+def _read_photo(source, # a file, or the bytes of one
+                read,   # function of the opened PIL image, whose pixels are not yet decoded
                ):
     "What `read` makes of a photo; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such image file")
-    if path.stat().st_size == 0: raise ValueError(f"{path}: the file is empty (0 bytes)")
+    path, held = ("photo", source) if isinstance(source, bytes) else (Path(source), None)
+    if held is None and not path.is_file(): raise FileNotFoundError(f"{path}: no such image file")
+    if (path.stat().st_size if held is None else len(held)) == 0: raise ValueError(f"{path}: the file is empty (0 bytes)")
     try:
-        with Image.open(path, formats=PHOTO_FORMATS) as image:
+        with Image.open(path if held is None else io.BytesIO(held), formats=PHOTO_FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS and image.width*image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             return read(image)
@@ -420,7 +420,7 @@ def load_image(source) -> Image.Image:  # a path, or a PIL image in any mode
     "Any photo as upright RGB; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."
     return to_rgb(source) if isinstance(source, Image.Image) else _read_photo(source, to_rgb)
 
-# %% ../nbs/01_pvt_encoder.ipynb #338719ad
+# %% ../nbs/01_pvt_encoder.ipynb #806a5d78
 DRAFT_MARGIN = 1.5  # a reduced JPEG has at least this many times the side that is needed; at 1.0 it would differ nearly twice as much from the full decode (12_loading)
 
 def _square_pixels(image, size):
@@ -437,7 +437,7 @@ def _resized(pixels, size):
     return v2.functional.resize(pixels, [size, size], v2.InterpolationMode.BICUBIC, antialias=True).contiguous()
 
 def load_pixels(
-    source,   # a path, or a PIL image in any mode
+    source,   # a path, the bytes of an image file, or a PIL image in any mode
     size:int, # side of the square in pixels
 ) -> torch.Tensor: # (3, size, size) uint8
     "Any photo as an upright RGB square, squashed; raises as `load_image` does."
