@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PHOTO_SUFFIXES', 'Photo', 'photos_in_folder', 'photos_in_list', 'photos_in_shard', 'check_inputs', 'list_photos',
            'count_photos', 'PhotoReader', 'CaptionedBatch', 'caption_batches', 'caption_results', 'LineWriter',
-           'json_line', 'cut_half_line', 'read_done', 'drop_failures', 'fingerprint', 'run_facts', 'same_run',
-           'only_writer', 'StopAtSignal', 'gather_parts', 'best_device', 'load_model', 'default_workers',
+           'json_text', 'json_line', 'cut_half_line', 'read_done', 'drop_failures', 'fingerprint', 'run_facts',
+           'same_run', 'only_writer', 'StopAtSignal', 'gather_parts', 'best_device', 'load_model', 'default_workers',
            'caption_many', 'caption_files']
 
 # %% ../nbs/16_pipeline.ipynb #588e2a9d
@@ -199,7 +199,7 @@ def caption_results(
             results.append(dict(image=str(photo), **first, **(dict(more=more) if more else {})))
     return results
 
-# %% ../nbs/16_pipeline.ipynb #44c3e54d
+# %% ../nbs/16_pipeline.ipynb #64aa11ab
 class LineWriter:
     "A context that appends whole lines to a file: one write a call, on the disk a few seconds later."
     def __init__(self,
@@ -229,12 +229,14 @@ class LineWriter:
         self._sync()
         self.stream.close()
 
-def json_line(
-    result:dict,
-) -> bytes: # UTF-8; bytes of a file name that are none come as JSON's \udcXX, as Python reads them back
-    "One line of JSON, its line break included."
-    text = json.dumps(result, ensure_ascii=False)
-    return re.sub('[\ud800-\udfff]', lambda found: f'\\u{ord(found[0]):04x}', text).encode() + b'\n'
+def json_text(
+    result,     # plain values
+    **options,  # of `json.dumps`
+) -> str: # bytes of a file name that are no UTF-8 come as JSON's \udcXX, as Python reads them back
+    "JSON that can be written as UTF-8, whatever a file is called."
+    return re.sub('[\ud800-\udfff]', lambda found: f'\\u{ord(found[0]):04x}', json.dumps(result, ensure_ascii=False, **options))
+
+def json_line(result): return json_text(result).encode() + b'\n'
 
 # %% ../nbs/16_pipeline.ipynb #b47d201e
 def cut_half_line(
@@ -479,7 +481,7 @@ def _report(inputs, out, before, seconds, log):
     log(f"{new} photos{f' (and {before} before)' if before else ''}, {new/seconds:.1f} a second; {sum(errors)} failed; captions in {out}")
     return sum(errors)
 
-# %% ../nbs/16_pipeline.ipynb #5528a28d
+# %% ../nbs/16_pipeline.ipynb #ca6025c5
 def caption_files(
     inputs,           # as in `caption_many`
     model,            # folder or hub name
@@ -507,5 +509,5 @@ def caption_files(
         seen += len(batch.photos)
         if look and batch.read: look = look(model, batch)                        # once: it returns nothing
     if not seen: raise _nothing(inputs)
-    if as_json: out(json.dumps(results, indent=2, ensure_ascii=False))
+    if as_json: out(json_text(results, indent=2))
     return failed
