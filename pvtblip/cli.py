@@ -139,24 +139,62 @@ def train_command(
     figures = train_on_photos(run, out, resume, dry, log=_say)
     if dry and processes().is_main_process: print(to_toml(run) + ''.join(f'\n# {name}: {value:,.4g}' for name, value in figures.items()))
 
-# %% ../nbs/10_cli.ipynb #8139319d
+# %% ../nbs/10_cli.ipynb #09c91edf
 @app.command('caption')
 def caption_command(
-    images: Annotated[list[Path], typer.Argument(metavar='IMAGE...', help="Photos.")],
+    images: Annotated[list[str], typer.Argument(metavar='IMAGE|DIR|LIST|-...', help="Photos; folders, with all below them; lists of photos (.txt, one path a line, relative to the current folder; - reads one from standard input); WebDataset shards (.tar).")],
     model: Annotated[str, typer.Option(metavar='DIR', help="A model folder, or a name on the Hugging Face hub.")],
-    num_beams: Annotated[int, typer.Option(help="Captions searched side by side; 1 is greedy.")] = 3,
+    jsonl: Annotated[Optional[Path], typer.Option(metavar='OUT', help="Append a line of JSON for each photo here, and skip those that have one.")] = None,
+    retry: Annotated[bool, typer.Option('--retry', help="With --jsonl: try photos again that failed before.")] = False,
+    tokens: Annotated[bool, typer.Option('--tokens', help="With --jsonl: also every token with its log-probability.")] = False,
+    num_beams: Annotated[Optional[int], typer.Option(help="Captions searched side by side; 1 is greedy. Default: 3, or 1 where words are drawn.")] = None,
     max_length: Annotated[Optional[int], typer.Option(help="Tokens at most, prompt included.")] = None,
-    min_length: Annotated[int, typer.Option(help="Tokens at least, prompt included.")] = 0,
+    min_length: Annotated[Optional[int], typer.Option(help="Tokens at least, prompt included.")] = None,
+    changes: Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', help="Any field of GenerationConfig, as no_repeat_ngram_size=2, or do_sample=true with top_p=0.9; may be given again.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Photos captioned together.")] = 16,
+    workers: Annotated[Optional[int], typer.Option(min=0, help="Processes that decode photos ahead. Default: the cores, less one; none for a few photos.")] = None,
     as_json: Annotated[bool, typer.Option('--json', help="Print JSON with scores and tokens instead of text.")] = False,
     attention: Annotated[Optional[Path], typer.Option(metavar='PNG', help="Also draw where the model looked, word by word.")] = None,
 ):
     """Say what is in each photo: one line each, the file, a tab, the caption.
 
     A photo that cannot be read is named on stderr, the others are captioned, and the exit code is 1.
+
+    Many photos:
+
+      pvtblip caption photos --model model --jsonl captions.jsonl
+
+    Each line is {"image", "caption", "score", "confidence"} (the mean log-probability of its tokens), or {"image", "error"}.
+    Stopped or killed? The same command goes on from there. Several GPUs: accelerate launch -m pvtblip caption, with the same flags.
     """
-    from pvtblip.app import caption_files
-    failed = caption_files(images, model, num_beams, max_length, min_length, as_json, attention, out=print, error=_complain)
+    sys.stdout.reconfigure(errors='surrogateescape')                             # a file name leaves as the bytes that it is
+    if jsonl and (as_json or attention): raise ValueError("--jsonl writes a file; --json and --attention go without it")
+    if not jsonl and (retry or tokens): raise ValueError("--retry and --tokens go with --jsonl")
+    options = _generation(dict(num_beams=num_beams, max_length=max_length, min_length=min_length), changes or ())
+    if jsonl:
+        from pvtblip.pipeline import caption_many
+        failed = caption_many(images, model, jsonl, options, batch_size, workers, tokens, retry, log=_say)
+    else:
+        from pvtblip.pipeline import caption_files
+        failed = caption_files(images, model, options, as_json, _drawer(attention), print, _complain, batch_size, workers)
     raise typer.Exit(1 if failed else 0)
+
+# %% ../nbs/10_cli.ipynb #33a2843d
+def _generation(flags, changes):
+    "How captions are chosen: flags that were given, then --set, over three beams (one where words are drawn)."
+    from dataclasses import replace
+    from pvtblip.generation import GenerationConfig
+    named = _settings(changes, 'no_repeat_ngram_size=2')
+    options = replace(GenerationConfig(num_beams=1 if named.get('do_sample') is True else 3), **{name: value for name, value in flags.items() if value is not None})
+    if not named: return options
+    from pvtblip.practice import change_config
+    return change_config(options, named)
+
+def _drawer(attention):
+    "What draws the attention, or None."
+    if attention is None: return None
+    from pvtblip.app import attention_drawer
+    return attention_drawer(attention)
 
 # %% ../nbs/10_cli.ipynb #db9322d0
 @app.command('score')
@@ -218,19 +256,19 @@ def _complain(message):
     if 'in DataLoader worker process' in text: text = text.strip().splitlines()[-1].partition(': ')[2]
     _say(f"error: {' '.join(text.split())}")
 
-# %% ../nbs/10_cli.ipynb #ce1451d0
+# %% ../nbs/10_cli.ipynb #649e32ac
 def _json_option(name, text):
     if text is None: return None
     try: return json.loads(text)
     except json.JSONDecodeError as error: raise ValueError(f"{name}: not JSON ({error})") from error
 
-def _settings(changes):
+def _settings(changes, example='practice.ema_decay=0.999'):
     "{name: value} of NAME=VALUE; a value is a TOML one, or text."
     import tomllib
     found = {}
     for change in changes:
         name, equals, text = change.partition('=')
-        if not equals: raise ValueError(f"--set {change}: write NAME=VALUE, as practice.ema_decay=0.999")
+        if not equals: raise ValueError(f"--set {change}: write NAME=VALUE, as {example}")
         try: found[name.strip()] = tomllib.loads(f'value = {text}')['value']
         except tomllib.TOMLDecodeError: found[name.strip()] = text
     return found

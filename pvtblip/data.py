@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Record', 'take_split', 'read_captions', 'split_by_name', 'BrokenImage', 'draw_captions', 'CaptionDataset',
-           'SeededBatchSampler', 'Collate']
+           'SeededBatchSampler', 'Collate', 'outlive_signals']
 
-# %% ../nbs/06_data.ipynb #f7812d01
-import csv, functools, hashlib, itertools, json, os, random, re
+# %% ../nbs/06_data.ipynb #83f519a0
+import csv, functools, hashlib, itertools, json, os, random, re, signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -488,3 +488,11 @@ class Collate:
         pixel_values = torch.stack([item["pixel_values"] for item in items])  # (B, 3, H, W)
         captions = [caption for item in items for caption in item["captions"]]  # B*C
         return dict(pixel_values=pixel_values, **self.tokenizer(captions), files=[item["file"] for item in items], broken=broken)
+
+# %% ../nbs/06_data.ipynb #04202021
+def outlive_signals(
+    worker: int,  # number of the process, as `DataLoader` passes it to `worker_init_fn`
+) -> None:
+    "A process that reads photos lets the run finish its step: the terminal's Ctrl-C and a scheduler's SIGTERM reach it too"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # half a minute's grace

@@ -7,13 +7,14 @@ __all__ = ['DecoderConfig', 'Embeddings', 'QueryKeyValue', 'AddAndNorm', 'Attent
            'DecoderLayer', 'LMHead', 'BertDecoder', 'load_bert_weights', 'CaptionerConfig', 'CaptionerOutput',
            'load_whole', 'Captioner']
 
-# %% ../nbs/02_decoder.ipynb #845e503c
+# %% ../nbs/02_decoder.ipynb #aa71ec46
 import json, os, shutil, tempfile
 from dataclasses import dataclass, field, asdict, fields, replace
 from pathlib import Path
 
 import torch, torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.torch import load_file, save_file
 
@@ -393,6 +394,14 @@ class CaptionerOutput:
     logits: torch.Tensor     # (M, V or V') at the M labelled positions, row by row
     labels: torch.Tensor     # (M,) what should have been said there, as indices into the logits' last axis
 
+# %% ../nbs/02_decoder.ipynb #9df19c4a
+class _Undrawn(TorchFunctionMode):
+    "A context in which modules are made without drawing their random weights: whole files of weights take their place, and drawing them takes longer than reading."
+    draws = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.draws: return args[0] if args else kwargs['tensor']
+        return function(*args, **(kwargs or {}))
+
 # %% ../nbs/02_decoder.ipynb #1b94c1a8
 def load_whole(
     model:nn.Module, # gets the weights
@@ -408,7 +417,7 @@ def load_whole(
         if name not in own: raise ValueError(f"{file}: foreign weight {name}; the file belongs to another model")
     model.load_state_dict(saved)
 
-# %% ../nbs/02_decoder.ipynb #2b7939a2
+# %% ../nbs/02_decoder.ipynb #712c41ed
 class Captioner(nn.Module):
     "Image encoder + decoder + the loss, with the shift in one place (after BLIP, arXiv:2201.12086)."
     def __init__(self,
@@ -508,7 +517,7 @@ class Captioner(nn.Module):
         try: config = CaptionerConfig(**saved)
         except (TypeError, ValueError) as error: raise ValueError(f"{file}: {error}; it is damaged or was written by another version") from error
         config.encoder.weights = None                  # the weights come from this folder alone
-        model = cls(config, folder)
+        with _Undrawn(): model = cls(config, folder)
         load_whole(model, folder/'model.safetensors')
         return model.eval()
 

@@ -9,8 +9,8 @@ __all__ = ['PVT_CONFIGS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PHOTO_FORMATS', 'DRA
            'make_backbone', 'ImageEncoder', 'to_rgb', 'load_image', 'load_pixels', 'normalise_pixels',
            'image_transform']
 
-# %% ../nbs/01_pvt_encoder.ipynb #bedb41e6
-import json
+# %% ../nbs/01_pvt_encoder.ipynb #cbea8a0d
+import io, json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,6 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.ops import StochasticDepth
-from torchvision.transforms import v2
 
 # %% ../nbs/01_pvt_encoder.ipynb #b94eefcd
 class OverlapPatchEmbed(nn.Module):
@@ -111,7 +109,14 @@ class ConvFeedForward(nn.Module):
         hidden = self.dwconv(hidden).flatten(2).transpose(1, 2)      # (B, h*w, hidden)
         return self.fc2(F.gelu(hidden))
 
-# %% ../nbs/01_pvt_encoder.ipynb #99598db5
+# %% ../nbs/01_pvt_encoder.ipynb #12dc0a63
+def _skip(drop_path):
+    "torchvision is asked only where branches are skipped: it imports torch's compiler, which takes longer than all of this package."
+    if not drop_path: return nn.Identity()
+    from torchvision.ops import StochasticDepth
+    return StochasticDepth(drop_path, mode="row")
+
+# %% ../nbs/01_pvt_encoder.ipynb #ca58b03a
 class Block(nn.Module):
     "Attention, then feed-forward; each sees normalised tokens and adds to the stream."
     def __init__(self,
@@ -127,7 +132,7 @@ class Block(nn.Module):
         self.attn = ReducedAttention(width, heads, reduction, linear)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = ConvFeedForward(width, int(width*mlp_ratio), linear)
-        self.skip = StochasticDepth(drop_path, mode="row") if drop_path else nn.Identity()
+        self.skip = _skip(drop_path)
 
     def forward(self, tokens, grid):
         tokens = tokens + self.skip(self.attn(self.norm1(tokens), grid))
@@ -383,7 +388,7 @@ class ImageEncoder(nn.Module):
             parts.append(tokens)
         return torch.cat(parts, dim=1)                                                           # (B, S, D)
 
-# %% ../nbs/01_pvt_encoder.ipynb #bc0e9272
+# %% ../nbs/01_pvt_encoder.ipynb #83f1b7aa
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: opening one starts Ghostscript
 
 def to_rgb(image:Image.Image) -> Image.Image:
@@ -398,15 +403,15 @@ def to_rgb(image:Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-def _read_photo(path,  # a file
-                read,  # function of the opened PIL image, whose pixels are not yet decoded
+def _read_photo(source, # a file, or the bytes of one
+                read,   # function of the opened PIL image, whose pixels are not yet decoded
                ):
     "What `read` makes of a photo; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such image file")
-    if path.stat().st_size == 0: raise ValueError(f"{path}: the file is empty (0 bytes)")
+    path, held = ("photo", source) if isinstance(source, bytes) else (Path(source), None)
+    if held is None and not path.is_file(): raise FileNotFoundError(f"{path}: no such image file")
+    if (path.stat().st_size if held is None else len(held)) == 0: raise ValueError(f"{path}: the file is empty (0 bytes)")
     try:
-        with Image.open(path, formats=PHOTO_FORMATS) as image:
+        with Image.open(path if held is None else io.BytesIO(held), formats=PHOTO_FORMATS) as image:
             if Image.MAX_IMAGE_PIXELS and image.width*image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}")
             return read(image)
@@ -420,7 +425,7 @@ def load_image(source) -> Image.Image:  # a path, or a PIL image in any mode
     "Any photo as upright RGB; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."
     return to_rgb(source) if isinstance(source, Image.Image) else _read_photo(source, to_rgb)
 
-# %% ../nbs/01_pvt_encoder.ipynb #338719ad
+# %% ../nbs/01_pvt_encoder.ipynb #ff262c60
 DRAFT_MARGIN = 1.5  # a reduced JPEG has at least this many times the side that is needed; at 1.0 it would differ nearly twice as much from the full decode (12_loading)
 
 def _square_pixels(image, size):
@@ -428,27 +433,35 @@ def _square_pixels(image, size):
     whole = image.size
     draft = image.draft(None, (int(DRAFT_MARGIN*size),)*2)       # None for what is no JPEG; nothing is decoded yet
     if image.size != whole:                                      # 375 rows halved are 187.5, kept in 188: the box says where the photo ends
-        return v2.functional.pil_to_tensor(to_rgb(image.resize((size, size), Image.Resampling.BICUBIC, box=draft[1]))).contiguous()
+        return _bytes(to_rgb(image.resize((size, size), Image.Resampling.BICUBIC, box=draft[1])))
     plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    return _resized(v2.functional.pil_to_tensor(image if plain else to_rgb(image)), size)  # to_rgb would copy it twice
+    return _resized(_bytes(image if plain else to_rgb(image)), size)  # to_rgb would copy it twice
+
+def _bytes(image): return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # RGB to (3, h, w) uint8
 
 def _resized(pixels, size):
     "(3, h, w) uint8 to (3, size, size), bicubic; torch is several times as fast as PIL, and within two steps of 255."
-    return v2.functional.resize(pixels, [size, size], v2.InterpolationMode.BICUBIC, antialias=True).contiguous()
+    if pixels.shape[1:] == (size, size): return pixels
+    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 def load_pixels(
-    source,   # a path, or a PIL image in any mode
+    source,   # a path, the bytes of an image file, or a PIL image in any mode
     size:int, # side of the square in pixels
 ) -> torch.Tensor: # (3, size, size) uint8
     "Any photo as an upright RGB square, squashed; raises as `load_image` does."
-    if isinstance(source, Image.Image): return _resized(v2.functional.pil_to_tensor(to_rgb(source)), size)
+    if isinstance(source, Image.Image): return _resized(_bytes(to_rgb(source)), size)
     return _read_photo(source, partial(_square_pixels, size=size))
 
-# %% ../nbs/01_pvt_encoder.ipynb #a0c429e4
+# %% ../nbs/01_pvt_encoder.ipynb #6b109353
 def normalise_pixels(config:EncoderConfig):
     "A function from uint8 pixels (..., 3, H, W) to pixel_values: the config's mean subtracted, divided by its std."
-    return v2.Compose([v2.ToDtype(torch.float32), v2.Normalize([255*m for m in config.mean], [255*s for s in config.std], inplace=True)])
+    mean, std = (torch.tensor([255*value for value in values]).view(3, 1, 1) for values in (config.mean, config.std))
+    return partial(_normalised, mean=mean, std=std)
+
+def _normalised(pixels, mean, std): return pixels.float().sub_(mean.to(pixels.device)).div_(std.to(pixels.device))
 
 def image_transform(config:EncoderConfig):
     "A function from a PIL image or a path to pixel_values (3, H, W): made square, bicubic, scaled as the weights expect."
-    return v2.Compose([partial(load_pixels, size=config.image_size), normalise_pixels(config)])
+    return partial(_pixel_values, size=config.image_size, normalise=normalise_pixels(config))
+
+def _pixel_values(source, size, normalise): return normalise(load_pixels(source, size))

@@ -6,7 +6,7 @@
 __all__ = ['open_photo', 'HubPhotos', 'read_hub_dataset', 'find_shards', 'ShardDataset', 'Source', 'open_source', 'photo_problem',
            'caption_statistics', 'DataReport', 'contact_sheet', 'check_data']
 
-# %% ../nbs/11_sources.ipynb #a8c4382a
+# %% ../nbs/11_sources.ipynb #9cf5ff13
 import errno, hashlib, io, itertools, json, os, random, re, stat, statistics, tarfile, textwrap, warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +16,6 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm.auto import tqdm
@@ -439,12 +438,13 @@ def _remarks(report: DataReport) -> list[str]:
         (text["unknown_tokens"] > 0.01, "many tokens are unknown to the vocabulary: another script, emoji, or a wrong tokenizer?"),
         (text["tokens_per_word"] > 2.5, f"{text['tokens_per_word']:.1f} tokens a word: another language than the vocabulary's?")) if said]
 
-# %% ../nbs/11_sources.ipynb #2063154d
+# %% ../nbs/11_sources.ipynb #701d753e
 def contact_sheet(
     photos: list[tuple[str, Path | bytes | Image.Image, list[str]]],  # (file, photo, captions), twelve of them or fewer
     path: str | Path,  # PNG to write
 ) -> None:
     "Photos with their first two captions, four in a row, as a PNG"
+    from matplotlib.figure import Figure  # half a second that nobody else should wait for
     rows = max(1, -(-len(photos) // 4))
     figure = Figure(figsize=(10, 3 * rows), layout="constrained")
     for number, (file, photo, captions) in enumerate(photos):

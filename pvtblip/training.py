@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'learning_rate_factor', 'parameter_groups', 'whole_tensor', 'split_like', 'training_step', 'Meter',
            'seed_step', 'save_state', 'saved_states', 'check_state', 'newest_state', 'read_facts', 'read_tensors',
-           'load_state', 'Run', 'Callback', 'StopAtNonFiniteLoss', 'processes', 'make_accelerator', 'outlive_signals',
-           'train', 'plot_history']
+           'load_state', 'Run', 'Callback', 'StopAtNonFiniteLoss', 'processes', 'make_accelerator', 'train',
+           'plot_history']
 
-# %% ../nbs/03_training.ipynb #ad8e1b4e
-import hashlib, json, math, os, platform, random, re, shutil, signal, tempfile, time, warnings
+# %% ../nbs/03_training.ipynb #9996e93d
+import hashlib, json, math, os, platform, random, re, shutil, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data import Collate, SeededBatchSampler
+from .data import Collate, SeededBatchSampler, outlive_signals
 
 # %% ../nbs/03_training.ipynb #a905d47d
 @dataclass
@@ -441,12 +441,7 @@ def make_accelerator(
         "mixed_precision='fp16' needs a GPU and there is only a CPU; choose 'bf16' or 'no'")
     return accelerator
 
-# %% ../nbs/03_training.ipynb #d1848365
-def outlive_signals(worker):
-    "A process that reads photos lets the run finish its step: the terminal's Ctrl-C and a scheduler's SIGTERM reach it too."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'alarm'): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))   # half a minute's grace
-
+# %% ../nbs/03_training.ipynb #e3b7a3aa
 def _loader(dataset, tokenizer, config, step, num_processes):
     "Batches from the position that `step` optimizer steps have reached; the order is a pure function of seed and step."
     per_step = config.gradient_accumulation_steps * num_processes

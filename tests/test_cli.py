@@ -127,6 +127,29 @@ def test_options_without_sense(capsys, data, model, options, says):
     refused(capsys, 'caption', data/'images/0.png', '--model', model, *options, says=[says])
 
 
+def test_any_field_of_generation_by_its_name(capsys, data, model, tmp_path):
+    arguments = ['caption', data/'images/0.png', '--model', model]
+    for given in (['--set', 'num_beams=2', '--set', 'num_return_sequences=2'], ['--num-beams', 2, '--set', 'num_return_sequences=2']):
+        code, out, err = pvtblip(capsys, *arguments, *given)
+        assert code == 0 and len(out.splitlines()) == 2, err
+    assert pvtblip(capsys, *arguments, '--set', 'do_sample=true', '--set', 'temperature=0.5')[0] == 0
+    for given, says in ((['--set', 'beams=2'], 'num_beams'), (['--set', 'temperature=hot'], 'temperature'), (['--set', 'temperature=0'], 'temperature'), (['--set', 'temperature'], 'NAME=VALUE'),
+                        (['--num-beams', 3, '--set', 'do_sample=true'], 'num_beams'), (['--retry'], '--jsonl'), (['--tokens'], '--jsonl'),
+                        (['--jsonl', tmp_path/'out.jsonl', '--json'], '--jsonl'), (['--jsonl', tmp_path], tmp_path)):
+        refused(capsys, *arguments, *given, says=[says])
+    assert not (tmp_path/'out.jsonl').exists()
+
+
+def test_captions_into_a_file(capsys, data, model, tmp_path):
+    arguments = ['caption', data/'images', '--model', model, '--jsonl', tmp_path/'out.jsonl', '--workers', 0]
+    code, out, err = pvtblip(capsys, *arguments)
+    assert code == 0 and out == '' and '24 photos, ' in err, err
+    lines = [json.loads(line) for line in (tmp_path/'out.jsonl').read_text().splitlines()]
+    assert [line['image'] for line in lines] == sorted(str(file) for file in (data/'images').iterdir()) and all({'caption', 'score', 'confidence'} < line.keys() for line in lines)
+    refused(capsys, *arguments, '--num-beams', 2, says=['num_beams: 3 then, 2 now'])
+    refused(capsys, *arguments, '--retry', '--max-length', 11, says=['max_length'])
+
+
 def changed_model(model, place, change):
     shutil.copytree(model, place)
     weights = load_file(place/'model.safetensors')
