@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
@@ -13,8 +13,10 @@ from transformers import BertConfig, BertLMHeadModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
+from plain_generation import NoWordLeft, plain_generate
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
-from pvtblip.generation import GenerationConfig, NextToken, attention_map, cross_attention, for_inference, generate, generate_caption, keep_top_k, keep_top_p, process_image
+from pvtblip.generation import (ForcedWords, GenerationConfig, NextToken, Rules, _beam_search, attention_map, cross_attention, for_inference, generate, generate_caption,
+                                keep_min_p, keep_top_k, keep_top_p, process_image, settled, stream_caption, word_ids)
 
 torch.set_num_threads(1)
 SEP, PROMPT = 102, [101, 1037, 3861, 1997]
@@ -56,6 +58,65 @@ def equal(ours, theirs, images, **kwargs):
     for row, kept, logprobs in zip(out.sequences[:, 0].tolist(), until_end(out.sequences[:, 0]), out.token_logprobs[:, 0].tolist()):
         assert not any(row[len(kept):]) and not any(logprobs[len(kept) - 4:]), "behind [SEP] there is only padding"
     return out
+
+
+# ---------------------------------------------------------------- equality with the plain definitions
+
+WORDS = [102, 1037, 1996, 2006, 2015, 2075, 2417, 3899, 4937]  # [SEP] a the on ##s ##ing red dog cat
+small = {}
+
+
+def small_captioner(seed, sep_bias):
+    "Random weights in double precision, so that rounding decides nothing; nine words."
+    if not small:
+        decoder = DecoderConfig.tiny(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=24)
+        small["model"] = Captioner(CaptionerConfig.tiny(decoder=decoder, output_vocabulary=WORDS, max_length=24)).double().eval()
+    model, generator = small["model"], torch.Generator().manual_seed(seed)
+    for weight in model.decoder.parameters():
+        if weight.numel() < 2000: weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+    model.decoder.word_embedding.data[WORDS] = torch.randn(len(WORDS), 16, generator=generator).double()
+    model.decoder.cls["predictions"].bias.data[102] = sep_bias
+    return model
+
+
+token_lists = st.lists(st.sampled_from(WORDS[1:]), min_size=1, max_size=3)
+common = dict(max_length=st.integers(5, 11), min_length=st.sampled_from([0, 0, 5, 7]), length_penalty=st.sampled_from([0.0, 1.0, 2.0, -0.5]),
+              no_repeat_ngram_size=st.sampled_from([0, 0, 0, 1, 2, 3]), repetition_penalty=st.sampled_from([1.0, 1.0, 0.7, 1.4]),
+              bad_words_ids=st.one_of(st.none(), st.lists(token_lists, min_size=1, max_size=3)), prefix=st.sampled_from(["", "", "a", "red dog"]))
+stops = dict(early_stopping=st.sampled_from([False, True, "never"]), num_return_sequences=st.integers(1, 3))
+configs = st.one_of(
+    st.fixed_dictionaries(common),
+    st.fixed_dictionaries(common | dict(do_sample=st.just(True), num_return_sequences=st.integers(1, 3), temperature=st.sampled_from([0.5, 1.0, 3.0]),
+                                        top_k=st.sampled_from([0, 0, 2, 5]), top_p=st.sampled_from([1.0, 0.8, 0.3]), min_p=st.sampled_from([0.0, 0.0, 0.2]))),
+    st.fixed_dictionaries(common | stops | dict(num_beams=st.integers(2, 4))),
+    st.integers(2, 3).flatmap(lambda groups: st.fixed_dictionaries(common | stops | dict(
+        num_beam_groups=st.just(groups), num_beams=st.integers(1, 3).map(lambda k: k * groups), diversity_penalty=st.sampled_from([0.0, 0.3, 2.0])))),
+    st.fixed_dictionaries(common | stops | dict(num_beams=st.integers(2, 4), force_words_ids=st.lists(
+        st.one_of(token_lists, st.lists(token_lists, min_size=1, max_size=2)), min_size=1, max_size=2))),
+)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([-2.0, 1.0, 3.0]), st.integers(1, 3), configs)
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_generate_is_the_plain_definition(seed, sep_bias, batch, options):
+    model = small_captioner(seed, sep_bias)
+    try: config = GenerationConfig(**options).check(model)
+    except ValueError: assume(False)
+    images = torch.randn(batch, 3, 16, generator=torch.Generator().manual_seed(seed)).double()
+    steps, seeds = config.max_length - len(config.prompt_ids(model)), [seed + i for i in range(batch)]
+    try:
+        plain = [plain_generate(model, image[None], config, torch.rand(config.num_return_sequences, steps, generator=torch.Generator().manual_seed(s)).tolist())
+                 for image, s in zip(images, seeds)]
+    except NoWordLeft:
+        with pytest.raises(ValueError, match="no word is left|keep to all rules"): generate(model, image_tokens=images, config=config)
+        return
+    out = generate(model, image_tokens=images, config=config, generator=[torch.Generator().manual_seed(s) for s in seeds])
+    for b, captions in enumerate(plain):
+        assert len(captions) == config.num_return_sequences
+        for r, (score, ids, logprobs) in enumerate(captions):
+            assert until_end(out.sequences[b, r:r + 1]) == [ids]
+            assert abs(float(out.scores[b, r]) - score) < 1e-5
+            assert_close(out.token_logprobs[b, r, :len(logprobs)], torch.tensor(logprobs).double(), rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- equality with transformers
@@ -203,7 +264,7 @@ def test_draws_follow_the_exact_probabilities(options):
     ours.set_output_vocabulary(range(3000, 3010))
     with torch.inference_mode():
         prompt = torch.tensor([PROMPT])
-        logits = NextToken(ours, images, GenerationConfig(max_length=5))(prompt, prompt) / options.get("temperature", 1.0)
+        logits = NextToken(ours, images)(prompt) / options.get("temperature", 1.0)
     if "top_k" in options: logits = TopKLogitsWarper(options["top_k"])(None, logits)
     if "top_p" in options: logits = TopPLogitsWarper(options["top_p"])(None, logits)
     expected = logits.softmax(-1)[0] * 4000
