@@ -23,7 +23,7 @@ from .decoder import Captioner
 from .pvt_encoder import image_transform
 from .tokenizer import collapse_whitespace
 
-# %% ../nbs/04_generation.ipynb #630d5d5c
+# %% ../nbs/04_generation.ipynb #a3651a2a
 @dataclass
 class GenerationConfig:
     "How captions are chosen; names and meanings are those of transformers' `GenerationConfig`."
@@ -69,7 +69,7 @@ class GenerationConfig:
         need(new.num_beam_groups == 1 or not new.force_words_ids, 'num_beam_groups', '1 when words are forced')
         need(new.diversity_penalty >= 0, 'diversity_penalty', '0 (off) or more')
         need(new.num_beam_groups > 1 or new.diversity_penalty == 0, 'diversity_penalty', '0 for a single group; set num_beam_groups too')
-        need(prompt < new.max_length <= positions, 'max_length', f"more than the prompt's {prompt} tokens and at most {positions}")
+        need(prompt < new.max_length <= positions, 'max_length', f"more than the prompt's {prompt} tokens{', prefix included,' if new.prefix else ''} and at most {positions}")
         need(0 <= new.min_length <= new.max_length, 'min_length', f'from 0 to max_length ({new.max_length})')
         need(new.temperature > 0, 'temperature', 'above 0')
         need(0 < new.top_p <= 1, 'top_p', 'above 0 and at most 1')
@@ -499,7 +499,7 @@ def _beam_search(step, rules, forced, prompt, config): # forced: ForcedWords or 
     scores, order = scores.sort(dim=1, descending=True, stable=True)             # the best of all groups first
     return _pick_beams(sequences, order), scores, _pick_beams(logprobs, order)
 
-# %% ../nbs/04_generation.ipynb #54213b5b
+# %% ../nbs/04_generation.ipynb #d3c0b349
 def _contains(ids, part): return any(ids[i:i+len(part)] == part for i in range(len(ids)-len(part)+1))
 def _ngrams(ids, n): return [tuple(ids[i:i+n]) for i in range(len(ids)-n+1)]
 
@@ -518,8 +518,9 @@ def check_words(
     def stop(what): raise ValueError(what)
     prompt, prefix, bad = config.prompt_ids(model), text_ids(tokenizer, config.prefix), list(map(list, config.bad_words_ids or []))
     for option, lists in (('bad_words_ids', config.bad_words_ids or []), ('force_words_ids', config.force_words_ids or [])):
-        for ids in (one for word in lists for one in (word if word and isinstance(word[0], (list, tuple)) else [word])):
-            if not ids or not all(isinstance(i, int) and 0 <= i < size for i in ids): stop(
+        nested = lambda word: isinstance(word, (list, tuple)) and bool(word) and isinstance(word[0], (list, tuple))
+        for ids in (one for word in lists for one in (word if nested(word) and option != 'bad_words_ids' else [word])):
+            if not isinstance(ids, (list, tuple)) or not ids or not all(isinstance(i, int) and 0 <= i < size for i in ids): stop(
                 f"{option} has {ids!r}; it must hold lists of token ids from 0 to {size-1}, at least one each; `word_ids` makes them from words")
     forced = alternatives(config.force_words_ids or [])
     for option, ids in (('prefix', prefix), *(('force_words_ids', one) for word in forced for one in word)):
