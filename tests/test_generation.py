@@ -5,16 +5,18 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
 from transformers import BertConfig, BertLMHeadModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from plain_generation import NoWordLeft, plain_generate
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
-from pvtblip.generation import GenerationConfig, NextToken, attention_map, cross_attention, for_inference, generate, generate_caption, keep_top_k, keep_top_p, process_image
+from pvtblip.generation import (ForcedWords, GenerationConfig, NextToken, Rules, _beam_search, attention_map, cross_attention, for_inference, generate, generate_caption,
+                                keep_min_p, keep_top_k, keep_top_p, process_image, settled, stream_caption, word_ids)
 
 torch.set_num_threads(1)
 SEP, PROMPT = 102, [101, 1037, 3861, 1997]
@@ -58,6 +60,66 @@ def equal(ours, theirs, images, **kwargs):
     return out
 
 
+# ---------------------------------------------------------------- equality with the plain definitions
+
+WORDS = [102, 1037, 1996, 2006, 2015, 2075, 2417, 3899, 4937]  # [SEP] a the on ##s ##ing red dog cat
+small = {}
+
+
+def small_captioner(seed, sep_bias):
+    "Random weights in double precision, so that rounding decides nothing; nine words."
+    if not small:
+        decoder = DecoderConfig.tiny(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=24)
+        small["model"] = Captioner(CaptionerConfig.tiny(decoder=decoder, output_vocabulary=WORDS, max_length=24)).double().eval()
+    model, generator = small["model"], torch.Generator().manual_seed(seed)
+    for weight in model.decoder.parameters():
+        if weight.numel() < 2000: weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+    model.decoder.word_embedding.data[WORDS] = torch.randn(len(WORDS), 16, generator=generator).double()
+    model.decoder.cls["predictions"].bias.data[102] = sep_bias
+    return model
+
+
+token_lists = st.lists(st.sampled_from(WORDS[1:]), min_size=1, max_size=3)
+bad_lists = st.lists(st.sampled_from([1996, 2006, 2015, 4937]), min_size=1, max_size=3)
+common = dict(max_length=st.integers(7, 11), min_length=st.sampled_from([0, 0, 5, 7]), length_penalty=st.sampled_from([0.0, 1.0, 2.0, -0.5]),
+              no_repeat_ngram_size=st.sampled_from([0, 0, 0, 1, 2, 3]), repetition_penalty=st.sampled_from([1.0, 1.0, 0.7, 1.4]),
+              bad_words_ids=st.one_of(st.none(), st.lists(bad_lists, min_size=1, max_size=2)), prefix=st.sampled_from(["", "", "a", "red dog"]))
+stops = dict(early_stopping=st.sampled_from([False, True, "never"]), num_return_sequences=st.integers(1, 2))
+configs = st.one_of(
+    st.fixed_dictionaries(common),
+    st.fixed_dictionaries(common | dict(do_sample=st.just(True), num_return_sequences=st.integers(1, 3), temperature=st.sampled_from([0.5, 1.0, 3.0]),
+                                        top_k=st.sampled_from([0, 0, 2, 5]), top_p=st.sampled_from([1.0, 0.8, 0.3]), min_p=st.sampled_from([0.0, 0.0, 0.2]))),
+    st.fixed_dictionaries(common | stops | dict(num_beams=st.integers(2, 4))),
+    st.integers(2, 3).flatmap(lambda groups: st.fixed_dictionaries(common | stops | dict(
+        num_beam_groups=st.just(groups), num_beams=st.integers(1, 3).map(lambda k: k * groups), diversity_penalty=st.sampled_from([0.0, 0.3, 2.0])))),
+    st.fixed_dictionaries(common | stops | dict(num_beams=st.integers(2, 4), force_words_ids=st.lists(
+        st.one_of(token_lists, st.lists(token_lists, min_size=1, max_size=2)), min_size=1, max_size=2))),
+)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([-2.0, 1.0, 3.0]), st.integers(1, 3), configs)
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_generate_is_the_plain_definition(seed, sep_bias, batch, options):
+    model = small_captioner(seed, sep_bias)
+    try: config = GenerationConfig(**options).check(model)
+    except ValueError: assume(False)
+    images = torch.randn(batch, 3, 16, generator=torch.Generator().manual_seed(seed)).double()
+    steps, seeds = config.max_length - len(config.prompt_ids(model)), [seed + i for i in range(batch)]
+    try:
+        plain = [plain_generate(model, image[None], config, torch.rand(config.num_return_sequences, steps, generator=torch.Generator().manual_seed(s)).tolist())
+                 for image, s in zip(images, seeds)]
+    except NoWordLeft:
+        with pytest.raises(ValueError, match="no word is left|keep to all rules"): generate(model, image_tokens=images, config=config)
+        return
+    out = generate(model, image_tokens=images, config=config, generator=[torch.Generator().manual_seed(s) for s in seeds])
+    for b, captions in enumerate(plain):
+        assert len(captions) == config.num_return_sequences
+        for r, (score, ids, logprobs) in enumerate(captions):
+            assert until_end(out.sequences[b, r:r + 1]) == [ids]
+            assert abs(float(out.scores[b, r]) - score) < 1e-5
+            assert_close(out.token_logprobs[b, r, :len(logprobs)], torch.tensor(logprobs).double(), rtol=0, atol=1e-5)
+
+
 # ---------------------------------------------------------------- equality with transformers
 
 
@@ -77,6 +139,45 @@ def test_same_tokens_and_scores_as_transformers(early, num_beams, batch, early_s
     for penalty, (shortest, ngram) in itertools.product((0.0, 1.0, 2.0), ((0, 0), (10, 2))):
         equal(ours, theirs, images[:batch], num_beams=num_beams, early_stopping=early_stopping, length_penalty=penalty,
               min_length=shortest, no_repeat_ngram_size=ngram, max_length=16)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("options", [dict(repetition_penalty=0.3), dict(repetition_penalty=0.6, no_repeat_ngram_size=2), dict(bad_words_ids="said"),
+                                     dict(bad_words_ids="said", repetition_penalty=1.2, min_length=9, no_repeat_ngram_size=1)])
+def test_rules_are_those_of_transformers(early, num_beams, options):
+    ours, theirs, images = early
+    free = generate(ours, image_tokens=images, num_beams=num_beams, max_length=14).sequences
+    if "bad_words_ids" in options:  # forbid what would be said: a token, a pair of tokens, a pair that begins in the prompt, and [SEP], which both let pass
+        options = options | dict(bad_words_ids=[[int(free[0, 0, 5])], free[1, 0, 5:7].tolist(), [1997, int(free[2, 0, 4])], [SEP]])
+    out = equal(ours, theirs, images, num_beams=num_beams, max_length=14, **options)
+    assert out.sequences.shape != free.shape or not torch.equal(out.sequences, free), "the rule changed nothing: the test says nothing"
+
+
+def test_several_continued_captions_are_transformers():
+    ours, theirs, images = make(0, 4.2, 2)
+    prompt = PROMPT + [2048, 6077]  # two dogs
+    for num_beams in (1, 3):
+        with torch.inference_mode():
+            other = theirs.generate(input_ids=torch.tensor([prompt] * 2), encoder_hidden_states=images, do_sample=False, num_beams=num_beams, num_return_sequences=num_beams,
+                                    max_length=14, length_penalty=0.5, eos_token_id=SEP, pad_token_id=0, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+                                    return_dict_in_generate=True, output_scores=True)
+        out = generate(ours, image_tokens=images, num_beams=num_beams, num_return_sequences=num_beams, max_length=14, length_penalty=0.5, prefix="Two  dogs")
+        assert until_end(out.sequences.flatten(0, 1)) == until_end(other.sequences)
+        assert out.token_logprobs.shape[-1] == out.sequences.shape[-1] - 6
+        if num_beams > 1: assert_close(out.scores.flatten(), other.sequences_scores, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0.6, top_p=0.9), dict(min_p=0.05, repetition_penalty=1.5), dict(top_k=9, min_p=0.3, temperature=1.7, no_repeat_ngram_size=1)])
+def test_same_draws_as_transformers(early, options):
+    ours, theirs, images = early
+    for seed in range(4):
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            other = theirs.generate(input_ids=torch.tensor([PROMPT]), encoder_hidden_states=images[:1], do_sample=True, eos_token_id=SEP, pad_token_id=0, max_length=16,
+                                    past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()), **dict(top_k=0) | options)
+        torch.manual_seed(seed)
+        out = generate(ours, image_tokens=images[:1], do_sample=True, max_length=16, **options)
+        assert until_end(out.sequences[:, 0]) == until_end(other)
 
 
 @pytest.mark.parametrize("seed", range(1, 7))
@@ -203,7 +304,7 @@ def test_draws_follow_the_exact_probabilities(options):
     ours.set_output_vocabulary(range(3000, 3010))
     with torch.inference_mode():
         prompt = torch.tensor([PROMPT])
-        logits = NextToken(ours, images, GenerationConfig(max_length=5))(prompt, prompt) / options.get("temperature", 1.0)
+        logits = NextToken(ours, images)(prompt) / options.get("temperature", 1.0)
     if "top_k" in options: logits = TopKLogitsWarper(options["top_k"])(None, logits)
     if "top_p" in options: logits = TopPLogitsWarper(options["top_p"])(None, logits)
     expected = logits.softmax(-1)[0] * 4000
@@ -229,6 +330,42 @@ def test_the_same_generator_draws_the_same(early):
     assert torch.equal(draw(0, top_p=1e-9).sequences, best.sequences)
 
 
+@pytest.mark.parametrize("returns", [1, 3])
+def test_an_image_with_its_own_generator_is_drawn_alike_in_any_company(returns):
+    ours, _, images = make(5, 0.5)
+    ours.set_output_vocabulary(range(3000, 3012))
+    options = dict(do_sample=True, max_length=14, top_p=0.95, num_return_sequences=returns)
+
+    def draw(order):
+        out = generate(ours, image_tokens=images[order], generator=[torch.Generator().manual_seed(i) for i in order], **options)
+        return {i: until_end(rows) for i, rows in zip(order, out.sequences)}
+
+    together = draw(list(range(8)))
+    for order in ([0], [5], [3, 0, 6], [7, 1, 5, 2, 0, 4, 6]):
+        for i, rows in draw(order).items(): assert rows == together[i]
+    if returns > 1: assert any(rows[0] != rows[1] for rows in together.values()), "draws of one image must differ"
+    assert len({len(row) for rows in together.values() for row in rows}) > 2, "captions must leave the batch at different steps"
+
+
+def test_its_own_generator_draws_from_the_exact_probabilities():
+    ours, _, images = make(2, 2.0, 1)
+    ours.set_output_vocabulary(range(3000, 3010))
+    expected = NextToken(ours, images)(torch.tensor([PROMPT])).detach().softmax(-1)[0] * 4000
+    out = generate(ours, image_tokens=images, do_sample=True, max_length=5, generator=[torch.Generator().manual_seed(0)], num_return_sequences=4000)
+    counts = torch.stack([(out.sequences[0, :, 4] == token).sum() for token in ours.output_ids]).float()
+    freedom = len(expected) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_several_draws_leave_the_image_where_it_is(early, monkeypatch):
+    ours, _, images = early
+    seen = []
+    new_cache = type(ours.decoder).new_cache
+    monkeypatch.setattr(type(ours.decoder), "new_cache", lambda self, tokens: seen.append(len(tokens)) or new_cache(self, tokens))
+    out = generate(ours, image_tokens=images, do_sample=True, num_return_sequences=5, max_length=9, output_attentions=True)
+    assert out.sequences.shape[:2] == (8, 5) and seen == [8, 8]  # once for the search, once for the attention
+
+
 def test_top_p_at_the_exact_border():
     assert (keep_top_p(torch.zeros(1, 2), 0.5) > -torch.inf).sum() == 1  # one word of two already holds a half
     assert (keep_top_p(torch.zeros(1, 4), 0.75) > -torch.inf).sum() == 3
@@ -242,6 +379,13 @@ rows_of_logits = st.integers(0, 10**6).map(lambda seed: torch.randn(4, 1 + seed 
 def test_top_p_equals_transformers(logits, p):
     assert_close(keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
     assert (keep_top_p(logits, p) > -torch.inf).any(-1).all()
+
+
+@given(rows_of_logits, st.floats(0.0, 1.0))
+@settings(max_examples=80, deadline=None)
+def test_min_p_equals_transformers(logits, p):
+    assert_close(keep_min_p(logits, p), MinPLogitsWarper(p)(None, logits))
+    assert (keep_min_p(logits, p) > -torch.inf).any(-1).all()
 
 
 @given(rows_of_logits, st.integers(1, 70))
@@ -269,10 +413,68 @@ def test_top_k_equals_transformers(logits, k):
     (dict(early_stopping="always"), "early_stopping is 'always'"),
     (dict(num_beams=2, num_return_sequences=3), "num_return_sequences is 3"),
     (dict(num_beams=2, do_sample=True), "num_beams is 2; it must be 1 when do_sample is on"),
+    (dict(num_return_sequences=2), "num_return_sequences is 2"),
+    (dict(do_sample=True, num_return_sequences=0), "num_return_sequences is 0"),
+    (dict(min_p=1.5), "min_p is 1.5"),
+    (dict(repetition_penalty=0.0), "repetition_penalty is 0.0"),
+    (dict(num_beams=6, num_beam_groups=4), r"num_beams is 6; it must be a multiple of num_beam_groups \(4\)"),
+    (dict(num_beam_groups=0), "num_beam_groups is 0"),
+    (dict(num_beams=4, num_beam_groups=2, diversity_penalty=-1.0), "diversity_penalty is -1.0"),
+    (dict(num_beams=4, diversity_penalty=1.0), "set num_beam_groups too"),
+    (dict(num_beams=4, num_beam_groups=2, force_words_ids=[[3899]]), "num_beam_groups is 2; it must be 1 when words are forced"),
+    (dict(force_words_ids=[[3899]]), "num_beams is 1; it must be 2 or more when words are forced"),
+    (dict(num_beams=2, force_words_ids=[3899]), "force_words_ids has 3899; it must hold lists of token ids"),
+    (dict(num_beams=2, force_words_ids=[[]]), r"force_words_ids has \[\]"),
+    (dict(bad_words_ids=[[40000]]), r"bad_words_ids has \[40000\]"),
+    (dict(bad_words_ids=["dog"]), "bad_words_ids has 'dog'"),
+    (dict(num_beams=2, force_words_ids=[[3899]], bad_words_ids=[[3899]]), "'dog' says 'dog', which bad_words_ids forbids; drop one of them"),
+    (dict(num_beams=2, force_words_ids=[[4937], [[2417, 3899], [3899]]], bad_words_ids=[[2417]]), "'red dog' says 'red', which bad_words_ids forbids"),
+    (dict(prefix="a man", bad_words_ids=[[2158]]), "prefix 'a man' says 'man', which bad_words_ids forbids"),
+    (dict(num_beams=2, force_words_ids=[[1037, 3899]], no_repeat_ngram_size=1), "force_words_ids 'a dog' repeats 1 tokens in itself or of the prompt"),
+    (dict(num_beams=2, force_words_ids=[[2417, 3899], [2417, 4937]], no_repeat_ngram_size=1), "'red dog' and 'red cat' share 1 tokens"),
+    (dict(num_beams=2, force_words_ids=[[3899, 3899, 3899]], no_repeat_ngram_size=2), "repeats 2 tokens"),
+    (dict(num_beams=2, force_words_ids=[[3899], [4937]], max_length=5), r"need 2 tokens, behind prompt and prefix there is room for 1; raise max_length \(5\)"),
+    (dict(prefix="a dog and a cat", max_length=9), "more than the prompt's 9 tokens, prefix included, and at most"),
+    (dict(prefix="a 😀"), r"prefix 'a \[UNK\]': '\[UNK\]' is not among the words that this model can say"),
 ])
 def test_settings_without_sense_are_refused(early, options, message):
     ours, _, images = early
     with pytest.raises(ValueError, match=message): generate(ours, image_tokens=images, **options)
+
+
+def test_what_is_no_contradiction_is_not_refused(early):
+    ours, _, images = early
+    for options in (dict(force_words_ids=[[2417, 3899], [3899, 4937]], no_repeat_ngram_size=1),  # red dog cat says both
+                    dict(force_words_ids=[[3899], [2417, 3899]], no_repeat_ngram_size=1),
+                    dict(force_words_ids=[[2417, 3899]], prefix="red", no_repeat_ngram_size=1),    # begun by the prefix
+                    dict(force_words_ids=[[3899]], prefix="dog", no_repeat_ngram_size=1, max_length=6)):  # said by the prefix
+        GenerationConfig(num_beams=2, **options).check(ours)
+
+
+def test_words_outside_the_output_vocabulary_are_named():
+    ours = Captioner(CaptionerConfig.tiny(output_vocabulary=[2417, 3899, *range(2000, 2006)])).eval()
+    assert word_ids(ours, ["red", ["dog", "Red dog"]]) == [[2417], [[3899], [2417, 3899]]]
+    pixels = torch.zeros(1, 3, 64, 64)
+    for options in (dict(force_words=["cat"]), dict(bad_words=["red cat"]), dict(force_words=[["dog", "😀"]]), dict(bad_words=[""]), dict(prefix="red cat")):
+        with pytest.raises(ValueError, match="is not among the words that this model can say"): generate_caption(ours, pixels, **options)
+    with pytest.raises(ValueError, match="put them into a list"): generate_caption(ours, pixels, bad_words="dog")
+    assert "dog" not in generate_caption(ours, pixels, bad_words=["dog"], max_length=9)[0]
+    assert generate_caption(ours, pixels, num_beams=2, force_words=["dog"], prefix="Red", max_length=6) == ["red dog"]
+
+
+@pytest.mark.parametrize("generators", [1, 3])
+def test_a_wrong_number_of_generators_is_refused(early, generators):
+    ours, _, images = early
+    with pytest.raises(ValueError, match=f"{generators} generators for 2 images"):
+        generate(ours, image_tokens=images[:2], do_sample=True, generator=[torch.Generator()] * generators)
+
+
+def test_when_no_word_is_left_it_is_said():
+    ours = Captioner(CaptionerConfig.tiny(output_vocabulary=[2417, 3899, 4937])).eval()
+    images = torch.randn(2, ours.encoder.num_tokens, 64)
+    for options in (dict(), dict(do_sample=True)):
+        with pytest.raises(ValueError, match="no word is left at position 7"): generate(ours, image_tokens=images, no_repeat_ngram_size=1, min_length=10, max_length=10, **options)
+    with pytest.raises(ValueError, match="keep to all rules"): generate(ours, image_tokens=images, no_repeat_ngram_size=1, min_length=10, max_length=10, num_beams=2)
 
 
 def test_more_beams_than_words_are_refused():
@@ -311,3 +513,118 @@ def test_attention_belongs_to_its_image(early):
     corner = torch.zeros(19); corner[4] = 1.0  # the end of the first row of the 3 x 5 grid: upper right
     row, column = divmod(int(attention_map(corner, grids, (30, 50)).argmax()), 50)
     assert row < 10 and column >= 40
+
+
+def test_attention_on_request_is_what_eager_attention_gives(early):
+    ours, theirs, images = early
+    eager = BertLMHeadModel(BertConfig(**asdict(ours.config.decoder), is_decoder=True, add_cross_attention=True, attn_implementation="eager")).eval()
+    eager.load_state_dict(theirs.state_dict())
+    for options in (dict(), dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, num_return_sequences=3), dict(num_beams=4, num_beam_groups=2, num_return_sequences=4)):
+        out = generate(ours, image_tokens=images, max_length=10, output_attentions=True, **options)
+        B, R, T = out.sequences.shape
+        with torch.inference_mode():
+            weights = eager(input_ids=out.sequences.flatten(0, 1)[:, :-1], encoder_hidden_states=images.repeat_interleave(R, 0), output_attentions=True).cross_attentions
+        assert out.cross_attentions.shape == (B, R, 2, 4, T - 1, images.shape[1])
+        assert_close(out.cross_attentions.flatten(0, 1), torch.stack(weights, 1), rtol=0, atol=1e-5)
+    assert generate(ours, image_tokens=images, max_length=10).cross_attentions is None
+
+
+# ---------------------------------------------------------------- diverse and forced beams, checked on paper
+
+
+class Table:
+    "A step that reads its probabilities from a table: words red (0), ball (1) and the full stop (2), behind a prompt of one token."
+
+    table = {(): [0.5, 0.4, 0.1, 0.0], (0,): [0.45, 0.3, 0.25, 0.0], (1,): [0.15, 0.05, 0.8, 0.0]}
+    ids, sep, pad, dtype, rows = torch.tensor([0, 1, 2, 3]), 2, 9, torch.float32, None  # 3 is never said: two beams need four words
+
+    def __call__(self, new_ids):
+        self.rows = new_ids if self.rows is None else torch.cat((self.rows, new_ids), 1)
+        return torch.tensor([self.table.get(tuple(ids[1:]), [0.05, 0.15, 0.8, 0.0]) for ids in self.rows.tolist()]).log()
+
+    def select(self, rows, images=None): self.rows = self.rows[rows]
+
+
+def on_paper(**options):
+    "Captions of at most three words and the probability that the search gives them."
+    config = GenerationConfig(max_length=4, length_penalty=0.0, **options)
+    forced = options.get("force_words_ids") and ForcedWords(options["force_words_ids"], Table.ids, 2, torch.zeros(4, dtype=torch.bool), 1)
+    sequences, scores, _ = _beam_search(Table(), Rules(config, Table.ids, 2), forced, torch.tensor([[9], [9]]), config)
+    assert torch.equal(sequences[0], sequences[1]) and torch.equal(scores[0], scores[1])  # two images, the same table
+    said = [" ".join(["red", "ball", "."][i] for i in row if i < 9) for row in sequences[0, :, 1:].tolist()]
+    return [(caption, round(float(score.exp()), 5)) for caption, score in zip(said, scores[0])]
+
+
+def test_diverse_beams_on_paper():
+    # one group of two beams: red .5, ball .4; then "ball ." .32 ends, "red red" .225 and "red ball" .15 go on; at last "red red ." .18
+    assert on_paper(num_beams=2) == [("ball .", 0.32), ("red red .", 0.18)]
+    # no penalty: two groups say the same; both return it
+    assert on_paper(num_beams=2, num_beam_groups=2) == [("red red .", 0.18), ("red red .", 0.18)]
+    # penalty 0.1: red again, .5 e^-.1 = .4524 > .4; then red again, .45 e^-.1 = .4072 > .3; the full stop costs nothing: .18 e^-.2 = .14737
+    assert on_paper(num_beams=2, num_beam_groups=2, diversity_penalty=0.1) == [("red red .", 0.18), ("red red .", 0.14737)]
+    # penalty 0.5: .5 e^-.5 = .3033 < .4, so the second group says ball; it meets no word of the first one again
+    assert on_paper(num_beams=2, num_beam_groups=2, diversity_penalty=0.5) == [("ball .", 0.32), ("red red .", 0.18)]
+
+
+def test_forced_beams_on_paper():
+    # red: "red" (.5, nothing missing) and "ball" (.4); "red red" .225 and, in the other bank, "ball ball" .02; "red red ." .18, "red red ball" .03375
+    assert on_paper(num_beams=2, force_words_ids=[[0]]) == [("red red .", 0.18), ("red red ball", 0.03375)]
+    # ball: "ball" .4 and "red" .5; "ball ." .32 ends, "red red" .225 (missing) and "red ball" .15 go on; "red ball ." .12
+    assert on_paper(num_beams=2, force_words_ids=[[1]]) == [("ball .", 0.32), ("red ball .", 0.12)]
+    # ball twice in a row fills two of three places: "ball ball" .02, then the full stop .8; and "red ball ball" .5 * .3 * .15
+    assert on_paper(num_beams=2, force_words_ids=[[1, 1]]) == [("red ball ball", 0.0225), ("ball ball .", 0.016)]
+    # red or twice ball: the alternatives share a bank count, "red red ." is the best
+    assert on_paper(num_beams=2, force_words_ids=[[[1, 1], [0]]])[0] == ("red red .", 0.18)
+
+
+# ---------------------------------------------------------------- words as they come
+
+
+def test_streamed_words_add_up(early):
+    ours, _, _ = early
+    picture = Image.effect_noise((90, 70), 80).convert("RGB")
+    for options in (dict(), dict(prefix="two dogs"), dict(bad_words=["dog"], repetition_penalty=1.3)):
+        pieces = list(stream_caption(ours, picture, max_length=14, **options))
+        assert "".join(pieces) == generate_caption(ours, picture, num_beams=1, max_length=14, **options)
+    for seed in range(20):
+        draws = lambda: [torch.Generator().manual_seed(seed)]
+        pieces = list(stream_caption(ours, picture, do_sample=True, max_length=14, generator=draws()))
+        assert "".join(pieces) == generate_caption(ours, picture, do_sample=True, max_length=14, generator=draws())
+        assert len(pieces) > 1 or " " not in pieces[0]
+
+
+def test_words_come_while_the_search_goes_on(early, monkeypatch):
+    ours, _, _ = early
+    steps = []
+    call = NextToken.__call__
+    monkeypatch.setattr(NextToken, "__call__", lambda self, ids: steps.append(1) or call(self, ids))
+    ours.train()
+    words = stream_caption(ours, Image.effect_noise((90, 70), 80).convert("RGB"), max_length=20, min_length=20)
+    assert not steps  # nothing is computed before a word is asked for
+    next(words)
+    assert 1 <= len(steps) < 8
+    assert ours.training and not torch.is_inference_mode_enabled()
+    list(words)
+    assert len(steps) == 16
+    ours.eval()
+
+
+def test_streaming_refuses_before_work(early):
+    ours, _, _ = early
+    picture = Image.new("RGB", (64, 64))
+    for options, message in ((dict(num_beams=2), "num_beams is 2"), (dict(do_sample=True, num_return_sequences=2), "num_return_sequences is 2"), (dict(max_length=2), "max_length is 2")):
+        with pytest.raises(ValueError, match=message): stream_caption(ours, picture, **options)
+    with pytest.raises(ValueError, match="one image"): stream_caption(ours, [picture])
+
+
+marks = st.lists(st.sampled_from("the dogs dog ##s t s n d 3 000 1 rock clock o \" ' - / . , ( ) ! : a m".split()), min_size=1, max_size=14)
+
+
+@given(marks)
+@settings(max_examples=1500, deadline=None, derandomize=True)
+def test_settled_text_is_never_taken_back(pieces):
+    tokenizer = small_captioner(0, 0.0).tokenizer
+    ids = tokenizer.tokenizer.convert_tokens_to_ids(pieces)
+    assert tokenizer.tokenizer.unk_token_id not in ids
+    whole = tokenizer.decode(ids)
+    for n in range(1, len(ids)): assert whole.startswith(settled(tokenizer.decode(ids[:n]))), (tokenizer.decode(ids[:n]), whole)
