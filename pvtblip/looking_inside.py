@@ -137,7 +137,7 @@ def word_maps(
     chosen = chosen[0, start:start+len(words)]                                               # (T', S)
     return words, photo_map(chosen / chosen.sum(-1, keepdim=True), model.encoder, photo.size[::-1])
 
-# %% ../nbs/17_looking_inside.ipynb #fed5cdd4
+# %% ../nbs/17_looking_inside.ipynb #c26773ea
 def plot_word_maps(
     photo,        # a path or a PIL image
     words,        # as `word_maps` gives them
@@ -150,10 +150,10 @@ def plot_word_maps(
     figure, axes = plt.subplots(1, len(words)+1, figsize=(1.05*(len(words)+1), 1.3), squeeze=False, layout='constrained', dpi=80)
     for ax, word in zip(axes[0], ['', *words]):
         ax.imshow(photo); ax.axis('off'); ax.set_title(word, fontsize=7)
-    for ax, seen in zip(axes[0, 1:], maps): ax.imshow(seen, cmap='magma', alpha=0.6, vmin=0, vmax=maps.max())
+    for ax, seen in zip(axes[0, 1:], maps): ax.imshow(seen.numpy(), cmap='magma', alpha=0.6, vmin=0, vmax=maps.max().item())
     return figure
 
-# %% ../nbs/17_looking_inside.ipynb #f650d420
+# %% ../nbs/17_looking_inside.ipynb #c12cb916
 def plot_heads(
     model:Captioner, # in evaluation mode
     photo,           # a path or a PIL image
@@ -170,7 +170,7 @@ def plot_heads(
     figure, axes = plt.subplots(rows, columns, figsize=(1.3*columns, 1.4*rows), squeeze=False, layout='constrained', dpi=80)
     for layer, line in enumerate(axes):
         for head, ax in enumerate(line):
-            ax.imshow(photo); ax.imshow(maps[layer, head], cmap='magma', alpha=0.6, vmin=0)
+            ax.imshow(photo); ax.imshow(maps[layer, head].numpy(), cmap='magma', alpha=0.6, vmin=0)
             ax.set_title(f'layer {layer} head {head}', fontsize=7); ax.axis('off')
     return figure
 
