@@ -153,7 +153,7 @@ def plot_word_maps(
     for ax, seen in zip(axes[0, 1:], maps): ax.imshow(seen.numpy(), cmap='magma', alpha=0.6, vmin=0, vmax=maps.max().item())
     return figure
 
-# %% ../nbs/17_looking_inside.ipynb #c12cb916
+# %% ../nbs/17_looking_inside.ipynb #e16a9265
 def plot_heads(
     model:Captioner, # in evaluation mode
     photo,           # a path or a PIL image
@@ -167,7 +167,7 @@ def plot_heads(
     if word not in words: raise ValueError(f"{word!r} is none of the tokens {', '.join(words)}; choose one of them")
     maps = photo_map(weights.cross_attentions[0, :, :, start + words.index(word)], model.encoder, photo.size[::-1]) # (layers, H, height, width)
     rows, columns = maps.shape[:2]
-    figure, axes = plt.subplots(rows, columns, figsize=(1.3*columns, 1.4*rows), squeeze=False, layout='constrained', dpi=80)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.1*columns, 1.25*rows), squeeze=False, layout='constrained', dpi=60)
     for layer, line in enumerate(axes):
         for head, ax in enumerate(line):
             ax.imshow(photo); ax.imshow(maps[layer, head].numpy(), cmap='magma', alpha=0.6, vmin=0)
