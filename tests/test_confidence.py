@@ -20,21 +20,21 @@ def one_seed():
 @pytest.fixture(scope='module')
 def model():
     torch.manual_seed(0)
-    model = Captioner(CaptionerConfig.tiny(max_length=12, output_vocabulary=[1037, 2417, 3614, 2732], decoder=DecoderConfig.tiny(initializer_range=.3))).eval()
-    return model                                                        # few words, so that [SEP] comes early in some captions
+    model = Captioner(CaptionerConfig.tiny(max_length=12, output_vocabulary=range(2000, 2020), decoder=DecoderConfig.tiny(initializer_range=.3))).eval()
+    with torch.no_grad(): model.decoder.cls['predictions'].bias[model.tokenizer.sep_token_id] = 1.  # so that some captions end early
+    return model
 
-def world(n=2000, slope=2., intercept=-1., seed=0):
+def world(n=2000, slope=2., intercept=3., seed=0):
     "Confidences whose truth is drawn from a known logistic curve."
     rng = torch.Generator().manual_seed(seed)
     confidences = -3*torch.rand(n, generator=rng, dtype=torch.float64)
-    return confidences, torch.rand(n, generator=rng) < (slope*confidences + intercept + 3).sigmoid()
+    return confidences, torch.rand(n, generator=rng) < (slope*confidences + intercept).sigmoid()
 
 # --- a caption's confidence
 @pytest.mark.parametrize('options', [dict(), dict(num_beams=3, num_return_sequences=3), dict(do_sample=True)])
 @pytest.mark.parametrize('measure', MEASURES)
 def test_own_tokens_count_and_padding_does_not(model, options, measure):
-    pixels = torch.randn(12, 3, 64, 64)
-    output = generate(model, pixels, **options)
+    output = generate(model, image_tokens=5*torch.randn(12, 4, 64), **options)
     found = caption_confidence(output, model.tokenizer, measure)
     assert found.shape == output.scores.shape and (found <= 0).all()
     P, sep, lengths = model.tokenizer.prompt_length, model.tokenizer.sep_token_id, set()
@@ -49,13 +49,13 @@ def test_own_tokens_count_and_padding_does_not(model, options, measure):
     assert len(lengths) > 1                                             # otherwise there was no padding to fall for
 
 def test_mean_is_generates_own_score_at_length_penalty_1(model):
-    output = generate(model, torch.randn(8, 3, 64, 64), num_beams=3)
+    output = generate(model, image_tokens=5*torch.randn(8, 4, 64), num_beams=3)
     torch.testing.assert_close(caption_confidence(output, model.tokenizer), output.scores, atol=1e-5, rtol=0)
 
 def test_neighbours_do_not_matter(model):
-    pixels = torch.randn(8, 3, 64, 64)
-    together = caption_confidence(generate(model, pixels), model.tokenizer)
-    for i in range(8): torch.testing.assert_close(caption_confidence(generate(model, pixels[i:i+1]), model.tokenizer)[0], together[i], atol=1e-4, rtol=0)
+    images = 5*torch.randn(8, 4, 64)
+    together = caption_confidence(generate(model, image_tokens=images), model.tokenizer)
+    for i in range(8): torch.testing.assert_close(caption_confidence(generate(model, image_tokens=images[i:i+1]), model.tokenizer)[0], together[i], atol=1e-4, rtol=0)
 
 def test_unknown_measure(model):
     with pytest.raises(ValueError, match="'median' is unknown; choose one of mean, sum, min"): caption_confidence(generate(model, torch.randn(1, 3, 64, 64)), model.tokenizer, 'median')
@@ -97,7 +97,7 @@ def test_what_does_not_pair_is_named(confidences, scores, says):
 def test_platt_finds_the_curve_that_made_the_data():
     confidences, correct = world(20_000)
     calibration = fit_confidence(confidences, correct)
-    assert calibration.slope == pytest.approx(2, abs=.15) and calibration.intercept == pytest.approx(2, abs=.2)
+    assert calibration.slope == pytest.approx(2, abs=.15) and calibration.intercept == pytest.approx(3, abs=.2)
     fresh, truth = world(20_000, seed=1)
     assert calibration_error(calibration.probability(fresh), truth) < .02 < calibration_error(fresh.exp(), truth)
 
@@ -153,18 +153,18 @@ def test_binomial_tail():
 def test_promise_holds_as_often_as_it_says():
     broken = plain_broken = 0
     for seed in range(100):
-        calibration = fit_confidence(*world(400, seed=seed))
+        calibration = fit_confidence(*world(2000, seed=seed))
         fresh, truth = world(4000, seed=1000 + seed)
-        keep = lambda sure: truth[fresh >= calibration.threshold(.85, sure)].double().mean().item()
-        broken += keep(.9) < .85
-        plain_broken += keep(None) < .85
-    assert broken <= 10 < plain_broken                                  # the check tells a bound from a guess
+        keep = lambda sure: truth[fresh >= calibration.threshold(.8, sure)].double().mean().item()
+        broken += keep(.9) < .8
+        plain_broken += keep(None) < .8
+    assert broken <= 10 and plain_broken >= broken + 5                  # the check tells a bound from a guess
 
 def test_threshold_grows_with_what_is_asked():
     calibration = fit_confidence(*world())
     limits = [calibration.threshold(p) for p in (.3, .6, .8, .85)]
     assert limits == sorted(limits) and calibration.threshold(.8, sure=None) <= calibration.threshold(.8, .9) <= calibration.threshold(.8, .999)
-    with pytest.raises(ValueError, match=r'no threshold promises that 100% .* of the 100 surest of 2000'): calibration.threshold(.9999)
+    with pytest.raises(ValueError, match=r'no threshold promises that a share of 0.9999 .* of the 100 surest of 2000'): calibration.threshold(.9999)
     for precision in (0, 1, 1.5, -1, math.nan):
         with pytest.raises(ValueError, match='above 0 and below 1'): calibration.threshold(precision)
     with pytest.raises(ValueError, match='sure is 1'): calibration.threshold(.5, 1)
