@@ -197,7 +197,7 @@ class DecoderCache:
         "Keep only some images; the rows of text are chosen by `select`."
         self.image = [(k.index_select(0, images), v.index_select(0, images)) for k, v in self.image]
 
-# %% ../nbs/02_decoder.ipynb #890e29b9
+# %% ../nbs/02_decoder.ipynb #6a6064bf
 class FeedForwardIn(nn.Module):
     "BERT's `intermediate`: widen, then GELU."
     def __init__(self,
@@ -222,12 +222,12 @@ class DecoderLayer(nn.Module):
         image,                # keys and values of the image tokens, each (B, H, S, d)
         mask=None,            # (N or 1, 1, T, past+T) bool, for the words
         is_causal=False,      # each word sees itself and what is before
-        return_weights=False, # also the cross-attention (N, H, T, S)
+        return_weights=False, # True: also the cross-attention (N, H, T, S); 'both': (self-attention (N, H, T, past+T), cross-attention)
     ):
-        "(N, T, D), and the cross-attention or None."
-        x, _ = self.attention(x, words, mask, is_causal)                                    # (N, T, D)
-        x, weights = self.crossattention(x, image, return_weights=return_weights)           # (N, T, D)
-        return self.output(self.intermediate(x), x), weights
+        "(N, T, D), and the weights asked for or None."
+        x, back = self.attention(x, words, mask, is_causal, return_weights == 'both')       # (N, T, D)
+        x, weights = self.crossattention(x, image, return_weights=bool(return_weights))     # (N, T, D)
+        return self.output(self.intermediate(x), x), (back, weights) if return_weights == 'both' else weights
 
 # %% ../nbs/02_decoder.ipynb #f885935f
 class LMHead(nn.Module):
@@ -250,7 +250,7 @@ class LMHead(nn.Module):
         x = self.transform['LayerNorm'](F.gelu(self.transform['dense'](x)))
         return F.linear(x, weight, bias)                                                    # (..., V or V')
 
-# %% ../nbs/02_decoder.ipynb #6908f3a0
+# %% ../nbs/02_decoder.ipynb #bf3a39ac
 class BertDecoder(nn.Module):
     "Token ids and image tokens in, next-token logits out; parameter names and numbers of transformers' `BertLMHeadModel`."
     def __init__(self,
@@ -285,9 +285,9 @@ class BertDecoder(nn.Module):
         input_ids,            # (N, T) tokens; with a cache that holds words only the new ones
         cache:DecoderCache,   # from `new_cache`; remembers the words given so far
         attention_mask=None,  # (N, past+T) 1 for tokens, 0 for padding; not needed for padding on the right
-        return_weights=False, # also each layer's cross-attention, (N, H, T, S)
+        return_weights=False, # True: also each layer's cross-attention (N, H, T, S); 'both': its (self-attention (N, H, T, past+T), cross-attention)
     ):
-        "The last layer's output (N, T, D), and the cross-attention of each layer if asked for; raises ValueError for rows that share no image evenly and for too long a text."
+        "The last layer's output (N, T, D), and a list of each layer's attention weights if asked for; raises ValueError for rows that share no image evenly and for too long a text."
         past, (N, T), B = cache.length, input_ids.shape, cache.image[0][0].shape[0]
         if N % B: raise ValueError(f"{N} rows of text for {B} images; every image needs the same number of rows")
         if past + T > self.config.max_position_embeddings: raise ValueError(

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'has_coco_code', 'coco_code', 'ptb_tokenize', 'Scores', 'coco_scores', 'cider_score',
            'confidence_intervals', 'compare', 'read_references', 'read_hypotheses', 'odd_characters',
            'describe_problems', 'pair_captions', 'words_said', 'diversity', 'shuffled_gap', 'pointing_test',
-           'check_clip', 'clip_score', 'plot_best_and_worst']
+           'pointing_hits', 'check_clip', 'clip_score', 'plot_best_and_worst']
 
 # %% ../nbs/07_evaluation.ipynb #a81aa4ae
 import json, re, subprocess, unicodedata
@@ -386,7 +386,7 @@ def shuffled_gap(
         real, shuffled = (model(pixels, input_ids, labels).loss.item() for pixels in (pixel_values, pixel_values.roll(1, 0)))
     return dict(real=real, shuffled=shuffled, gap=shuffled-real)
 
-# %% ../nbs/07_evaluation.ipynb #29e66214
+# %% ../nbs/07_evaluation.ipynb #a49ec296
 def pointing_test(
     model,        # a Captioner trained on shapes
     scenes,       # of `make_scene`
@@ -397,10 +397,22 @@ def pointing_test(
     tokens = model.tokenizer([scene.captions[0] for scene in scenes])['input_ids'].to(pixel_values.device)
     with torch.inference_mode(): weights = cross_attention(model, tokens, model.encode_image(pixel_values)).float().cpu()   # (B, layers, H, T, S)
     weights = weights[:, slice(None) if layer is None else [layer]][:, :, slice(None) if head is None else [head]].mean((1, 2))  # (B, T, S)
+    words = [model.tokenizer.tokenizer.convert_ids_to_tokens(row) for row in tokens.tolist()]
+    size = pixel_values.shape[-2:]
+    return pointing_hits(weights, words, scenes, lambda row: attention_map(row, model.encoder.grids(size), size))
+
+# %% ../nbs/07_evaluation.ipynb #b1402d77
+def pointing_hits(
+    weights, # (B, T, S) attention over image tokens; row t chooses word t+1
+    words,   # per scene its T tokens
+    scenes,  # of `make_scene`
+    lay,     # function of attention (S,) -> map (H, W) whose peak counts
+) -> dict: # hits and chance (shares, 0 to 1), words
+    "The pointing game for attention that is at hand; ValueError where no word names the kind of one object only."
     hits, chances = [], []
-    for scene, row, weight in zip(scenes, tokens.tolist(), weights):
-        for position, box in _named_boxes(scene, model.tokenizer.tokenizer.convert_ids_to_tokens(row)):
-            seen = attention_map(weight[position-1:position], model.encoder.grids(), pixel_values.shape[-2:])[0]   # row t chooses word t+1
+    for scene, row, weight in zip(scenes, words, weights):
+        for position, box in _named_boxes(scene, row):
+            seen = lay(weight[position-1])                                                # (H, W)
             inside = _inside(box, *seen.shape)
             hits.append(bool(inside.flatten()[seen.flatten().argmax()]))
             chances.append(inside.float().mean().item())

@@ -76,6 +76,29 @@ def test_cross_attention_equals_transformers():
         expected = theirs(input_ids=ids, encoder_hidden_states=image, output_attentions=True).cross_attentions
     for a, b in zip(found, expected, strict=True): close(a, b)
 
+@pytest.mark.parametrize('side', [None, 'left', 'right'])
+def test_self_attention_equals_transformers(side):
+    ours, theirs = reference_of(small(num_hidden_layers=3), attn_implementation='eager')
+    ids, image, mask = torch.randint(1, 211, (4, 6)), torch.randn(4, 7, 64), torch.ones(4, 6, dtype=torch.long)
+    if side: mask[1:, dict(left=slice(0, 2), right=slice(4, 6))[side]] = 0
+    with torch.no_grad():
+        hidden, found = ours.hidden_states(ids, ours.new_cache(image), mask if side else None, return_weights='both')
+        expected = theirs(input_ids=ids, attention_mask=mask, encoder_hidden_states=image, output_attentions=True)
+        close(hidden, ours.hidden_states(ids, ours.new_cache(image), mask if side else None)[0])
+    for (back, across), theirs_back, theirs_across in zip(found, expected.attentions, expected.cross_attentions, strict=True):
+        real = mask.bool()[:, None, :, None].expand_as(back[..., :1])[..., 0]         # rows of padding say nothing
+        close(back[real], theirs_back[real])
+        close(across[real], theirs_across[real])
+
+def test_attention_word_by_word_equals_the_whole_text():
+    decoder, ids, image = BertDecoder(small()).eval(), torch.randint(1, 211, (6, 8)), torch.randn(2, 5, 64)
+    with torch.no_grad():
+        whole, cache = decoder.hidden_states(ids, decoder.new_cache(image), return_weights='both')[1], decoder.new_cache(image)
+        for t, width in ((0, 3), (3, 1), (4, 4)):                                       # a prompt, a word, several words
+            for layer, (back, across) in enumerate(decoder.hidden_states(ids[:, t:t+width], cache, return_weights='both')[1]):
+                close(back, whole[layer][0][:, :, t:t+width, :t+width])
+                close(across, whole[layer][1][:, :, t:t+width])
+
 def test_captions_of_one_image_equal_repeated_image():
     decoder, ids, image = BertDecoder(small()).eval(), torch.randint(1, 211, (6, 8)), torch.randn(2, 5, 64)
     copies = image.repeat_interleave(3, 0)
