@@ -64,7 +64,7 @@ def data_check_command(
     if json_file: write_whole(json_file, json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
     raise typer.Exit(1 if report.broken else 0)
 
-# %% ../nbs/10_cli.ipynb #82bc2d9f
+# %% ../nbs/10_cli.ipynb #ebc2ebb0
 @app.command('train')
 def train_command(
     out: Annotated[Path, typer.Option(metavar='DIR', help="Gets the model, the training states, run.toml and the history.")],
@@ -74,6 +74,8 @@ def train_command(
     changes: Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', help="Change any setting, as practice.ema_decay=0.999; may be given again.")] = None,
     dry: Annotated[bool, typer.Option('--dry-run', help="Print all settings and what the run would cost, measured from three steps; write nothing.")] = False,
     resume: Annotated[bool, typer.Option('--resume', help="Go on with the run in --out, where it stopped; the settings are those of its run.toml.")] = False,
+    start_from: Annotated[Optional[str], typer.Option(metavar='DIR', help="A model folder to go on from, with its captioner and words.")] = None,
+    self_critical: Annotated[Optional[bool], typer.Option('--self-critical', help="Learn from the model's own captions, rewarded by CIDEr; with --start-from.")] = None,
     tiny: Annotated[bool, typer.Option('--tiny', help="A captioner of 64-pixel pictures that trains in seconds, to try things out.")] = False,
     encoder: Annotated[Optional[str], typer.Option(metavar='NAME', help="pvt_v2_b0 to pvt_v2_b5, or any timm name.")] = None,
     encoder_weights: Annotated[Optional[str], typer.Option(metavar='FILE', help="A .safetensors file, or 'pretrained' for the hub's; default: random.")] = None,
@@ -112,15 +114,18 @@ def train_command(
     start from pretrained parts: --encoder pvt_v2_b2 --encoder-weights pretrained --text-model bert-base-uncased.
     Several GPUs: accelerate launch -m pvtblip train, with the same flags.
     """
+    from pvtblip.decoder import Captioner
     from pvtblip.photo_training import PhotoRun, captioner_config, train_on_photos
     from pvtblip.practice import change_config, read_config, to_toml
     from pvtblip.training import processes
     if max_steps and epochs: raise ValueError("--max-steps and --epochs both say how long to train; give one of them")
-    if config and (tiny or text_model): raise ValueError(f"{config}: holds the captioner; write there what --tiny and --text-model would change")
+    if config and (tiny or text_model or start_from): raise ValueError(f"{config}: holds the captioner; write there what --tiny, --text-model and --start-from would change")
+    if start_from and (tiny or text_model): raise ValueError(f"{start_from}: has a captioner of its own; leave out --tiny and --text-model")
     if resume and config is None and (out/'run.toml').is_file(): config = out/'run.toml'
-    run = read_config(PhotoRun, config) if config else PhotoRun(captioner=captioner_config(tiny, text_model=text_model))
+    if config: run = read_config(PhotoRun, config)
+    else: run = PhotoRun(start_from=start_from, captioner=Captioner.from_pretrained(start_from).config if start_from else captioner_config(tiny, text_model=text_model))
     given = {'data.captions': captions, 'data.images': images, 'data.limit': limit, 'data.captions_per_image': captions_per_image, 'data.strict': strict, 'data.cache': cache,
-        'text_model': text_model, 'freeze_encoder': freeze_encoder, 'all_words': all_words, 'epochs': 0. if max_steps else epochs,
+        'text_model': text_model, 'self_critical': self_critical, 'freeze_encoder': freeze_encoder, 'all_words': all_words, 'epochs': 0. if max_steps else epochs,
         'captioner.encoder.name': encoder, 'captioner.encoder.weights': True if encoder_weights == 'pretrained' else encoder_weights,
         'captioner.encoder.backbone_kwargs': _json_option('--encoder-kwargs', encoder_kwargs), 'captioner.encoder.stages': _numbers('--stages', stages),
         'captioner.encoder.image_size': image_size, 'captioner.encoder.mean': None if image_mean is None else [image_mean]*3, 'captioner.encoder.std': None if image_std is None else [image_std]*3,

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['whole_file', 'write_whole', 'refuse_model', 'captioner_config', 'words_of', 'DataConfig', 'PhotoRun', 'divide_photos',
            'photo_sets', 'photo_loader', 'ShardSet', 'held_out_measures', 'photo_material', 'shard_material',
-           'train_on_photos', 'put_together', 'finish_run', 'refuse_run']
+           'first_model', 'own_captions', 'train_on_photos', 'put_together', 'finish_run', 'refuse_run']
 
-# %% ../nbs/14_photo_training.ipynb #e7efb40e
+# %% ../nbs/14_photo_training.ipynb #585b6e92
 import itertools, json, os, random
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,12 +18,13 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from .data import BrokenImage, CaptionDataset, Collate, split_by_name, take_split
-from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights
+from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights, load_whole
 from .evaluation import cider_score, has_coco_code
 from .generation import generate
 from .loading import AugmentationConfig, AugmentedDataset, LengthBatchSampler, PhotoCache, caption_lengths, pixel_loader
 from .practice import HeldOutCaptions, HeldOutLoss, PracticeConfig, dry_run, measures, run_training, to_toml
 from .pvt_encoder import EncoderConfig
+from .reward import CiderReward, RewardMeter, caption_rows, reward_loader
 from .sources import ShardDataset, Source, open_source
 from .tokenizer import CaptionTokenizer
 from .training import TrainingConfig, outlive_signals, processes, saved_states, whole_tensor
@@ -77,7 +78,7 @@ def words_of(
     ids = tokenizer(sorted(set(captions)))['input_ids']
     return sorted(set(ids.unique().tolist()) - {tokenizer.pad_token_id})
 
-# %% ../nbs/14_photo_training.ipynb #024f4d6f
+# %% ../nbs/14_photo_training.ipynb #805374fd
 @dataclass
 class DataConfig:
     "What a run reads."
@@ -96,6 +97,8 @@ class DataConfig:
 class PhotoRun:
     "Everything that makes a run of `pvtblip train`."
     text_model: str|None = None            # BERT whose weights and vocabulary the decoder starts from
+    start_from: str|None = None            # a model folder: go on from its weights and words
+    self_critical: bool = False            # learn from the model's own captions, rewarded by CIDEr, instead of people's
     freeze_encoder: bool = False           # leave the backbone's weights as they are
     all_words: bool = False                # let the model say all tokens instead of those of the captions
     epochs: float = 5.                     # passes over the photos; 0: training.max_steps counts
@@ -103,6 +106,11 @@ class PhotoRun:
     captioner: CaptionerConfig = field(default_factory=captioner_config) # what is trained
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(save_steps=100, eval_steps=100, dataloader_num_workers=1)) # how
     practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
+
+    @property
+    def vocabulary(self):
+        "Where the words come from: a model folder, a BERT, or None for those that the package brings."
+        return self.start_from or self.text_model
 
 # %% ../nbs/14_photo_training.ipynb #c575840f
 def divide_photos(
@@ -159,7 +167,7 @@ def photo_loader(
                                               prefetch_factor=4 if config.dataloader_num_workers else None))
     return loader
 
-# %% ../nbs/14_photo_training.ipynb #4ebcdb40
+# %% ../nbs/14_photo_training.ipynb #f6aed929
 class ShardSet:
     "Shards as a training set: as many as there are, read one after the other; the last is held out."
     def __init__(self,
@@ -184,7 +192,7 @@ class ShardSet:
         config, together = self.run.training, self.run.training.gradient_accumulation_steps
         data = ShardDataset(self.shards, self.load, config.batch_size, config.dataloader_num_workers, self.run.data.captions_per_image, config.seed, step*together,
                             (config.max_steps-step)*together, process_index=accelerator.process_index, num_processes=accelerator.num_processes, strict=self.run.data.strict)
-        collate = Collate(CaptionTokenizer(self.run.text_model, prompt=self.run.captioner.prompt, max_length=self.run.captioner.max_length))
+        collate = Collate(CaptionTokenizer(self.run.vocabulary, prompt=self.run.captioner.prompt, max_length=self.run.captioner.max_length))
         batches = DataLoader(data, batch_size=None, num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals)
         for number, items in enumerate(batches, step*together): yield send_to_device(collate([self._varied(item, number, i) for i, item in enumerate(items)]), accelerator.device)
 
@@ -217,15 +225,16 @@ def held_out_measures(
         return found
     return evaluate
 
-# %% ../nbs/14_photo_training.ipynb #78c14c46
+# %% ../nbs/14_photo_training.ipynb #86341440
 def photo_material(run, source, tokenizer, progress):
     "The run with its steps counted and its words known, the training set, the held-out set and the loader."
     records, held, photos = divide_photos(source, run.data)
     training = replace(run.training, batch_size=min(run.training.batch_size, len(records)))
     per_step = training.batch_size*training.gradient_accumulation_steps*processes().num_processes
     if run.epochs: training = replace(training, max_steps=max(1, round(run.epochs * len(records) / per_step)))
-    words = None if run.all_words else words_of([c for record in [*records, *held] for c in record.captions], tokenizer)
-    run = replace(run, training=training, captioner=replace(run.captioner, output_vocabulary=words or run.captioner.output_vocabulary))
+    words, known = None if run.all_words else words_of([c for record in [*records, *held] for c in record.captions], tokenizer), run.captioner.output_vocabulary
+    if run.start_from: words = words and known and sorted({*words, *known})                         # it keeps its words and learns new ones
+    run = replace(run, training=training, captioner=replace(run.captioner, output_vocabulary=words or known))
     dataset, held_set = photo_sets(run, records, held, photos, progress)
     return run, dataset, held_set, photo_loader(run, dataset, tokenizer)
 
@@ -234,7 +243,25 @@ def shard_material(run, source, tokenizer, progress):
     dataset = ShardSet(run, source.shards)
     return run, dataset, dataset.held, dataset.loader
 
-# %% ../nbs/14_photo_training.ipynb #2c3768a1
+# %% ../nbs/14_photo_training.ipynb #b328f7cc
+def first_model(run:PhotoRun) -> Captioner:
+    "The captioner as the run begins with it, the same for the same seed; ValueError where a file does not fit."
+    torch.manual_seed(run.training.seed)
+    model = Captioner(run.captioner, run.vocabulary)
+    if run.start_from: load_whole(model, Path(run.start_from)/'model.safetensors')
+    elif run.text_model: load_bert_weights(model.decoder, run.text_model)
+    if run.freeze_encoder: model.encoder.backbone.requires_grad_(False)
+    return model
+
+# %% ../nbs/14_photo_training.ipynb #cee761af
+def own_captions(run, model, dataset, loader):
+    "The loader with the model's own captions, rewarded by CIDEr, and what notes the reward; ValueError for shards and single captions."
+    if not hasattr(dataset, 'records'): raise ValueError(f"{run.data.captions}: shards cannot be counted beforehand, and a reward needs to know which words are rare; use a source with all captions at hand")
+    if dataset.captions_per_image < 2: raise ValueError(f"{run.data.captions}: a photo's captions are compared with each other, and {dataset.captions_per_image} is drawn; set data.captions_per_image to 2 or more")
+    people = [caption_rows(model.tokenizer(list(record.captions))['input_ids'], model.tokenizer) for record in dataset.records]
+    return reward_loader(model, loader, CiderReward(people), run.training.gradient_accumulation_steps, run.training.seed), [RewardMeter()]
+
+# %% ../nbs/14_photo_training.ipynb #3ac1e7c4
 def train_on_photos(
     run:PhotoRun,
     out,            # folder for the model, the states and the history
@@ -250,32 +277,30 @@ def train_on_photos(
     elif not resume: refuse_run(out)
     elif not resuming: refuse_model(out)
     source, main = open_source(run.data.captions, run.data.images), processes().is_main_process
-    tokenizer = CaptionTokenizer(run.text_model, prompt=run.captioner.prompt, max_length=run.captioner.max_length)
+    tokenizer = CaptionTokenizer(run.vocabulary, prompt=run.captioner.prompt, max_length=run.captioner.max_length)
     run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(run, source, tokenizer, progress and main)
     training, output_ids = run.training, run.captioner.output_vocabulary
-    torch.manual_seed(training.seed)
-    model = Captioner(run.captioner, run.text_model)
-    if run.text_model: load_bert_weights(model.decoder, run.text_model)
-    if run.freeze_encoder: model.encoder.backbone.requires_grad_(False)
+    model = first_model(run)
     if main: log(f"{len(dataset)} {'shards' if source.shards else 'photos'} with {dataset.captions_per_image} captions each, {len(held_set)} held out; "
                  f"{training.max_steps} steps of {training.batch_size} photos; {sum(p.numel() for p in model.parameters() if p.requires_grad):,} weights trained, "
                  f"{len(output_ids) if output_ids else tokenizer.vocab_size} words")
     if dry and source.shards: raise ValueError(f"{run.data.captions}: a dry run needs a known number of photos; try a short run on shards instead")
     if dry: return dry_run(model, dataset, training, run.practice)
+    loader, callbacks = own_captions(run, model, dataset, loader) if run.self_critical else (loader, [])
     if main and not resuming: write_whole(out/'run.toml', to_toml(asked))
     quiet = log if main else lambda line: None
-    what = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')} | dict(text_model=run.text_model, freeze_encoder=run.freeze_encoder, workers=training.dataloader_num_workers if source.shards else None)
+    what = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')} | dict(text_model=run.text_model, start_from=run.start_from, self_critical=run.self_critical, freeze_encoder=run.freeze_encoder, workers=training.dataloader_num_workers if source.shards else None)
     history = run_training(model, dataset, training, run.practice, out/'states', resume, held_out_measures(model, held_set, quiet),
-                           progress, log=quiet, loader=loader, settings=dict(source=what))
+                           progress, callbacks=callbacks, log=quiet, loader=loader, settings=dict(source=what))
     model = put_together(model, run)
     return finish_run(model, history, out, run.data.captions, log) if main else {}
 
-# %% ../nbs/14_photo_training.ipynb #e772ef68
+# %% ../nbs/14_photo_training.ipynb #5abca36d
 def put_together(model, run):
     "The model, or where FSDP has split its weights over the processes, a whole one; all of them call this."
     weights = model.state_dict()
     if not any(hasattr(weight, 'full_tensor') for weight in weights.values()): return model
-    weights, whole = {name: whole_tensor(weight).cpu() for name, weight in weights.items()}, Captioner(run.captioner, run.text_model)
+    weights, whole = {name: whole_tensor(weight).cpu() for name, weight in weights.items()}, Captioner(run.captioner, run.vocabulary)
     whole.load_state_dict(weights)
     return whole
 

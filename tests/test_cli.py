@@ -434,3 +434,21 @@ def test_a_broken_photo_in_a_reading_process_is_named_in_a_line(capsys, tmp_path
 def test_photos_of_one_id_are_refused(capsys, data, model, tmp_path):
     (tmp_path/'twins.jsonl').write_text('\n'.join(json.dumps(dict(image_id=i//2, file_name=f'{i}.png', caption='a ring')) for i in range(4)))
     refused(capsys, 'evaluate', '--model', model, '--images', data/'images', '--captions', tmp_path/'twins.jsonl', says=['2 photos', 'image_id'])
+
+
+def test_goes_on_from_a_model_with_its_own_captions(capsys, data, model, tmp_path):
+    out, before = tmp_path/'better', json.loads((model/'config.json').read_text())
+    where = ['--images', data/'images', '--captions', data/'captions.json']
+    code, _, err = pvtblip(capsys, 'train', '--out', out, '--start-from', model, '--self-critical', *where, '--max-steps', '2', '--batch-size', '4',
+                           '--label-smoothing', '0', '--set', 'training.logging_steps=1')
+    assert code == 0, err
+    history = json.loads((out/'history.json').read_text())['history']
+    assert [0 <= entry['reward'] <= 10 for entry in history if 'loss' in entry] == [True, True]
+    after = json.loads((out/'config.json').read_text())
+    assert after['decoder'] == before['decoder'] and set(after['output_vocabulary']) >= set(before['output_vocabulary'])
+    first, last = (load_file(folder/'model.safetensors') for folder in (model, out))
+    assert first.keys() == last.keys() and any(not torch.equal(first[k], last[k]) for k in first)
+    code, _, err = pvtblip(capsys, 'train', '--out', tmp_path/'x', '--start-from', model, '--tiny', *where)
+    assert code == 1 and 'has a captioner of its own' in err
+    code, _, err = pvtblip(capsys, 'train', '--out', tmp_path/'x', '--start-from', model, '--self-critical', *where, '--captions-per-image', '1')
+    assert code == 1 and 'compared with each other' in err and not (tmp_path/'x').exists()
