@@ -150,7 +150,7 @@ def _read_shard(shard: str) -> Iterator[dict | BrokenImage]:
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
         yield BrokenImage(shard, f"{shard}: damaged or unreadable shard ({str(error.args[0] if error.args else error).partition(' @ ')[0][:80]})")
 
-# %% ../nbs/11_sources.ipynb #9ff37b49
+# %% ../nbs/11_sources.ipynb #91e4faa0
 def _sample_captions(sample: dict, name: str) -> list[str]:
     "The captions of a sample: the lines of its .txt, or what its .json holds; ValueError where there are none"
     if "txt" in sample: captions = sample["txt"].decode("utf-8").split("\n")
@@ -164,7 +164,10 @@ def _sample_captions(sample: dict, name: str) -> list[str]:
     if not captions: raise ValueError(f"{name}: no captions; a sample needs a .txt or a .json with a caption")
     return captions
 
-def _sample_name(sample: dict) -> str: return f"{Path(urlparse(sample['__url__']).path).name}/{sample['__key__']}"
+def _sample_name(sample: dict) -> str:
+    "SHARD/KEY in one line of text; a key may hold line ends and bytes that are no letters, which are escaped"
+    name = f"{Path(urlparse(sample['__url__']).path).name}/{sample['__key__']}"
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: repr(found[0])[1:-1], name)
 
 def _opened_sample(sample: dict) -> tuple[str, bytes, list[str]]:
     "(file, bytes of the photo, captions) of a sample; ValueError where one is missing"

@@ -463,3 +463,89 @@ def test_goes_on_from_a_model_with_its_own_captions(capsys, data, model, tmp_pat
     assert code == 1 and 'has a captioner of its own' in err
     code, _, err = pvtblip(capsys, 'train', '--out', tmp_path/'x', '--start-from', model, '--self-critical', *where, '--captions-per-image', '1')
     assert code == 1 and 'compared with each other' in err and not (tmp_path/'x').exists()
+
+
+# a folder as people have it ------------------------------------------------------------------------------------------------------------
+
+def image_bytes(kind, mode='RGB', size=(8, 8), **options):
+    from io import BytesIO
+    buffer = BytesIO()
+    Image.effect_noise(size, 80).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def odd_photos():
+    "({file: bytes} that can be read, {file: bytes} that cannot)."
+    jpeg, png, large = image_bytes('JPEG', size=(64, 64)), image_bytes('PNG', size=(64, 64)), image_bytes('PNG', '1', (20_000, 20_000))
+    whole = {'moving.gif': image_bytes('GIF', 'L', save_all=True, append_images=[Image.new('L', (8, 8), 9)]), 'deep.png': image_bytes('PNG', 'I;16'),
+             'print.jpg': image_bytes('JPEG', 'CMYK'), 'wrong_suffix.jpg': image_bytes('PNG'), 'a name 🐶 with spaces.png': image_bytes('PNG', 'P'), 'Größe.png': image_bytes('PNG', 'LA')}
+    broken = {'zero.jpg': b'', 'text.jpg': b'I am no picture', 'half.jpg': jpeg[:len(jpeg)//2], 'half.png': png[:len(png)//2], 'header.jpg': jpeg[:15],
+              'header.png': png[:20], 'bomb.png': large, 'half 🐶.webp': image_bytes('WEBP', size=(64, 64))[:300]}
+    return whole, broken
+
+
+def test_a_thousand_photos_of_which_some_are_broken(capsys, tmp_path):
+    whole, broken = odd_photos()
+    plain = image_bytes('PNG')
+    contents = {f'{i:04}.png': plain for i in range(1000 - len(whole) - len(broken))} | whole | broken
+    (tmp_path/'images').mkdir()
+    for file, content in contents.items(): (tmp_path/'images'/file).write_bytes(content)
+    def write(files): (tmp_path/'captions.jsonl').write_text('\n'.join(json.dumps(dict(file=file, caption='a ring', split='val' if file < '0020' else 'train')) for file in files))
+    missing = ['folder.jpg', 'dangling.jpg', 'loop.jpg', 'gone.jpg']
+    (tmp_path/'images/folder.jpg').mkdir()
+    (tmp_path/'images/dangling.jpg').symlink_to('nowhere.jpg')
+    (tmp_path/'images/loop.jpg').symlink_to('loop.jpg')
+    arguments = ['--images', tmp_path/'images', '--captions', tmp_path/'captions.jsonl']
+    write([*contents, *missing])
+    code, out, err = pvtblip(capsys, 'data', 'check', *arguments, '--json', tmp_path/'report.json')
+    assert code == 1 and json.loads((tmp_path/'report.json').read_text())['broken'].keys() == {*broken, *missing}, err
+    training = ['train', *arguments, *TINY[:1], '--batch-size', '98', '--workers', '0', '--epochs', '1']
+    refused(capsys, *training, '--out', tmp_path/'out', says=['folder.jpg', '4 photos'])                 # what is not there is said before work starts
+    assert not (tmp_path/'out').exists()
+    write(contents)
+    code, _, err = pvtblip(capsys, *training, '--out', tmp_path/'out')
+    named = json.loads((tmp_path/'out/history.json').read_text())['broken']
+    assert code == 0 and named.keys() == broken.keys() and f'{len(broken)} broken photos' in err, err
+    assert all(f'skipped broken photo {file}: ' in err for file in broken) and all(file in why for file, why in named.items())
+    _, err = refused(capsys, *training, '--out', tmp_path/'strict', '--strict', says=['images/'])
+    assert any(file in err.splitlines()[-1] for file in broken)
+
+
+def test_names_that_are_no_names_are_refused_with_their_line(capsys, data, tmp_path):
+    for name in ('a\nb.png', os.fsdecode(b'caf\xe9.png')):
+        (tmp_path/'captions.json').write_text(json.dumps({'0.png': ['a ring'], name: ['a star']}, indent=0))
+        for command in (['data', 'check'], ['train', '--out', tmp_path/'out', *TINY]):
+            refused(capsys, *command, '--images', data/'images', '--captions', tmp_path/'captions.json', says=['captions.json:', repr(name)[1:-1], 'no file name'])
+
+
+def test_a_photo_that_vanishes_after_the_run_was_checked(tmp_path):
+    from pvtblip.photo_training import DataConfig, PhotoRun, captioner_config, train_on_photos
+    from pvtblip.training import TrainingConfig
+    data, lines = photos(tmp_path/'data', 12), []
+    (data/'captions.jsonl').write_text('\n'.join(json.dumps(dict(file=f'{i}.png', caption='a ring', split='val' if i < 2 else 'train')) for i in range(12)))
+    def log(line):
+        if not lines: (data/'images/7.png').unlink()                                       # "10 photos with ...": everything has been checked
+        lines.append(line)
+    run = PhotoRun(data=DataConfig(str(data/'captions.jsonl'), str(data/'images')), captioner=captioner_config(tiny=True), epochs=0,
+                   training=TrainingConfig(max_steps=3, batch_size=5, eval_steps=0))
+    report = train_on_photos(run, tmp_path/'out', log=log, progress=False)
+    assert list(report['broken']) == ['7.png'] and 'no such image file' in report['broken']['7.png'] and report['loss_end'] > 0
+
+
+def test_the_keys_of_a_shard_may_be_any_bytes(capsys, tmp_path):
+    import tarfile, io
+    from pvtblip.data import BrokenImage
+    from pvtblip.sources import ShardDataset, find_shards
+    for shard in range(2):
+        with tarfile.open(tmp_path/f'{shard}.tar', 'w') as archive:
+            for key in ('a', 'line\nend', os.fsdecode(b'caf\xe9')):
+                for suffix, content in dict(png=b'' if 'end' in key or shard and 'caf' in key else image_bytes('PNG'), txt=b'a ring').items():
+                    entry = tarfile.TarInfo(f'{key}.{suffix}')
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+    broken = [f'{name}.png' for name in ('0.tar/line\\nend', '1.tar/line\\nend', '1.tar/caf\\udce9')]
+    code, out, err = pvtblip(capsys, 'data', 'check', '--captions', tmp_path, '--json', tmp_path/'report.json', '--sheet', tmp_path/'sheet.png')
+    assert code == 1 and all(f'    {file}: empty (0 bytes)\n' in out for file in broken), err
+    assert list(json.loads((tmp_path/'report.json').read_text())['broken']) == broken
+    items = [item for batch in ShardDataset(find_shards(tmp_path), lambda image: image, 2, passes=1) for item in batch]
+    assert len(items) == 6 and {item['file'] for item in items if not isinstance(item, BrokenImage)} == {'0.tar/a.png', '0.tar/caf\\udce9.png', '1.tar/a.png'}
