@@ -35,13 +35,13 @@ def demo_command(
     from pvtblip.app import demo
     demo(out, json_file, max_steps=max_steps, scenes=scenes, seed=seed, log=_say)
 
-# %% ../nbs/10_cli.ipynb #ae7a336f
+# %% ../nbs/10_cli.ipynb #6702efd6
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at photos and captions before training.")
 app.add_typer(data_app, name='data')
 
 @data_app.command('check')
 def data_check_command(
-    captions: Annotated[str, typer.Option(metavar='SOURCE', help="A caption file in any form that training reads, or a dataset folder or name of the datasets library.")],
+    captions: Annotated[str, typer.Option(metavar='SOURCE', help="A caption file in any form that training reads, a dataset folder or name of the datasets library, or shards of WebDataset.")],
     images: Annotated[Optional[Path], typer.Option(metavar='DIR', help="Folder of photos; without it only the captions are looked at.")] = None,
     split: Annotated[Optional[str], typer.Option(metavar='NAME', help="Only this split, where the source has splits; train+restval takes two.")] = None,
     max_length: Annotated[int, typer.Option(min=4, help="Tokens, prompt included, to which training will cut.")] = 40,
@@ -68,7 +68,7 @@ def data_check_command(
 @app.command('train')
 def train_command(
     out: Annotated[Path, typer.Option(metavar='DIR', help="Gets the model, the training states, run.toml and the history.")],
-    captions: Annotated[Optional[str], typer.Option(metavar='SOURCE', help="Captions: JSON {file: [captions]}, JSON lines, CSV or TSV, COCO's, Karpathy's, Flickr's files, or a dataset of the datasets library.")] = None,
+    captions: Annotated[Optional[str], typer.Option(metavar='SOURCE', help="Captions: JSON {file: [captions]}, JSON lines, CSV or TSV, COCO's, Karpathy's, Flickr's files, a dataset of the datasets library, or shards.")] = None,
     images: Annotated[Optional[str], typer.Option(metavar='DIR', help="Folder of photos.")] = None,
     config: Annotated[Optional[Path], typer.Option(metavar='TOML', help="Settings, as --dry-run prints them; flags change them.")] = None,
     changes: Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', help="Change any setting, as practice.ema_decay=0.999; may be given again.")] = None,

@@ -174,16 +174,18 @@ class ShardSet:
         run:PhotoRun,
         shards, # of `open_source`
     ):
-        "ValueError for a single shard, and for epochs."
-        if len(shards) < 2: raise ValueError(f"{run.data.captions}: one shard cannot be divided; give two or more, the last is held out")
-        if run.epochs or run.data.limit or run.data.cache: raise ValueError(f"{run.data.captions}: shards have no known number of photos; give training.max_steps (--max-steps), and neither epochs, limit nor cache")
-        if run.data.split or run.data.validation_split: raise ValueError(f"{run.data.captions}: shards state no splits; leave data.split and data.validation_split out, the last shard is held out")
+        "ValueError for what `refuse_shards` refuses."
+        refuse_shards(run, shards)
+        encoder, augmentation = run.captioner.encoder, run.data.augmentation
         self.shards, self.run, self.captions_per_image = shards[:-1], run, run.data.captions_per_image or 'all'
-        self.load, encoder = pixel_loader(run.captioner.encoder, run.data.augmentation), run.captioner.encoder
-        self.vary, plain = AugmentedDataset(self, encoder, run.data.augmentation), AugmentedDataset(self, encoder)
-        held = ShardDataset(shards[-1:], self.load, 32, captions_per_image=5, passes=1, process_index=0, num_processes=1)
-        items = [item for batch in itertools.islice(held, 8) for item in batch if not isinstance(item, BrokenImage)]
-        self.held = [item | dict(pixel_values=plain.normalise(plain.resize(item['pixel_values']))) for item in items]
+        self.load, self.vary = pixel_loader(encoder, augmentation), AugmentedDataset(self, encoder, augmentation)
+        self.held = self._held_out(shards[-1], AugmentedDataset(self, encoder))
+
+    def _held_out(self, shard, plain):
+        "The first 256 photos of a shard as they are."
+        batches = ShardDataset([shard], self.load, 32, captions_per_image=5, passes=1, process_index=0, num_processes=1)
+        return [item | dict(pixel_values=plain.normalise(plain.resize(item['pixel_values'])))
+                for batch in itertools.islice(batches, 8) for item in batch if not isinstance(item, BrokenImage)]
 
     def __len__(self): return len(self.shards)
 
@@ -197,6 +199,7 @@ class ShardSet:
         for number, items in enumerate(batches, step*together): yield send_to_device(collate([self._varied(item, number, i) for i, item in enumerate(items)]), accelerator.device)
 
     def _varied(self, item, number, i):
+        "Photo `i` of batch `number`, varied as these two say."
         if isinstance(item, BrokenImage): return item
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random.Random(f"augment {self.run.training.seed} {number} {i}").getrandbits(63))
@@ -228,7 +231,7 @@ def held_out_measures(
 # %% ../nbs/14_photo_training.ipynb #86341440
 def photo_material(run, source, tokenizer, progress):
     "The run with its steps counted and its words known, the training set, the held-out set and the loader."
-    records, held, photos = divide_photos(source, run.data)
+    (records, held, photos), tokenizer = divide_photos(source, run.data), run.tokenizer()
     training = replace(run.training, batch_size=min(run.training.batch_size, len(records)))
     per_step = training.batch_size*training.gradient_accumulation_steps*processes().num_processes
     if run.epochs: training = replace(training, max_steps=max(1, round(run.epochs * len(records) / per_step)))
@@ -238,7 +241,7 @@ def photo_material(run, source, tokenizer, progress):
     dataset, held_set = photo_sets(run, records, held, photos, progress)
     return run, dataset, held_set, photo_loader(run, dataset, tokenizer)
 
-def shard_material(run, source, tokenizer, progress):
+def shard_material(run, source, progress):
     "The same of shards, whose words nobody knows beforehand."
     dataset = ShardSet(run, source.shards)
     return run, dataset, dataset.held, dataset.loader
@@ -269,9 +272,9 @@ def train_on_photos(
     dry=False,      # only say what the run would be, measured from three steps; nothing is written
     log=print,      # gets each line of the report
     progress=True,  # show a bar
-) -> dict: # loss at start and end, captions a second, broken photos; of a dry run what `dry_run` measured
+) -> dict: # loss at start and end, captions a second, broken photos; of a dry run what `dry_figures` measured
     "Train a captioner on photos; raises before work starts where the input is bad, resumes where it was killed."
-    out, asked = Path(out), run
+    out, asked, main = Path(out), run, processes().is_main_process
     resuming = resume and bool(saved_states(out/'states'))
     if dry: run = replace(run, data=replace(run.data, cache=None))
     elif not resume: refuse_run(out)

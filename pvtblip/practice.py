@@ -513,21 +513,30 @@ def _same_random_numbers():
     random.setstate(python)
     np.random.set_state(numpy)
 
-# %% ../nbs/13_practice.ipynb #837ee10b
+# %% ../nbs/13_practice.ipynb #159649ac
+def _without_end(loader):
+    "A loader whose batches begin again after the last one."
+    def batches(step, accelerator):
+        while True: yield from loader(step, accelerator)
+    return batches
+
 def dry_run(
     model,   # a Captioner; a copy of it is trained
     dataset, # as `train` takes it
     training:TrainingConfig,
     practice:PracticeConfig|None=None,
     steps:int=3, # that are timed; one more comes first and warms up
+    pieces=None, # function of the copy -> (loader, callbacks) of the run, as `run_training` takes them; None: those of `train`
 ) -> dict: # images, max_steps, epochs, parameters, trained_parameters, seconds_per_step, hours, captions_per_second, peak_memory and state_size (bytes)
     "Measure a few real steps of a run without changing it; evaluation and the writing of states come on top of the time."
     practice, clock = practice or PracticeConfig(), _Clock()
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     with _same_random_numbers():
         trial = prepare_model(copy.deepcopy(model), practice)
+        loader, callbacks = pieces(trial) if pieces else (None, [])
         average = [WeightAverage(practice.ema_decay)] if practice.ema_decay else []
-        train(trial, dataset, replace(training, max_steps=steps+1, eval_steps=0, save_steps=0, logging_steps=steps+1), progress=False, callbacks=[*average, clock])
+        train(trial, dataset, replace(training, max_steps=steps+1, eval_steps=0, save_steps=0, logging_steps=steps+1), progress=False,
+              callbacks=[*average, *callbacks, clock], loader=loader and _without_end(loader))
     seconds = statistics.median(b - a for a, b in zip(clock.times[1:], clock.times[2:]))
     processes, copies = PartialState().num_processes, 3 + bool(practice.ema_decay)                   # weights, two moments, averages
     trained = sum(p.numel() for p in trial.parameters() if p.requires_grad)

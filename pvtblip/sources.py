@@ -109,7 +109,7 @@ def _dealt(shards: list[str], seed: int, number: int, stream: int, streams: int)
     random.Random(f"shards {seed} {number}").shuffle(order)
     return order[stream::streams]
 
-# %% ../nbs/11_sources.ipynb #2ce4c03d
+# %% ../nbs/11_sources.ipynb #e6d9b6dd
 _PHOTO_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 
 def _wanted(name: str) -> bool:
@@ -146,9 +146,9 @@ def _read_shard(shard: str) -> Iterator[dict | BrokenImage]:
         yield from tarfile_samples([dict(url=shard)], select_files=_wanted)
         if _ends_early(shard): raise ValueError("it ends early; copy it again")
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
-        yield BrokenImage(shard, f"{shard}: damaged or unreadable shard ({str(error.args[0] if error.args else error)[:80]})")
+        yield BrokenImage(shard, f"{shard}: damaged or unreadable shard ({str(error.args[0] if error.args else error).partition(' @ ')[0][:80]})")
 
-# %% ../nbs/11_sources.ipynb #247da20b
+# %% ../nbs/11_sources.ipynb #91e4faa0
 def _sample_captions(sample: dict, name: str) -> list[str]:
     "The captions of a sample: the lines of its .txt, or what its .json holds; ValueError where there are none"
     if "txt" in sample: captions = sample["txt"].decode("utf-8").split("\n")
@@ -162,9 +162,14 @@ def _sample_captions(sample: dict, name: str) -> list[str]:
     if not captions: raise ValueError(f"{name}: no captions; a sample needs a .txt or a .json with a caption")
     return captions
 
+def _sample_name(sample: dict) -> str:
+    "SHARD/KEY in one line of text; a key may hold line ends and bytes that are no letters, which are escaped"
+    name = f"{Path(urlparse(sample['__url__']).path).name}/{sample['__key__']}"
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: repr(found[0])[1:-1], name)
+
 def _opened_sample(sample: dict) -> tuple[str, bytes, list[str]]:
     "(file, bytes of the photo, captions) of a sample; ValueError where one is missing"
-    name = f"{Path(urlparse(sample['__url__']).path).name}/{sample['__key__']}"
+    name = _sample_name(sample)
     suffix = next((suffix for suffix in _PHOTO_SUFFIXES if suffix in sample), None)
     if suffix is None: raise ValueError(f"{name}: no photo; a sample needs one of .{', .'.join(_PHOTO_SUFFIXES)}")
     return f"{name}.{suffix}", sample[suffix], _sample_captions(sample, name)
@@ -316,7 +321,7 @@ def open_source(
         raise ValueError(f"{source}: a folder that is neither a saved dataset nor one of shards; give the caption file{f' ({chr(44).join(found)}?)' if found else ''}")
     return Source(read_captions(path, images, split, columns), None if images is None else Path(images))
 
-# %% ../nbs/11_sources.ipynb #85ba16f8
+# %% ../nbs/11_sources.ipynb #d8ef927d
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands near the end of a whole file of this format
 
 def _ends_well(kind: str, tail: bytes, size: int, head: bytes) -> bool:
@@ -340,7 +345,7 @@ def photo_problem(
     full: bool = False,  # decode every photo, not only the doubtful ones
 ) -> str | None:  # None: it can be read
     "What is wrong with a photo, headers first"
-    if isinstance(photo, Path) and (problem := _file_problem(photo)): return problem
+    if problem := _file_problem(photo) if isinstance(photo, Path) else None if photo else "empty (0 bytes)": return problem
     try:
         if not full:
             with (open(photo, "rb") if isinstance(photo, Path) else io.BytesIO(photo)) as stream:
@@ -362,32 +367,49 @@ def _file_problem(path: Path) -> str | None:
     if not os.access(path, os.R_OK): return "no right to read it"
     return "empty (0 bytes)" if found.st_size == 0 else None
 
-# %% ../nbs/11_sources.ipynb #72ea1814
-def _spread(numbers: list[int]) -> dict[str, float]:
-    "Smallest, median, 95th percentile and largest of some numbers"
-    ordered = sorted(numbers)
-    return dict(min=ordered[0], median=statistics.median(ordered), percentile_95=ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], max=ordered[-1])
+# %% ../nbs/11_sources.ipynb #88956278
+def _spread(counts: Counter) -> dict[str, float]:
+    "Smallest, median, 95th percentile and largest of numbers, of which only how often each occurs is kept"
+    ordered, total = sorted(counts), counts.total()
+    reached = list(itertools.accumulate(counts[number] for number in ordered))
+    def at(place): return ordered[bisect.bisect_right(reached, place)]
+    return dict(min=ordered[0], median=(at((total - 1) // 2) + at(total // 2)) / 2, percentile_95=at(min(total - 1, int(0.95 * total))), max=ordered[-1])
+
+class _CaptionCounts:
+    "Counts captions as they pass; what is kept grows with their vocabulary, not with their number"
+    def __init__(self, tokenizer: CaptionTokenizer):
+        self.tokenizer, self.words, self.tokens, self.unknown, self.strange, self.seen, self.vocabulary = tokenizer, Counter(), Counter(), 0, Counter(), set(), set()
+
+    def add(self, captions: list[str]) -> None:
+        tokenizer, unknown = self.tokenizer.tokenizer, self.tokenizer.tokenizer.unk_token_id
+        for row, caption in zip(tokenizer(captions, add_special_tokens=False)["input_ids"] if captions else (), captions):
+            words = caption.split()
+            self.words[len(words)] += 1
+            self.tokens[len(row)] += 1
+            self.seen.update(row)
+            self.vocabulary.update(map(str.lower, words))
+            if count := row.count(unknown):
+                self.unknown += count
+                self.strange.update(word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"])
+
+    def result(self) -> dict:
+        room = self.tokenizer.max_length - self.tokenizer.prompt_length - 1  # [CLS] and the prompt in front, [SEP] behind
+        words, tokens = (sum(length * count for length, count in lengths.items()) for lengths in (self.words, self.tokens))
+        return dict(words=_spread(self.words), tokens=_spread(self.tokens), max_length=self.tokenizer.max_length,
+                    truncated=sum(count for length, count in self.tokens.items() if length > room) / self.tokens.total(), unknown_tokens=self.unknown / max(1, tokens),
+                    tokens_per_word=tokens / max(1, words), unknown_words=dict(self.strange.most_common(10)),
+                    vocabulary_words=len(self.vocabulary), vocabulary_tokens=len(self.seen), vocabulary_size=self.tokenizer.vocab_size)
 
 def caption_statistics(
     captions: list[str],
     tokenizer: CaptionTokenizer,  # its vocabulary, prompt and max_length are those of the training to come
 ) -> dict:  # lengths, shares of all captions or of all tokens (0 to 1), and the most frequent unknown words
     "Lengths, truncation and unknown tokens of captions"
-    words, lengths, unknown, strange, seen = [caption.split() for caption in captions], [], 0, Counter(), set()
-    for start in range(0, len(captions), 10_000):
-        for row, caption in zip(tokenizer.tokenizer(captions[start:start + 10_000], add_special_tokens=False)["input_ids"], captions[start:start + 10_000]):
-            lengths.append(len(row))
-            seen.update(row)
-            if count := row.count(tokenizer.tokenizer.unk_token_id):
-                unknown += count
-                strange.update(word for word in caption.split() if tokenizer.tokenizer.unk_token_id in tokenizer.tokenizer(word, add_special_tokens=False)["input_ids"])
-    room = tokenizer.max_length - tokenizer.prompt_length - 1  # [CLS] and the prompt in front, [SEP] behind
-    return dict(words=_spread([len(caption) for caption in words]), tokens=_spread(lengths), max_length=tokenizer.max_length,
-                truncated=sum(length > room for length in lengths) / len(captions), unknown_tokens=unknown / max(1, sum(lengths)),
-                tokens_per_word=sum(lengths) / max(1, sum(map(len, words))), unknown_words=dict(strange.most_common(10)),
-                vocabulary_words=len({word.lower() for caption in words for word in caption}), vocabulary_tokens=len(seen), vocabulary_size=tokenizer.vocab_size)
+    counts = _CaptionCounts(tokenizer)
+    for start in range(0, len(captions), 10_000): counts.add(captions[start:start + 10_000])
+    return counts.result()
 
-# %% ../nbs/11_sources.ipynb #70fc0a0b
+# %% ../nbs/11_sources.ipynb #026b2489
 @dataclass
 class DataReport:
     "What `check_data` found; `str()` is for people, `to_dict()` for JSON"
@@ -395,8 +417,8 @@ class DataReport:
     photos: int  # named by the captions
     captions: int
     captions_per_photo: dict[str, float]
-    splits: dict[str, int]  # photos of each; where none are stated, those that `split_by_name` makes
-    splits_stated: bool  # False: by a hash of the name
+    splits: dict[str, int]  # photos of each; where none are stated, those that training makes
+    splits_by: str  # who divides them: "stated", or what training does instead
     text: dict  # what `caption_statistics` returns
     broken: dict[str, str]  # file -> what is wrong with it, missing ones included
     photos_checked: int  # 0: no folder of photos was given
@@ -412,7 +434,7 @@ class DataReport:
         def spread(numbers): return f"{numbers['min']} to {numbers['max']}, median {numbers['median']:g}, 95 % up to {numbers['percentile_95']}"
         lines = [f"{self.source}: {self.photos:,} photos, {self.captions:,} captions",
                  f"captions a photo: {spread(per_photo)}",
-                 f"splits ({'stated' if self.splits_stated else 'none stated; by a hash of the name'}): " + ", ".join(f"{name} {count:,}" for name, count in self.splits.items()),
+                 f"splits ({self.splits_by}): " + ", ".join(f"{name} {count:,}" for name, count in self.splits.items()),
                  f"words a caption: {spread(text['words'])}",
                  f"tokens a caption: {spread(text['tokens'])}, {text['tokens_per_word']:.2f} a word",
                  f"cut at max_length {text['max_length']}: {text['truncated']:.2%} of the captions",
@@ -427,10 +449,10 @@ class DataReport:
             lines += [f"    {' = '.join(group[:4])}{' = …' if len(group) > 4 else ''}" for group in (self.across_splits[kind] or groups)[:3]]
         return "\n".join(lines + [f"look at: {remark}" for remark in self.remarks])
 
-# %% ../nbs/11_sources.ipynb #adca064f
+# %% ../nbs/11_sources.ipynb #f20a47e1
 def _remarks(report: DataReport) -> list[str]:
     "What deserves a second look, in words"
-    text, across = report.text, sum(map(len, report.across_splits.values()))
+    text, across = report.text, sum(len(groups) for kind, groups in report.across_splits.items() if kind != "same key")  # shards may count anew
     return [words for said, words in (
         (report.broken, f"{len(report.broken):,} photos cannot be read; training leaves them out and counts them"),
         (across, f"duplicates in more than one split ({across:,}): validation will look better than it is"),
@@ -477,7 +499,7 @@ def _duplicates(records: list[Record], sizes: dict[str, int], content: Callable[
             "same bytes": _groups((_photo_key(content(file)), file) for file in same_size),
             "same captions": _groups((frozenset(caption.lower() for caption in record.captions), record.file) for record in records)}
 
-# %% ../nbs/11_sources.ipynb #c47439da
+# %% ../nbs/11_sources.ipynb #781c1960
 def _checked_photos(files: list[str], content: Callable[[str], Path | bytes], full: bool, progress: bool) -> tuple[dict[str, str], dict[str, int]]:
     "(file -> what is wrong, file -> size in bytes), several photos at a time"
     def check(file):
@@ -489,20 +511,117 @@ def _checked_photos(files: list[str], content: Callable[[str], Path | bytes], fu
         found = list(tqdm(pool.map(check, files), total=len(files), disable=not progress, desc="photos", unit="photo"))
     return {file: problem for file, problem, _ in found if problem}, {file: size for file, problem, size in found if not problem}
 
-def _split_of(records: list[Record]) -> tuple[dict[str, str], bool]:
-    "(file -> split, whether the source states them)"
-    if any(record.split for record in records): return {record.file: record.split or "none" for record in records}, True
+def _split_of(records: list[Record]) -> tuple[dict[str, str], str]:
+    "(file -> split, who divides them)"
+    if any(record.split for record in records): return {record.file: record.split or "none" for record in records}, "stated"
     training, validation = split_by_name(records)
-    return {record.file: name for name, side in (("training", training), ("validation", validation)) for record in side}, False
+    return {record.file: name for name, side in (("training", training), ("validation", validation)) for record in side}, "none stated; by a hash of the name"
 
 def _content_of(images: Path | Mapping | None) -> Callable[[str], Path | bytes] | None:
     "file -> path or bytes of the photo, for a folder and for the tables of `datasets`; None where there are no photos"
     if images is None: return None
     return (lambda file: images / file) if isinstance(images, Path) else images.content
 
-# %% ../nbs/11_sources.ipynb #7d6eb3c0
+# %% ../nbs/11_sources.ipynb #316945de
+def _check_records(source: str, records: list[Record], photos: Path | Mapping | None, tokenizer: CaptionTokenizer, full: bool, progress: bool) -> tuple[DataReport, list]:
+    "(the report, photos for a contact sheet) of photos that are listed"
+    content, (sides, divided) = _content_of(photos), _split_of(records)
+    broken, sizes = ({}, {}) if photos is None else _checked_photos([record.file for record in records], content, full, progress)
+    duplicates = _duplicates(records, sizes, content)
+    report = DataReport(source, len(records), sum(len(record.captions) for record in records), _spread(Counter(len(record.captions) for record in records)),
+                        dict(Counter(sides.values())), divided, caption_statistics([caption for record in records for caption in record.captions], tokenizer),
+                        broken, 0 if photos is None else len(records), full, duplicates,
+                        {kind: [group for group in groups if len({sides[file] for file in group}) > 1] for kind, groups in duplicates.items()})
+    whole = [record for record in records if record.file in sizes]
+    return report, [(record.file, content(record.file), record.captions) for record in random.Random("sheet 0").sample(whole, min(12, len(whole)))]
+
+# %% ../nbs/11_sources.ipynb #21b48636
+def _check_sample(sample: dict | BrokenImage, full: bool) -> tuple[str, str | None, list[str], bytes | None]:
+    "(file, what is wrong with it, captions, bytes of the photo) of a sample, as far as it has them"
+    if isinstance(sample, BrokenImage): return sample.file, sample.reason.removeprefix(f"{sample.file}: "), [], None
+    name, captions = _sample_name(sample), []
+    try:
+        captions = _sample_captions(sample, name)
+        file, photo, _ = _opened_sample(sample)
+    except ValueError as error: return name, str(error).removeprefix(f"{name}: "), captions, None
+    return file, photo_problem(file, photo, full), captions, photo
+
+def _check_samples(shards: list[str], full: bool, progress: bool) -> Iterator[tuple[str, tuple]]:
+    "(shard, what `_check_sample` says) of all samples in order, several at a time"
+    with ThreadPoolExecutor(8) as pool, tqdm(disable=not progress, unit="photo") as bar:
+        for number, shard in enumerate(shards, 1):
+            bar.set_description(f"shard {number} of {len(shards)}")
+            samples = _read_shard(shard)
+            while block := list(itertools.islice(samples, 64)):
+                yield from ((shard, found) for found in pool.map(lambda sample: _check_sample(sample, full), block))
+                bar.update(len(block))
+
+# %% ../nbs/11_sources.ipynb #35864fc9
+class _Doubles:
+    "Which of many things are the same, for 16 bytes each"
+    def __init__(self): self.hashes, self.places = array("Q"), array("Q")
+
+    def add(self, place: int, content: bytes | None) -> None:
+        if not content: return  # two photos that are missing are not the same photo
+        self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big"))
+        self.places.append(place)
+
+    def groups(self) -> list[list[int]]:
+        "The places of things that are the same, two or more in a group, in order"
+        hashes, places = (np.frombuffer(numbers, dtype=np.uint64) for numbers in (self.hashes, self.places))
+        order = np.argsort(hashes, kind="stable")
+        cuts = np.flatnonzero(np.diff(hashes[order])) + 1
+        return sorted(places[group].tolist() for group in np.split(order, cuts) if len(group) > 1)
+
+def _sample_names(shards: list[str], firsts: list[int], wanted: set[int]) -> dict[int, str]:
+    "Number of a sample -> its file, read again from the shards that hold them"
+    names = {}
+    for shard, first, end in zip(shards, firsts, [*firsts[1:], sys.maxsize]):
+        if not any(first <= number < end for number in wanted): continue
+        samples = (sample for sample in _read_shard(shard) if not isinstance(sample, BrokenImage))
+        names |= {number: _check_sample(sample, False)[0] for number, sample in enumerate(samples, first) if number in wanted}
+    return names
+
+# %% ../nbs/11_sources.ipynb #75cd2f25
+class _ShardLook:
+    "What is known of shards after so many samples: numbers and hashes, and twelve photos for a contact sheet"
+    def __init__(self, tokenizer: CaptionTokenizer):
+        self.text, self.per_photo, self.broken, self.sizes = _CaptionCounts(tokenizer), Counter(), {}, Counter()
+        self.doubles, self.sheet, self.whole, self.chance = {kind: _Doubles() for kind in ("same key", "same bytes", "same captions")}, [], 0, random.Random("sheet 0")
+
+    def add(self, shard: str, file: str, problem: str | None, captions: list[str], photo: bytes | None) -> None:
+        if problem: self.broken[file] = problem
+        if file == shard: return  # damage, which is no photo
+        key, words = re.sub(r"\.\w+$", "", file.partition("/")[2]), "\n".join(sorted({caption.lower() for caption in captions}))
+        for doubles, content in zip(self.doubles.values(), (key.encode(), photo, words.encode())): doubles.add(self.sizes.total(), content)
+        self.sizes[shard] += 1
+        self.per_photo[len(captions)] += 1
+        self.text.add(captions)
+        if not problem: self._draw(file, photo, captions)
+
+    def _draw(self, *photo) -> None:
+        "Keep twelve of all photos, each as likely as any other (Vitter 1985, algorithm R)"
+        self.whole += 1
+        place = len(self.sheet) if len(self.sheet) < 12 else self.chance.randrange(self.whole)
+        if place < 12: self.sheet[place:place + 1] = [photo]
+
+def _check_shards(source: str, shards: list[str], tokenizer: CaptionTokenizer, full: bool, progress: bool) -> tuple[DataReport, list]:
+    "(the report, photos for a contact sheet) of shards; ValueError where there is not one caption"
+    look = _ShardLook(tokenizer)
+    for shard, found in _check_samples(shards, full, progress): look.add(shard, *found)
+    look.broken |= {shard: "no photos in this shard" for shard in shards if not look.sizes[shard] and shard not in look.broken}
+    if not look.text.words: raise ValueError(f"{source}: not one caption can be read; the first reason: {' '.join(next(iter(look.broken.items())))}")
+    number, held = look.sizes.total(), look.sizes[shards[-1]] if len(shards) > 1 else 0
+    duplicates = {kind: doubles.groups() for kind, doubles in look.doubles.items()}
+    across = {kind: [group for group in groups if group[0] < number - held <= group[-1]] for kind, groups in duplicates.items()}
+    names = _sample_names(shards, list(itertools.accumulate((look.sizes[shard] for shard in shards[:-1]), initial=0)), {place for groups in duplicates.values() for group in groups for place in group})
+    def named(kinds): return {kind: [[names[place] for place in group] for group in groups] for kind, groups in kinds.items()}
+    return DataReport(source, number, look.text.words.total(), _spread(look.per_photo), dict(training=number - held, validation=held), "none stated; training holds the last shard out",
+                      look.text.result(), look.broken, number, full, named(duplicates), named(across)), look.sheet
+
+# %% ../nbs/11_sources.ipynb #f759f932
 def check_data(
-    captions: str | Path,  # anything that `open_source` opens, except shards
+    captions: str | Path,  # anything that `open_source` opens
     images: str | Path | None = None,  # the folder of the photos; None: where there is one, only captions are looked at
     split: str | None = None,  # as in `read_captions`
     tokenizer: CaptionTokenizer | None = None,  # vocabulary, prompt and max_length of the training to come; None: the bundled one with max_length 40
@@ -514,24 +633,19 @@ def check_data(
     "Look at a collection before training; raises only where the captions cannot be read at all, everything else is in the report"
     a_file, tokenizer = Path(captions).is_file(), tokenizer or CaptionTokenizer()
     source = open_source(captions, None if a_file else images, split, columns)  # a caption file: missing photos go into the report
-    if source.shards: raise ValueError(f"{captions}: shards cannot be checked; check the photos and captions before they are packed")
-    records, photos = source.records, Path(images) if a_file and images is not None else source.images
+    photos = Path(images) if a_file and images is not None else source.images
     if isinstance(photos, Path) and not photos.is_dir(): raise FileNotFoundError(f"{photos}: no such folder; give the folder of the photos")
-    if sheet is not None and photos is None: raise ValueError("a contact sheet needs photos; give the folder of the photos, or leave the sheet away")
-    content, (sides, stated) = _content_of(photos), _split_of(records)
-    broken, sizes = ({}, {}) if photos is None else _checked_photos([record.file for record in records], content, full, progress)
-    duplicates = _duplicates(records, sizes, content)
-    report = DataReport(str(captions), len(records), sum(len(record.captions) for record in records), _spread([len(record.captions) for record in records]),
-                        dict(Counter(sides.values())), stated, caption_statistics([caption for record in records for caption in record.captions], tokenizer),
-                        broken, 0 if photos is None else len(records), full, duplicates,
-                        {kind: [group for group in groups if len({sides[file] for file in group}) > 1] for kind, groups in duplicates.items()})
-    report.remarks = _remarks(report)
-    if sheet is not None and sizes: contact_sheet(_sheet_photos(records, sizes, content), sheet)
-    elif sheet is not None: report.remarks.append("no contact sheet was drawn: not one photo can be read")
+    if sheet is not None and photos is None and not source.shards: raise ValueError("a contact sheet needs photos; give the folder of the photos, or leave the sheet away")
+    if source.shards: report, chosen = _check_shards(str(captions), source.shards, tokenizer, full, progress)
+    else: report, chosen = _check_records(str(captions), source.records, photos, tokenizer, full, progress)
+    if sheet is not None: _draw_sheet(report, chosen, sheet)
+    report.remarks += _remarks(report)
     return report
 
-def _sheet_photos(records: list[Record], sizes: dict[str, int], content: Callable[[str], Path | bytes] | None) -> list[tuple]:
-    "Twelve whole photos, drawn by a seed; ValueError where there is none"
-    whole = [record for record in records if record.file in sizes]
-    if not whole: raise ValueError("a contact sheet needs photos; give the folder of the photos, or leave the sheet away")
-    return [(record.file, content(record.file), record.captions) for record in random.Random("sheet 0").sample(whole, min(12, len(whole)))]
+def _draw_sheet(report: DataReport, chosen: list[tuple], sheet: str | Path) -> None:
+    "A contact sheet of the photos that can really be decoded; the others go into the report"
+    problems = {file: photo_problem(file, photo, True) for file, photo, _ in chosen}
+    report.broken |= {file: problem for file, problem in problems.items() if problem}
+    whole = [photo for photo in chosen if not problems[photo[0]]]
+    if whole: contact_sheet(whole, sheet)
+    else: report.remarks.append("no contact sheet was drawn: not one photo can be read")

@@ -39,7 +39,7 @@ def exported(): in_a_copy('nbdev_export', 'pvtblip', '*.py', 'run nbdev_export')
 def clean(): in_a_copy('nbdev_clean', 'nbs', '*.ipynb', 'run nbdev_clean')
 def readme_in_sync():
     if (ROOT/'README.md').read_text(encoding='utf-8') != readme(): sys.exit('README.md is not what nbs/index.ipynb says; run python tests/check.py --fix')
-def notebooks(): run('nbdev_test', '--n_workers', min(2, os.cpu_count()), '--do_print')
+def notebooks(): run(sys.executable, ROOT/'tests/notebooks.py', '--n_workers', min(2, os.cpu_count()), '--do_print')
 def tests(): run(sys.executable, '-m', 'pytest', '-q', 'tests')
 
 

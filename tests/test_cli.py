@@ -404,6 +404,14 @@ def test_shards_train_and_several_processes_share_the_work(capsys, data, tmp_pat
     assert code == 0 and '2 shards with all captions each, 8 held out; 4 steps of 4 photos' in err, err
     assert pvtblip(capsys, 'caption', data/'images/0.png', '--model', tmp_path/'out')[0] == 0
     refused(capsys, *shards[:-4], '--out', tmp_path/'epochs', says=['--max-steps'])
+    refused(capsys, *shards, '--out', tmp_path/'reward', '--set', 'self_critical=true', says=['photos-{0..2}.tar', 'which words are rare'])
+    code, out, err = pvtblip(capsys, *shards, '--out', tmp_path/'dry', '--dry-run')
+    figures = dict(re.findall(r'^# (\w+): ([\d.,e+-]+)$', out, re.M))
+    assert code == 0 and figures['shards'] == '2' and figures['max_steps'] == '4' and float(figures['seconds_per_step']) > 0 and not {'images', 'epochs'} & figures.keys(), err
+    assert not (tmp_path/'dry').exists() and not (tmp_path/'reward').exists()
+    code, out, _ = pvtblip(capsys, 'data', 'check', '--captions', tmp_path/'photos-{0..2}.tar', '--json', tmp_path/'report.json', '--sheet', tmp_path/'sheet.png')
+    assert code == 0 and '24 photos, 120 captions' in out and 'training 16, validation 8' in out and Image.open(tmp_path/'sheet.png').format == 'PNG'
+    assert json.loads((tmp_path/'report.json').read_text())['photos_checked'] == 24
     for name, arguments in (('photos', train(data, tmp_path/'photos', '--max-steps', 4)), ('shards', [*shards, '--out', tmp_path/'shards'])):
         command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'pvtblip', *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1'})

@@ -22,7 +22,7 @@ from pvtblip.practice import (HeldOutLoss, KeepBest, LoraSettings, PracticeConfi
                               change_config, checkpoint_gradients, dry_run, from_plain, load_best, measures, merge_lora, read_config, run_training,
                               to_toml, write_config)
 from pvtblip.pvt_encoder import EncoderConfig
-from pvtblip.training import Callback, TrainingConfig, load_state, make_accelerator, save_state, saved_states, train
+from pvtblip.training import Callback, TrainingConfig, _loader, load_state, make_accelerator, save_state, saved_states, train
 
 CHILD = """
 import sys, time, torch
@@ -289,6 +289,16 @@ def test_a_dry_run_changes_nothing(tmp_path):
     assert same_weights(model, before) and torch.equal(state, torch.get_rng_state()) and python == random.getstate()
     assert all(p.requires_grad for p in model.parameters()) and report["trained_parameters"] < report["parameters"] == sum(p.numel() for p in model.parameters())
     assert report["hours"] == pytest.approx(report["seconds_per_step"] * 10 / 3600) and report["seconds_per_step"] > 0 and report["peak_memory"] > 1e8
+    seen, steps = [], []
+    class Watch(Callback):
+        def on_step_end(self, run): steps.append((run.step, run.model, [batch["files"] for batch in run.batches]))
+    def pieces(trial):
+        seen.append(trial)
+        short = _loader(make_data(), trial.tokenizer, replace(CONFIG, max_steps=2), 0, 1)
+        return (lambda step, accelerator: accelerator.prepare(short)), [Watch()]
+    dry_run(model, make_data(), CONFIG, pieces=pieces)
+    assert [step for step, *_ in steps] == [1, 2, 3, 4] and seen[0] is steps[0][1] is not model and same_weights(model, before)
+    assert [files for *_, files in steps[:2]] == [files for *_, files in steps[2:]] and steps[0][2] != steps[1][2], "the run's own two batches, again"
     plain = dry_run(model, make_data(), CONFIG)
     fit(replace(CONFIG, max_steps=1), tmp_path, make_model())
     assert plain["state_size"] == pytest.approx((tmp_path / "checkpoint-1" / "state.safetensors").stat().st_size, rel=0.05)

@@ -307,7 +307,7 @@ def test_duplicates_lengths_and_scripts(tmp_path):
     assert report.duplicates == {"same name": [["a.jpg", "sub/a.jpg"]], "same bytes": [["a.jpg", "b.jpg"]], "same captions": [["b.jpg", "c.jpg"]]}
     assert report.across_splits == {"same name": [], "same bytes": [["a.jpg", "b.jpg"]], "same captions": [["b.jpg", "c.jpg"]]}
     assert report.text["truncated"] == 0.2 and report.text["words"]["max"] == 10_000 and report.text["unknown_words"] == {"🐶": 1}
-    assert (report.splits, report.splits_stated) == (dict(train=3, val=1), True)
+    assert (report.splits, report.splits_by) == (dict(train=3, val=1), "stated")
     assert any("in more than one split (2)" in remark for remark in report.remarks) and "20.0% of the captions lose their end" in str(report)
     by_name = check_data(tmp_path / "c.jsonl", tmp_path, split="train", progress=False)
     assert by_name.photos == 3 and by_name.across_splits["same bytes"] == []
@@ -341,3 +341,67 @@ def test_photos_that_vanish_after_the_check(tmp_path):
     from pvtblip.pvt_encoder import load_image
     gone = CaptionDataset(source.records, source.images, lambda path: tiny_load(load_image(path)))[0]
     assert isinstance(gone, BrokenImage) and "no such image file" in gone.reason
+
+
+# ---------------------------------------------------------------- the report on shards
+
+
+def pack(path, samples):
+    "A shard of (key, {suffix: content}), as they come"
+    with tarfile.open(path, "w") as archive:
+        for key, files in samples:
+            for suffix, content in files.items(): add(archive, f"{key}.{suffix}", content)
+
+
+def test_shards_and_a_folder_of_the_same_photos_have_the_same_report(tmp_path):
+    (tmp_path / "photos").mkdir()
+    captions = {f"{i:03}.jpg": [f"photo number {i}", "一只狗", "word " * (i % 50 + 1)][: i % 3 + 1] for i in range(150)}
+    contents = {file: photo(size=(8, 8)) for file in captions} | {"007.jpg": b"", "017.jpg": b"<html>", "027.jpg": photo()[:400]}
+    for file, content in contents.items(): (tmp_path / "photos" / file).write_bytes(content)
+    (tmp_path / "c.json").write_text(json.dumps(captions))
+    for shard in range(3): pack(tmp_path / f"{shard}.tar", [(file[:3], dict(jpg=contents[file], txt="\n".join(own).encode())) for file, own in list(captions.items())[50 * shard:50 * shard + 50]])
+    folder, shards = check_data(tmp_path / "c.json", tmp_path / "photos", progress=False), check_data(tmp_path / "{0..2}.tar", progress=False)
+    assert shards.text == folder.text and shards.captions_per_photo == folder.captions_per_photo
+    assert (shards.photos, shards.captions, shards.photos_checked) == (150, folder.captions, 150)
+    assert {file.partition("/")[2]: why for file, why in shards.broken.items()} == folder.broken and len(folder.broken) == 3
+    assert shards.splits == dict(training=100, validation=50) and "the last shard" in str(shards) and json.loads(json.dumps(shards.to_dict()))
+
+
+def test_doubles_and_holes_of_shards_are_named(tmp_path):
+    one, text = photo(), b"a dog"
+    pack(tmp_path / "0.tar", [("a", dict(jpg=one, txt=b"one")), ("b", dict(jpg=photo(), txt=b"two")), ("a", dict(jpg=photo(), txt=b"three")), ("no_photo", dict(txt=b"words")),
+                              ("none", dict(jpg=photo(), txt=b" ")), ("list", dict(jpg=photo(), json=b"[]")), ("bad", dict(jpg=photo(), json=b"{"))])
+    pack(tmp_path / "1.tar", [("b", dict(jpg=photo(), txt=b"four")), ("c", dict(jpg=photo(), txt=text)), ("c", dict(jpg=photo(), txt=text)), ("d", dict(jpg=photo(), txt=text))])
+    pack(tmp_path / "2.tar", [])
+    pack(tmp_path / "3.tar", [("e", dict(jpg=one, txt=text)), ("f", dict(png=photo("PNG"), txt=b"A DOG"))])
+    report = check_data(tmp_path / "{0..3}.tar", sheet=tmp_path / "sheet.png", progress=False)
+    for name, words in {"0.tar/no_photo": "no photo", "0.tar/none": "no captions", "0.tar/list": "is no object", "0.tar/bad": "", str(tmp_path / "1.tar"): "duplicate file name", str(tmp_path / "2.tar"): "no photos in this shard"}.items():
+        assert words in report.broken.pop(name)
+    assert not report.broken and report.photos == 10
+    assert report.duplicates == {"same key": [["0.tar/a.jpg", "0.tar/a.jpg"], ["0.tar/b.jpg", "1.tar/b.jpg"]], "same bytes": [["0.tar/a.jpg", "3.tar/e.jpg"]], "same captions": [["3.tar/e.jpg", "3.tar/f.png"]]}
+    assert report.across_splits == {"same key": [], "same bytes": [["0.tar/a.jpg", "3.tar/e.jpg"]], "same captions": []}
+    with Image.open(tmp_path / "sheet.png") as sheet: assert sheet.format == "PNG"
+    pack(tmp_path / "mute.tar", [("a", dict(jpg=one))])
+    with pytest.raises(ValueError, match="not one caption can be read.*no captions"): check_data(tmp_path / "mute.tar", progress=False)
+
+
+def test_the_check_of_shards_holds_few_photos_at_a_time(tmp_path):
+    import tracemalloc
+    small = photo()
+    for shard in range(4): pack(tmp_path / f"{shard}.tar", [(f"{i}", dict(jpg=small + os.urandom(100_000), txt=b"a dog")) for i in range(150)])
+    check_data(tmp_path / "{0..0}.tar", progress=False)  # what is loaded once
+    tracemalloc.start()
+    report = check_data(tmp_path / "{0..3}.tar", progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.photos == 600 and not report.broken and not report.duplicates["same bytes"] and peak < 20e6  # of 60 MB
+
+
+def test_a_contact_sheet_leaves_out_what_only_decoding_finds(tmp_path):
+    content = bytearray(photo("PNG", size=(300, 300)))
+    content[len(content) // 2] ^= 255
+    (tmp_path / "a.png").write_bytes(content)
+    (tmp_path / "b.png").write_bytes(photo("PNG"))
+    (tmp_path / "c.json").write_text('{"a.png": ["x"], "b.png": ["y"]}')
+    report = check_data(tmp_path / "c.json", tmp_path, sheet=tmp_path / "s.png", progress=False)
+    assert list(report.broken) == ["a.png"] and (tmp_path / "s.png").exists() and "1 photos cannot be read" in str(report)
