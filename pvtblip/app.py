@@ -7,7 +7,7 @@ __all__ = ['save_figure', 'plot_attention', 'demo_config', 'fast_precision', 'ca
            'save_demo_pictures', 'EasyFirst', 'demo', 'refuse_suffix', 'attention_drawer', 'score_table',
            'comparison_table', 'read_training_captions', 'score_files', 'evaluate_photos']
 
-# %% ../nbs/09_app.ipynb #5d7f3f96
+# %% ../nbs/09_app.ipynb #4057c437
 import json, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from .data import read_captions
 from .decoder import Captioner, CaptionerConfig, DecoderConfig
 from .evaluation import (METRICS, check_clip, clip_score, coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
                                 plot_best_and_worst, read_hypotheses, read_references, shuffled_gap)
-from .generation import GenerationConfig, attention_map, cross_attention, generate, process_image
+from .generation import GenerationConfig, cross_attention, generate, process_image
+from .looking_inside import photo_map
 from .photo_training import refuse_model, whole_file, words_of, write_whole
 from .pipeline import best_device, caption_batches, load_model
 from .pvt_encoder import EncoderConfig, image_transform, load_image
@@ -38,7 +39,7 @@ def save_figure(
     "Write a picture whole or not at all."
     with whole_file(file) as temporary: figure.savefig(temporary, format='png', **options)
 
-# %% ../nbs/09_app.ipynb #dcac438d
+# %% ../nbs/09_app.ipynb #0d5f9def
 def plot_attention(
     model:Captioner,
     images,       # PIL images
@@ -58,7 +59,7 @@ def plot_attention(
     for image, ids, weight, sequence, line in zip(images, rows, weights, sequences, axes):
         line[0].imshow(image)
         line[0].text(0, 1.04, model.tokenizer.decode(sequence), fontsize=8, va='bottom', transform=line[0].transAxes)
-        maps = attention_map(weight[start-1:], model.encoder.grids(), image.size[::-1]).numpy()   # (T-P+1, H, W); row t chose word t
+        maps = photo_map(weight[start-1:], model.encoder, image.size[::-1]).numpy()   # (T-P+1, H, W); row t chose word t
         for token, seen, ax in zip(model.tokenizer.tokenizer.convert_ids_to_tokens(ids), maps, line[1:]):
             ax.imshow(image)
             ax.imshow(seen, cmap='magma', alpha=0.6, vmin=0, vmax=maps[:len(ids)].max(initial=1e-9))  # one scale a caption

@@ -64,7 +64,7 @@ def data_check_command(
     if json_file: write_whole(json_file, json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
     raise typer.Exit(1 if report.broken else 0)
 
-# %% ../nbs/10_cli.ipynb #ebc2ebb0
+# %% ../nbs/10_cli.ipynb #98d92f0f
 @app.command('train')
 def train_command(
     out: Annotated[Path, typer.Option(metavar='DIR', help="Gets the model, the training states, run.toml and the history.")],
@@ -139,7 +139,7 @@ def train_command(
     figures = train_on_photos(run, out, resume, dry, log=_say)
     if dry and processes().is_main_process: print(to_toml(run) + ''.join(f'\n# {name}: {value:,.4g}' for name, value in figures.items()))
 
-# %% ../nbs/10_cli.ipynb #09c91edf
+# %% ../nbs/10_cli.ipynb #821bef50
 @app.command('caption')
 def caption_command(
     images: Annotated[list[str], typer.Argument(metavar='IMAGE|DIR|LIST|-...', help="Photos; folders, with all below them; lists of photos (.txt, one path a line, relative to the current folder; - reads one from standard input); WebDataset shards (.tar).")],
@@ -150,6 +150,9 @@ def caption_command(
     num_beams: Annotated[Optional[int], typer.Option(help="Captions searched side by side; 1 is greedy. Default: 3, or 1 where words are drawn.")] = None,
     max_length: Annotated[Optional[int], typer.Option(help="Tokens at most, prompt included.")] = None,
     min_length: Annotated[Optional[int], typer.Option(help="Tokens at least, prompt included.")] = None,
+    prefix: Annotated[Optional[str], typer.Option(metavar='TEXT', help="Every caption begins so, as 'two dogs'.")] = None,
+    force_words: Annotated[Optional[list[str]], typer.Option('--force-word', metavar='WORD', help="Every caption must say this; may be given again.")] = None,
+    bad_words: Annotated[Optional[list[str]], typer.Option('--bad-word', metavar='WORD', help="No caption may say this; may be given again.")] = None,
     changes: Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', help="Any field of GenerationConfig, as no_repeat_ngram_size=2, or do_sample=true with top_p=0.9; may be given again.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Photos captioned together.")] = 16,
     workers: Annotated[Optional[int], typer.Option(min=0, help="Processes that decode photos ahead. Default: the cores, less one; none for a few photos.")] = None,
@@ -170,13 +173,13 @@ def caption_command(
     sys.stdout.reconfigure(errors='surrogateescape')                             # a file name leaves as the bytes that it is
     if jsonl and (as_json or attention): raise ValueError("--jsonl writes a file; --json and --attention go without it")
     if not jsonl and (retry or tokens): raise ValueError("--retry and --tokens go with --jsonl")
-    options = _generation(dict(num_beams=num_beams, max_length=max_length, min_length=min_length), changes or ())
+    options = _generation(dict(num_beams=num_beams, max_length=max_length, min_length=min_length, prefix=prefix), changes or ())
     if jsonl:
         from pvtblip.pipeline import caption_many
-        failed = caption_many(images, model, jsonl, options, batch_size, workers, tokens, retry, log=_say)
+        failed = caption_many(images, model, jsonl, options, batch_size, workers, tokens, retry, log=_say, force_words=force_words or (), bad_words=bad_words or ())
     else:
         from pvtblip.pipeline import caption_files
-        failed = caption_files(images, model, options, as_json, _drawer(attention), print, _complain, batch_size, workers)
+        failed = caption_files(images, model, options, as_json, _drawer(attention), print, _complain, batch_size, workers, force_words or (), bad_words or ())
     raise typer.Exit(1 if failed else 0)
 
 # %% ../nbs/10_cli.ipynb #33a2843d

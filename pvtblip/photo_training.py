@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['whole_file', 'write_whole', 'refuse_model', 'captioner_config', 'words_of', 'DataConfig', 'PhotoRun', 'divide_photos',
-           'photo_sets', 'photo_loader', 'ShardSet', 'held_out_measures', 'photo_material', 'shard_material',
-           'first_model', 'own_captions', 'train_on_photos', 'put_together', 'finish_run', 'refuse_run']
+           'photo_sets', 'photo_loader', 'refuse_shards', 'ShardSet', 'held_out_measures', 'photo_material',
+           'shard_material', 'first_model', 'own_captions', 'describe_run', 'dry_figures', 'fixed_settings',
+           'train_on_photos', 'put_together', 'finish_run', 'refuse_run']
 
 # %% ../nbs/14_photo_training.ipynb #585b6e92
 import itertools, json, os, random
@@ -78,7 +79,7 @@ def words_of(
     ids = tokenizer(sorted(set(captions)))['input_ids']
     return sorted(set(ids.unique().tolist()) - {tokenizer.pad_token_id})
 
-# %% ../nbs/14_photo_training.ipynb #805374fd
+# %% ../nbs/14_photo_training.ipynb #9bb5d954
 @dataclass
 class DataConfig:
     "What a run reads."
@@ -111,6 +112,10 @@ class PhotoRun:
     def vocabulary(self):
         "Where the words come from: a model folder, a BERT, or None for those that the package brings."
         return self.start_from or self.text_model
+
+    def tokenizer(self) -> CaptionTokenizer:
+        "Text to tokens, as the captioner will have them; ValueError for a prompt that is too long."
+        return CaptionTokenizer(self.vocabulary, prompt=self.captioner.prompt, max_length=self.captioner.max_length)
 
 # %% ../nbs/14_photo_training.ipynb #c575840f
 def divide_photos(
@@ -167,7 +172,15 @@ def photo_loader(
                                               prefetch_factor=4 if config.dataloader_num_workers else None))
     return loader
 
-# %% ../nbs/14_photo_training.ipynb #f6aed929
+# %% ../nbs/14_photo_training.ipynb #91a7b044
+def refuse_shards(run, shards):
+    "ValueError for what cannot be asked of shards."
+    source, data = run.data.captions, run.data
+    if len(shards) < 2: raise ValueError(f"{source}: one shard cannot be divided; give two or more, the last is held out")
+    if run.epochs or data.limit or data.cache: raise ValueError(f"{source}: shards have no known number of photos; give training.max_steps (--max-steps), and neither epochs, limit nor cache")
+    if data.split or data.validation_split: raise ValueError(f"{source}: shards state no splits; leave data.split and data.validation_split out, the last shard is held out")
+    if run.self_critical: raise ValueError(f"{source}: shards cannot be counted beforehand, and a reward needs to know which words are rare; use a source with all captions at hand")
+
 class ShardSet:
     "Shards as a training set: as many as there are, read one after the other; the last is held out."
     def __init__(self,
@@ -194,9 +207,9 @@ class ShardSet:
         config, together = self.run.training, self.run.training.gradient_accumulation_steps
         data = ShardDataset(self.shards, self.load, config.batch_size, config.dataloader_num_workers, self.run.data.captions_per_image, config.seed, step*together,
                             (config.max_steps-step)*together, process_index=accelerator.process_index, num_processes=accelerator.num_processes, strict=self.run.data.strict)
-        collate = Collate(CaptionTokenizer(self.run.vocabulary, prompt=self.run.captioner.prompt, max_length=self.run.captioner.max_length))
-        batches = DataLoader(data, batch_size=None, num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals)
-        for number, items in enumerate(batches, step*together): yield send_to_device(collate([self._varied(item, number, i) for i, item in enumerate(items)]), accelerator.device)
+        batches, collate = DataLoader(data, batch_size=None, num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals), Collate(self.run.tokenizer())
+        for number, items in enumerate(batches, step*together):
+            yield send_to_device(collate([self._varied(item, number, i) for i, item in enumerate(items)]), accelerator.device)
 
     def _varied(self, item, number, i):
         "Photo `i` of batch `number`, varied as these two say."
@@ -228,8 +241,8 @@ def held_out_measures(
         return found
     return evaluate
 
-# %% ../nbs/14_photo_training.ipynb #86341440
-def photo_material(run, source, tokenizer, progress):
+# %% ../nbs/14_photo_training.ipynb #4e15df52
+def photo_material(run, source, progress):
     "The run with its steps counted and its words known, the training set, the held-out set and the loader."
     (records, held, photos), tokenizer = divide_photos(source, run.data), run.tokenizer()
     training = replace(run.training, batch_size=min(run.training.batch_size, len(records)))
@@ -256,15 +269,34 @@ def first_model(run:PhotoRun) -> Captioner:
     if run.freeze_encoder: model.encoder.backbone.requires_grad_(False)
     return model
 
-# %% ../nbs/14_photo_training.ipynb #cee761af
+# %% ../nbs/14_photo_training.ipynb #b66219f9
 def own_captions(run, model, dataset, loader):
-    "The loader with the model's own captions, rewarded by CIDEr, and what notes the reward; ValueError for shards and single captions."
-    if not hasattr(dataset, 'records'): raise ValueError(f"{run.data.captions}: shards cannot be counted beforehand, and a reward needs to know which words are rare; use a source with all captions at hand")
+    "The loader with the model's own captions, rewarded by CIDEr, and what notes the reward; ValueError for single captions."
     if dataset.captions_per_image < 2: raise ValueError(f"{run.data.captions}: a photo's captions are compared with each other, and {dataset.captions_per_image} is drawn; set data.captions_per_image to 2 or more")
     people = [caption_rows(model.tokenizer(list(record.captions))['input_ids'], model.tokenizer) for record in dataset.records]
     return reward_loader(model, loader, CiderReward(people), run.training.gradient_accumulation_steps, run.training.seed), [RewardMeter()]
 
-# %% ../nbs/14_photo_training.ipynb #3ac1e7c4
+# %% ../nbs/14_photo_training.ipynb #56afffb9
+def describe_run(run, model, dataset, held_set) -> str:
+    "How much there is to learn from, for how long, and by how many weights, in a line."
+    what = 'photos' if hasattr(dataset, 'records') else 'shards'
+    trained, words = sum(p.numel() for p in model.parameters() if p.requires_grad), len(run.captioner.output_vocabulary or range(model.tokenizer.vocab_size))
+    return (f"{len(dataset)} {what} with {dataset.captions_per_image} captions each, {len(held_set)} held out; {run.training.max_steps} steps of "
+            f"{run.training.batch_size} photos; {trained:,} weights trained, {words} words")
+
+def dry_figures(run, model, dataset, pieces) -> dict:
+    "What `dry_run` measures on the run's own batches; of shards without the photos and epochs that nobody can count."
+    figures = dry_run(model, dataset, run.training, run.practice, pieces=pieces)
+    if hasattr(dataset, 'records'): return figures
+    return dict(shards=len(dataset)) | {name: value for name, value in figures.items() if name not in ('images', 'epochs')}
+
+def fixed_settings(run, dataset) -> dict:
+    "What a resume must not change, beside what `train` looks at itself; with shards the workers decide the order."
+    data = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')}
+    return data | dict(text_model=run.text_model, start_from=run.start_from, self_critical=run.self_critical, freeze_encoder=run.freeze_encoder,
+                       workers=None if hasattr(dataset, 'records') else run.training.dataloader_num_workers)
+
+# %% ../nbs/14_photo_training.ipynb #7bd18933
 def train_on_photos(
     run:PhotoRun,
     out,            # folder for the model, the states and the history
@@ -276,25 +308,19 @@ def train_on_photos(
     "Train a captioner on photos; raises before work starts where the input is bad, resumes where it was killed."
     out, asked, main = Path(out), run, processes().is_main_process
     resuming = resume and bool(saved_states(out/'states'))
-    if dry: run = replace(run, data=replace(run.data, cache=None))
-    elif not resume: refuse_run(out)
-    elif not resuming: refuse_model(out)
-    source, main = open_source(run.data.captions, run.data.images), processes().is_main_process
-    tokenizer = CaptionTokenizer(run.vocabulary, prompt=run.captioner.prompt, max_length=run.captioner.max_length)
-    run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(run, source, tokenizer, progress and main)
-    training, output_ids = run.training, run.captioner.output_vocabulary
+    if dry: run = replace(run, data=replace(run.data, cache=None))                          # it would be written
+    elif not resuming: refuse_run(out)
+    source = open_source(run.data.captions, run.data.images)
+    run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(run, source, progress and main)
     model = first_model(run)
-    if main: log(f"{len(dataset)} {'shards' if source.shards else 'photos'} with {dataset.captions_per_image} captions each, {len(held_set)} held out; "
-                 f"{training.max_steps} steps of {training.batch_size} photos; {sum(p.numel() for p in model.parameters() if p.requires_grad):,} weights trained, "
-                 f"{len(output_ids) if output_ids else tokenizer.vocab_size} words")
-    if dry and source.shards: raise ValueError(f"{run.data.captions}: a dry run needs a known number of photos; try a short run on shards instead")
-    if dry: return dry_run(model, dataset, training, run.practice)
-    loader, callbacks = own_captions(run, model, dataset, loader) if run.self_critical else (loader, [])
+    if main: log(describe_run(run, model, dataset, held_set))
+    def pieces(model): return own_captions(run, model, dataset, loader) if run.self_critical else (loader, [])
+    if dry: return dry_figures(run, model, dataset, pieces)
+    loader, callbacks = pieces(model)
     if main and not resuming: write_whole(out/'run.toml', to_toml(asked))
     quiet = log if main else lambda line: None
-    what = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')} | dict(text_model=run.text_model, start_from=run.start_from, self_critical=run.self_critical, freeze_encoder=run.freeze_encoder, workers=training.dataloader_num_workers if source.shards else None)
-    history = run_training(model, dataset, training, run.practice, out/'states', resume, held_out_measures(model, held_set, quiet),
-                           progress, callbacks=callbacks, log=quiet, loader=loader, settings=dict(source=what))
+    history = run_training(model, dataset, run.training, run.practice, out/'states', resume, held_out_measures(model, held_set, quiet), progress,
+                           callbacks, quiet, loader, dict(source=fixed_settings(run, dataset)))
     model = put_together(model, run)
     return finish_run(model, history, out, run.data.captions, log) if main else {}
 

@@ -9,11 +9,11 @@ __all__ = ['Photo', 'photos_in_folder', 'photos_in_list', 'photos_in_shard', 'ch
            'only_writer', 'StopAtSignal', 'gather_parts', 'best_device', 'load_model', 'default_workers',
            'caption_many', 'caption_files']
 
-# %% ../nbs/16_pipeline.ipynb #7888a733
+# %% ../nbs/16_pipeline.ipynb #c94608f0
 import glob, hashlib, json, os, re, signal, sys, threading, time, warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .data import outlive_signals
 from .decoder import Captioner
-from .generation import GenerationConfig, GenerationOutput, generate
+from .generation import GenerationConfig, GenerationOutput, generate, word_ids
 from .pvt_encoder import load_pixels, normalise_pixels
 from .sources import _PHOTO_SUFFIXES, _read_shard, find_shards
 
@@ -428,7 +428,13 @@ def _say_all(batches, model, out, bar, tokens, stop):
         bar.update(len(batch.photos))
     return count
 
-# %% ../nbs/16_pipeline.ipynb #05767d41
+# %% ../nbs/16_pipeline.ipynb #5cc21d89
+def _options(options, model, force_words, bad_words):
+    "Options checked for this model, words as its tokens; three beams unless told."
+    words = dict(force_words_ids=force_words, bad_words_ids=bad_words)
+    return replace(options or GenerationConfig(num_beams=3), **{name: word_ids(model, given) for name, given in words.items() if given}).check(model)
+
+# %% ../nbs/16_pipeline.ipynb #25c0e966
 def caption_many(
     inputs,           # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
     model,            # folder or hub name
@@ -440,6 +446,8 @@ def caption_many(
     retry=False,      # try photos again that failed before
     progress=True,    # show a bar
     log=print,        # gets a line at the start, if need be, and at the end
+    force_words=(),   # words that every caption must say
+    bad_words=(),     # words that none may say
 ) -> int: # photos in `out` that failed
     """Caption photos into a file of JSON lines, one a photo, in their order; the same call goes on where a killed one was.
 
@@ -452,7 +460,7 @@ def caption_many(
     out.parent.mkdir(parents=True, exist_ok=True)
     with StopAtSignal() as stop, nullcontext() if index else only_writer(out):
         captioner = load_model(model, team and team.device)
-        options = (options or GenerationConfig(num_beams=3)).check(captioner)
+        options = _options(options, captioner, force_words, bad_words)
         if index == 0: _make_ready(out, run_facts(captioner, options, tokens), retry, batch_size, log)
         if team: team.wait_for_everyone()
         done = read_done(out)
@@ -479,7 +487,7 @@ def _report(inputs, out, before, seconds, log):
     log(f"{new} photos{f' (and {before} before)' if before else ''}, {new/seconds:.1f} a second; {sum(errors)} failed; captions in {out}")
     return sum(errors)
 
-# %% ../nbs/16_pipeline.ipynb #ca6025c5
+# %% ../nbs/16_pipeline.ipynb #8e6d87ab
 def caption_files(
     inputs,           # as in `caption_many`
     model,            # folder or hub name
@@ -490,12 +498,14 @@ def caption_files(
     error=print,      # gets a line for each photo that cannot be read
     batch_size=16,    # photos captioned together
     num_workers=None, # processes that decode ahead; None: none for a few photos, else `default_workers`
+    force_words=(),   # words that every caption must say
+    bad_words=(),     # words that none may say
 ) -> int: # how many could not be read
     "Caption photos with a model folder; a missing file stops it before work starts, a broken photo does not."
     inputs = check_inputs(inputs)
     if _processes(): raise ValueError("several processes need a file to write to: add --jsonl FILE")
     total, model = count_photos(inputs), load_model(model)
-    options = (options or GenerationConfig(num_beams=3)).check(model)
+    options = _options(options, model, force_words, bad_words)
     if num_workers is None: num_workers = 0 if total and total <= 2*batch_size else default_workers()
     results, failed, seen = [], 0, 0
     for batch in caption_batches(list_photos(inputs), model, options, batch_size, num_workers):

@@ -136,7 +136,7 @@ def relation(box,  # x0, y0, x1, y1 of the one that is spoken of
     apart = max(other[first] - box[first + 2], box[first] - other[first + 2])
     return names[int(far > 0)] if apart >= 0 and abs(far) >= 1.5*abs(near) else None
 
-# %% ../nbs/05_shapes.ipynb #ef2a4779
+# %% ../nbs/05_shapes.ipynb #a91dc890
 def _pick(rng, options): return options[int(rng.random()*len(options))]
 
 def _between(rng, low, high): return low + (high - low)*rng.random()
@@ -238,7 +238,7 @@ def write_caption(objects,  # the ShapeObjects of a scene, one to three
             words[slot] = _pick(rng, (RELATION_WORDS_IT if slot.endswith('it') else RELATION_WORDS)[place])
     return template.format(**words)
 
-# %% ../nbs/05_shapes.ipynb #72bfa704
+# %% ../nbs/05_shapes.ipynb #63acbcf7
 @dataclass(frozen=True)
 class Statement:
     "One thing that is said, or that could be said, about a scene"
@@ -335,7 +335,7 @@ class ShapesDataset:
         return dict(pixel_values=self.transform(Image.fromarray(scene.image)), captions=list(scene.captions[:self.captions_per_image]),
                     file=f'{self.split} {scene.key[2]}')
 
-# %% ../nbs/05_shapes.ipynb #3d48282b
+# %% ../nbs/05_shapes.ipynb #8758251f
 _LEXICON = {tuple(phrase.split()): meaning for phrase, meaning in [
     *((kind, ('kind', kind)) for kind in KINDS), *((plural(kind), ('kinds', kind)) for kind in KINDS),
     *((colour, ('colour', colour)) for colour in COLOURS),
@@ -424,7 +424,7 @@ class CaptionReader:
     def _with(self, _): self._gap(); self.anchor = len(self.mentions) - 1
     def _alone(self, _): self._gap(); self.counts.append((1, []))
 
-# %% ../nbs/05_shapes.ipynb #2ac9dbec
+# %% ../nbs/05_shapes.ipynb #e4bf9582
 @dataclass(frozen=True)
 class Check:
     "What a caption says of a scene, sorted by truth"

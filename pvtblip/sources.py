@@ -6,8 +6,9 @@
 __all__ = ['open_photo', 'HubPhotos', 'read_hub_dataset', 'find_shards', 'ShardDataset', 'Source', 'open_source', 'photo_problem',
            'caption_statistics', 'DataReport', 'contact_sheet', 'check_data']
 
-# %% ../nbs/11_sources.ipynb #9cf5ff13
-import errno, hashlib, io, itertools, json, os, random, re, stat, statistics, tarfile, textwrap, warnings
+# %% ../nbs/11_sources.ipynb #33a01bf8
+import bisect, errno, hashlib, io, itertools, json, os, random, re, stat, sys, tarfile, textwrap, warnings
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
 
-import torch
+import numpy as np, torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm.auto import tqdm

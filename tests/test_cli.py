@@ -483,3 +483,15 @@ def test_goes_on_from_a_model_with_its_own_captions(capsys, data, model, tmp_pat
     assert code == 1 and 'has a captioner of its own' in err
     code, _, err = pvtblip(capsys, 'train', '--out', tmp_path/'x', '--start-from', model, '--self-critical', *where, '--captions-per-image', '1')
     assert code == 1 and 'compared with each other' in err and not (tmp_path/'x').exists()
+
+
+def test_words_that_must_and_must_not_be_said(capsys, data, model):
+    photo = sorted((data/'images').iterdir())[0]
+    said = lambda *more: pvtblip(capsys, 'caption', photo, '--model', model, '--max-length', '16', *more)
+    first, word = (said('--prefix', 'a red')[1].split('\t')[1].strip(), 'star')
+    assert first.startswith('a red') and word in said('--force-word', word)[1].split('\t')[1]
+    again = said('--bad-word', 'red')[1].split('\t')[1]
+    assert 'red' not in again.split()
+    for more, names in ((['--force-word', word, '--bad-word', word], word), (['--force-word', 'zeppelin'], 'zeppelin')):
+        code, out, err = said(*more)
+        assert code == 1 and not out and names in err and len(err.strip().splitlines()) == 1
