@@ -72,8 +72,10 @@ def small_captioner(seed, sep_bias):
         decoder = DecoderConfig.tiny(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=24)
         small["model"] = Captioner(CaptionerConfig.tiny(decoder=decoder, output_vocabulary=WORDS, max_length=24)).double().eval()
     model, generator = small["model"], torch.Generator().manual_seed(seed)
-    for weight in model.decoder.parameters():
-        if weight.numel() < 2000: weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+    for name, weight in model.decoder.named_parameters():  # small biases and wide positions: what comes next must depend on what was said and where
+        if weight.numel() > 2000: continue
+        spread = 1.0 if "position" in name else 0.5 if weight.dim() == 2 else 0.1
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * spread + float("LayerNorm.weight" in name))
     model.decoder.word_embedding.data[WORDS] = torch.randn(len(WORDS), 16, generator=generator).double()
     model.decoder.cls["predictions"].bias.data[102] = sep_bias
     return model
@@ -545,11 +547,13 @@ class Table:
     def select(self, rows, images=None): self.rows = self.rows[rows]
 
 
-def on_paper(**options):
+def on_paper(table=Table.table, **options):
     "Captions of at most three words and the probability that the search gives them."
+    step = Table()
+    step.table = table
     config = GenerationConfig(max_length=4, length_penalty=0.0, **options)
     forced = options.get("force_words_ids") and ForcedWords(options["force_words_ids"], Table.ids, 2, torch.zeros(4, dtype=torch.bool), 1)
-    sequences, scores, _ = _beam_search(Table(), Rules(config, Table.ids, 2), forced, torch.tensor([[9], [9]]), config)
+    sequences, scores, _ = _beam_search(step, Rules(config, Table.ids, 2), forced, torch.tensor([[9], [9]]), config)
     assert torch.equal(sequences[0], sequences[1]) and torch.equal(scores[0], scores[1])  # two images, the same table
     said = [" ".join(["red", "ball", "."][i] for i in row if i < 9) for row in sequences[0, :, 1:].tolist()]
     return [(caption, round(float(score.exp()), 5)) for caption, score in zip(said, scores[0])]
@@ -564,6 +568,13 @@ def test_diverse_beams_on_paper():
     assert on_paper(num_beams=2, num_beam_groups=2, diversity_penalty=0.1) == [("red red .", 0.18), ("red red .", 0.14737)]
     # penalty 0.5: .5 e^-.5 = .3033 < .4, so the second group says ball; it meets no word of the first one again
     assert on_paper(num_beams=2, num_beam_groups=2, diversity_penalty=0.5) == [("ball .", 0.32), ("red red .", 0.18)]
+
+
+def test_a_group_that_has_stopped_costs_nothing():
+    table = {(): [0.5, 0.4, 0.1, 0.0], (0,): [0.3, 0.1, 0.6, 0.0], (1,): [0.1, 0.6, 0.3, 0.0], (0, 0): [0.1, 0.8, 0.1, 0.0], (1, 1): [0.4, 0.5, 0.1, 0.0]}
+    # red, and at the price of .5 for red, ball; "red ." .3 ends and stops its group; "ball ball" .24; then ball .5 is free, for "red red ball" is no longer said by anybody
+    found = on_paper(table, num_beams=2, num_beam_groups=2, diversity_penalty=0.5, early_stopping=True)
+    assert found == [("red .", 0.3), ("ball ball ball", 0.12)]
 
 
 def test_forced_beams_on_paper():
