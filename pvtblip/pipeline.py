@@ -172,10 +172,10 @@ def caption_batches(
         if 'DataLoader worker' not in str(error): raise
         raise OSError(f"a process that reads photos died ({str(error).splitlines()[0]}); with fewer workers there is more memory for each") from error
 
-# %% ../nbs/16_pipeline.ipynb #0c829e7a
+# %% ../nbs/16_pipeline.ipynb #3e7d9556
 def _said(model, ids, score, logprobs, tokens):
     "One caption as JSON shows it."
-    words = ids[model.tokenizer.prompt_length:].tolist()
+    words = ids[len(ids)-len(logprobs):].tolist()                                # what stands behind the prompt and a prefix
     end = words.index(model.tokenizer.sep_token_id) + 1 if model.tokenizer.sep_token_id in words else len(words)
     said = dict(caption=model.tokenizer.decode(ids), score=round(score.item(), 6), confidence=round(logprobs[:end].mean().item(), 6))
     if not tokens: return said

@@ -490,6 +490,9 @@ def test_words_that_must_and_must_not_be_said(capsys, data, model):
     said = lambda *more: pvtblip(capsys, 'caption', photo, '--model', model, '--max-length', '16', *more)
     first, word = (said('--prefix', 'a red')[1].split('\t')[1].strip(), 'star')
     assert first.startswith('a red') and word in said('--force-word', word)[1].split('\t')[1]
+    result, = json.loads(said('--prefix', 'a red', '--json')[1])
+    tokens = [one['token'] for one in result['tokens']]
+    assert tokens[:2] != ['a', 'red'] and all(one['logprob'] < 0 for one in result['tokens']) and set(first.split()[2:]) <= {*tokens, *' '.join(tokens).replace(' ##', '').split()}
     again = said('--bad-word', 'red')[1].split('\t')[1]
     assert 'red' not in again.split()
     for more, names in ((['--force-word', word, '--bad-word', word], word), (['--force-word', 'zeppelin'], 'zeppelin')):
