@@ -4,7 +4,7 @@ import json, math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from pvtblip.app import caption_files
+from pvtblip.pipeline import caption_files
 from pvtblip.confidence import (MEASURES, Calibration, auroc, calibration_error, caption_confidence, confidences_and_scores, fit_confidence,
                                 kept_share, load_confidence, plot_kept_share, plot_reliability)
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
