@@ -79,7 +79,7 @@ def kept_share(
     number = torch.arange(1, len(scores)+1)
     return number/len(scores), leveled.cumsum(0)/number
 
-# %% ../nbs/18_confidence.ipynb #54b5a870
+# %% ../nbs/18_confidence.ipynb #a7fe0683
 def plot_kept_share(
     confidences, # one a caption
     scores,      # one a caption: truth (0 or 1) or CIDEr
@@ -92,9 +92,9 @@ def plot_kept_share(
     if ax is None: ax = plt.subplots(figsize=(4, 2.4), layout='constrained', dpi=80)[1]
     confidences, scores = _paired(confidences, scores)
     for label, by, style in (('judge who knows', scores, 'k:'), ('surest first', confidences, 'C0-')): ax.plot(*kept_share(by, scores), style, label=label)
-    ax.axhline(scores.mean(), color='k', lw=.8, ls='--', label='coin')
-    if threshold is not None: ax.axvline((confidences >= threshold).double().mean(), color='C1', lw=1, label='threshold')
-    ax.set(xlabel='share of captions kept', ylabel=name, xlim=(0, 1), ylim=(min(0, scores.min()), max(1, scores.max())*1.02))
+    ax.axhline(scores.mean().item(), color='k', lw=.8, ls='--', label='coin')
+    if threshold is not None: ax.axvline((confidences >= threshold).double().mean().item(), color='C1', lw=1, label='threshold')
+    ax.set(xlabel='share of captions kept', ylabel=name, xlim=(0, 1), ylim=(min(0, scores.min().item()), max(1, scores.max().item())*1.02))
     ax.legend(fontsize=7)
     return ax
 
@@ -160,7 +160,7 @@ def _kept(confidences, correct, candidates=20):
         rows.append([value, int(kept.sum()), int(correct[kept].sum())])
     return rows
 
-# %% ../nbs/18_confidence.ipynb #c2d29bf0
+# %% ../nbs/18_confidence.ipynb #13b05d04
 def _at_least(kept, right, precision):
     "Probability of so many right captions or more, if each were right with this probability."
     number = torch.arange(right, kept+1, dtype=torch.float64)
@@ -190,8 +190,8 @@ class Calibration:
         if sure is not None and not 0 < sure < 1: raise ValueError(f"sure is {sure}; it is a probability above 0 and below 1, or None")
         holds = lambda kept, right: right >= precision*kept if sure is None else _at_least(kept, right, precision) <= (1-sure)/len(self.kept)
         good = [confidence for confidence, kept, right in self.kept if holds(kept, right)]
-        if not good: raise ValueError(f"no threshold promises that {precision:.0%} of the captions are right: of the {self.kept[0][1]} surest of {self.kept[-1][1]}, "
-                                      f"{self.kept[0][2]} were; ask for less, or fit it on more captions")
+        if not good: raise ValueError(f"no threshold promises that a share of {precision:.4g} of the captions is right: of the {self.kept[0][1]} surest of {self.kept[-1][1]}, "
+                                      f"{self.kept[0][2]} were, which is too few or no proof; ask for less, or fit it on more captions")
         return min(good)
 
     def save(self,
