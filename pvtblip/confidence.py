@@ -160,12 +160,13 @@ def _kept(confidences, correct, candidates=20):
         rows.append([value, int(kept.sum()), int(correct[kept].sum())])
     return rows
 
-# %% ../nbs/18_confidence.ipynb #13b05d04
+# %% ../nbs/18_confidence.ipynb #5b57b7db
 def _at_least(kept, right, precision):
     "Probability of so many right captions or more, if each were right with this probability."
     number = torch.arange(right, kept+1, dtype=torch.float64)
     return torch.distributions.Binomial(kept, torch.tensor(precision, dtype=torch.float64)).log_prob(number).exp().sum().item()
 
+# %% ../nbs/18_confidence.ipynb #da60d658
 @dataclass
 class Calibration:
     "What a captioner's confidence is worth; made by `fit_confidence`, kept as confidence.json in its model folder."

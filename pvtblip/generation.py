@@ -23,7 +23,7 @@ from .decoder import Captioner
 from .pvt_encoder import image_transform
 from .tokenizer import collapse_whitespace
 
-# %% ../nbs/04_generation.ipynb #a3651a2a
+# %% ../nbs/04_generation.ipynb #f49e6342
 @dataclass
 class GenerationConfig:
     "How captions are chosen; names and meanings are those of transformers' `GenerationConfig`."
@@ -85,6 +85,7 @@ class GenerationConfig:
         if new.prefix or new.force_words_ids or new.bad_words_ids: check_words(new, model)
         return new
 
+# %% ../nbs/04_generation.ipynb #e15c76fd
 def text_ids(
     tokenizer, # a CaptionTokenizer
     text:str,  # words of a caption
@@ -442,7 +443,7 @@ def _bank_by_bank(values, missing, scores, forced, n): # (M, j, V') twice, (M, k
     some = _first(sums > -torch.inf, n)
     return [x.gather(1, some) for x in (sums, beam, token)]
 
-# %% ../nbs/04_generation.ipynb #2a7c4f2e
+# %% ../nbs/04_generation.ipynb #117ffaab
 def _continuations(values, rows, scores, going, config, forced, sep): # (N, V'), (N, T), (M, k), (M,)
     "The 2k best continuations of each search, plain, in groups or in banks: (sums, beam, token index), each (M, 2k)."
     (M, k), G, V = scores.shape, config.num_beam_groups, values.shape[1]
@@ -454,6 +455,7 @@ def _continuations(values, rows, scores, going, config, forced, sep): # (N, V'),
     values = values.view(M//G, -1, 1, V).expand(-1, G, -1, -1) if len(rows) < M*k else values.view(M//G, G, k, V)   # the first step has one row an image
     return _group_by_group(values, scores.view(-1, G, k), going.view(-1, G), config, sep)
 
+# %% ../nbs/04_generation.ipynb #08c37788
 def _beam_search(step, rules, forced, prompt, config): # forced: ForcedWords or None
     "Beam search with transformers' rules: sequences (B, K, L), scores (B, K), log-probabilities (B, K, L-P), best first; -inf where none was finished."
     (B, P), L, K, G, device = prompt.shape, config.max_length, config.num_beams, config.num_beam_groups, prompt.device
@@ -499,15 +501,17 @@ def _beam_search(step, rules, forced, prompt, config): # forced: ForcedWords or 
     scores, order = scores.sort(dim=1, descending=True, stable=True)             # the best of all groups first
     return _pick_beams(sequences, order), scores, _pick_beams(logprobs, order)
 
-# %% ../nbs/04_generation.ipynb #d3c0b349
+# %% ../nbs/04_generation.ipynb #81277245
 def _contains(ids, part): return any(ids[i:i+len(part)] == part for i in range(len(ids)-len(part)+1))
 def _ngrams(ids, n): return [tuple(ids[i:i+n]) for i in range(len(ids)-n+1)]
 
+# %% ../nbs/04_generation.ipynb #d2d0cf43
 def _clash(a, b, n): # token id lists; n-grams of this size come once
     "Do two words share an n-gram, so that a caption cannot say both? Overlapping words can be said in one."
     overlap = _contains(a, b) or _contains(b, a) or any(x[-i:] == y[:i] for x, y in ((a, b), (b, a)) for i in range(1, min(len(a), len(b))))
     return n > 0 and not overlap and bool({*_ngrams(a, n)} & {*_ngrams(b, n)})
 
+# %% ../nbs/04_generation.ipynb #1cb7cf29
 def check_words(
     config:GenerationConfig, # max_length filled in
     model:Captioner,         # its tokenizer and output vocabulary
@@ -541,7 +545,7 @@ def check_words(
     missing, room = tokens_missing(prefix, forced), config.max_length - len(prompt)
     if missing > room: stop(f"force_words_ids need {missing} tokens, behind prompt and prefix there is room for {room}; raise max_length ({config.max_length}) or force fewer words")
 
-# %% ../nbs/04_generation.ipynb #83938300
+# %% ../nbs/04_generation.ipynb #c7fe6b42
 @contextmanager
 def _without_dropout(model):
     "Evaluation mode inside, every module's own mode afterwards."
@@ -551,6 +555,7 @@ def _without_dropout(model):
     finally:
         for module, training in modes: module.training = training
 
+# %% ../nbs/04_generation.ipynb #baaa9844
 def _search(model, image_tokens, config, generator): # config: checked
     "What greedy search or sampling has after each token, or beam search at its end: sequences, scores, log-probabilities."
     step = NextToken(model, image_tokens)
@@ -561,10 +566,12 @@ def _search(model, image_tokens, config, generator): # config: checked
         forced = config.force_words_ids and ForcedWords(config.force_words_ids, step.ids, step.sep, _is_piece(model, step.ids), model.tokenizer.prompt_length)
         yield _beam_search(step, rules, forced, prompt, config)
 
+# %% ../nbs/04_generation.ipynb #7c9c54f3
 def _is_piece(model, ids): # (V',) -> (V',) bool
     "Which tokens continue a word?"
     return torch.tensor([token.startswith('##') for token in model.tokenizer.tokenizer.convert_ids_to_tokens(ids.tolist())], device=ids.device)
 
+# %% ../nbs/04_generation.ipynb #76a18ddb
 @torch.inference_mode()
 def generate(
     model:Captioner,               # in either mode: dropout is off in here
@@ -589,6 +596,7 @@ def generate(
         looked = cross_attention(model, sequences[..., :-1].flatten(0, 1), image_tokens).unflatten(0, (B, -1)) if config.output_attentions else None
     return GenerationOutput(sequences, scores, logprobs[..., :longest].nan_to_num(0.), looked)
 
+# %% ../nbs/04_generation.ipynb #a8cb8aa7
 def _all_finished(scores, config): # (B, R)
     "Raises ValueError where rules left too few captions."
     few = (scores == -torch.inf).any(1).nonzero()[:, 0]

@@ -172,7 +172,7 @@ def photo_loader(
                                               prefetch_factor=4 if config.dataloader_num_workers else None))
     return loader
 
-# %% ../nbs/14_photo_training.ipynb #91a7b044
+# %% ../nbs/14_photo_training.ipynb #9f62accd
 def refuse_shards(run, shards):
     "ValueError for what cannot be asked of shards."
     source, data = run.data.captions, run.data
@@ -181,6 +181,7 @@ def refuse_shards(run, shards):
     if data.split or data.validation_split: raise ValueError(f"{source}: shards state no splits; leave data.split and data.validation_split out, the last shard is held out")
     if run.self_critical: raise ValueError(f"{source}: shards cannot be counted beforehand, and a reward needs to know which words are rare; use a source with all captions at hand")
 
+# %% ../nbs/14_photo_training.ipynb #efb0840a
 class ShardSet:
     "Shards as a training set: as many as there are, read one after the other; the last is held out."
     def __init__(self,

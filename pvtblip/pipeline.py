@@ -434,7 +434,7 @@ def _options(options, model, force_words, bad_words):
     words = dict(force_words_ids=force_words, bad_words_ids=bad_words)
     return replace(options or GenerationConfig(num_beams=3), **{name: word_ids(model, given) for name, given in words.items() if given}).check(model)
 
-# %% ../nbs/16_pipeline.ipynb #25c0e966
+# %% ../nbs/16_pipeline.ipynb #3383f354
 def caption_many(
     inputs,           # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
     model,            # folder or hub name
@@ -479,6 +479,7 @@ def caption_many(
         gather_parts(out, batch_size)
         return _report(inputs, out, before, time.perf_counter() - start, log)
 
+# %% ../nbs/16_pipeline.ipynb #d593b461
 def _report(inputs, out, before, seconds, log):
     "Say what was done, in a line; returns how many photos of the file failed."
     errors = ['error' in entry for _, entry in _entries(out)]

@@ -368,7 +368,7 @@ def _file_problem(path: Path) -> str | None:
     if not os.access(path, os.R_OK): return "no right to read it"
     return "empty (0 bytes)" if found.st_size == 0 else None
 
-# %% ../nbs/11_sources.ipynb #88956278
+# %% ../nbs/11_sources.ipynb #04397ca9
 def _spread(counts: Counter) -> dict[str, float]:
     "Smallest, median, 95th percentile and largest of numbers, of which only how often each occurs is kept"
     ordered, total = sorted(counts), counts.total()
@@ -376,6 +376,7 @@ def _spread(counts: Counter) -> dict[str, float]:
     def at(place): return ordered[bisect.bisect_right(reached, place)]
     return dict(min=ordered[0], median=(at((total - 1) // 2) + at(total // 2)) / 2, percentile_95=at(min(total - 1, int(0.95 * total))), max=ordered[-1])
 
+# %% ../nbs/11_sources.ipynb #04c6f3ce
 class _CaptionCounts:
     "Counts captions as they pass; what is kept grows with their vocabulary, not with their number"
     def __init__(self, tokenizer: CaptionTokenizer):
@@ -401,6 +402,7 @@ class _CaptionCounts:
                     tokens_per_word=tokens / max(1, words), unknown_words=dict(self.strange.most_common(10)),
                     vocabulary_words=len(self.vocabulary), vocabulary_tokens=len(self.seen), vocabulary_size=self.tokenizer.vocab_size)
 
+# %% ../nbs/11_sources.ipynb #e8e7aacc
 def caption_statistics(
     captions: list[str],
     tokenizer: CaptionTokenizer,  # its vocabulary, prompt and max_length are those of the training to come

@@ -43,6 +43,13 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture
+def one_seed():
+    "The same random numbers in every test, on one thread."
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def run_in_two(tmp_path):
     "A function that runs a script in two processes that share the work; its arguments are the folder of the tests and the test's own."
     def run(text, timeout):

@@ -12,10 +12,7 @@ from pvtblip.generation import generate
 
 numbers = st.lists(st.tuples(st.integers(-5, 5), st.booleans()), min_size=2, max_size=40).filter(lambda rows: len({right for _, right in rows}) == 2)
 
-@pytest.fixture(autouse=True)
-def one_seed():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures('one_seed')
 
 @pytest.fixture(scope='module')
 def model():

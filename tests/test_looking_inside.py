@@ -18,10 +18,7 @@ PVT = dict(depths=[1]*4, embed_dims=[8]*4, num_heads=[1]*4, sr_ratios=[4, 2, 1, 
 
 def eye_of(*stages, size=128): return ImageEncoder(EncoderConfig(image_size=size, stages=stages, backbone_kwargs=PVT), 8).eval()
 
-@pytest.fixture(autouse=True)
-def one_seed():
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures('one_seed')
 
 @pytest.fixture(scope='module')
 def model():
