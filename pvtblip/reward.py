@@ -73,7 +73,7 @@ def caption_rows(
     rows = [row[tokenizer.prompt_length:] for row in input_ids.tolist()]
     return [row[:row.index(tokenizer.sep_token_id)+1] if tokenizer.sep_token_id in row else [i for i in row if i != tokenizer.pad_token_id] for row in rows]
 
-# %% ../nbs/15_reward.ipynb #e3f075de
+# %% ../nbs/15_reward.ipynb #c7a3c807
 def sampled_batch(
     model:Captioner, # says what it likes, in evaluation mode
     batch,           # as `Collate` makes it, on the model's device
@@ -83,8 +83,7 @@ def sampled_batch(
     "The photos of a batch with captions that the model itself draws, as many as people gave, each weighted by how good it is."
     tokenizer, (B, N) = model.tokenizer, (len(batch['pixel_values']), len(batch['input_ids']))
     C = N // B
-    tokens = model.encode_image(batch['pixel_values']).repeat_interleave(C, 0)                   # (N, S, D)
-    input_ids = generate(model, image_tokens=tokens, do_sample=True, generator=generator).sequences[:, 0].clone()  # (N, T)
+    input_ids = generate(model, batch['pixel_values'], do_sample=True, num_return_sequences=C, generator=generator).sequences.flatten(0, 1).clone()  # (N, T)
     said, given = caption_rows(input_ids, tokenizer), caption_rows(batch['input_ids'], tokenizer)
     rewards = torch.tensor([[reward(said[i], given[i-i%C:i-i%C+C]) for i in range(b*C, b*C+C)] for b in range(B)])  # (B, C)
     labels = torch.full_like(input_ids, -100)
