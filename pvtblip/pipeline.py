@@ -9,7 +9,7 @@ __all__ = ['Photo', 'photos_in_folder', 'photos_in_list', 'photos_in_shard', 'ch
            'only_writer', 'StopAtSignal', 'gather_parts', 'best_device', 'load_model', 'default_workers',
            'caption_many', 'caption_files']
 
-# %% ../nbs/16_pipeline.ipynb #c94608f0
+# %% ../nbs/16_pipeline.ipynb #e63cbd8f
 import glob, hashlib, json, os, re, signal, sys, threading, time, warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import torch, torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -137,13 +137,13 @@ def _together(items):
     pixels = [found for _, found in items if torch.is_tensor(found)]
     return [photo for photo, _ in items], [None if torch.is_tensor(found) else found for _, found in items], torch.stack(pixels) if pixels else None
 
-# %% ../nbs/16_pipeline.ipynb #cbeea460
+# %% ../nbs/16_pipeline.ipynb #262eb71a
 @dataclass
 class CaptionedBatch:
-    "Photos in the order in which they were given, and what was said of those that could be read."
+    "Photos in the order in which they were given, and what was said of those that could be captioned."
     photos: list                     # B photos, as they were given
-    problems: list                   # B times None, or what is wrong with the photo
-    pixel_values: torch.Tensor|None  # (B', 3, H, W) of the B' photos that could be read; None: none of them
+    problems: list                   # B times None, or what is wrong with the photo, or why no caption of it keeps to the rules
+    pixel_values: torch.Tensor|None  # (B', 3, H, W) of the B' photos that were captioned; None: none of them
     output: GenerationOutput|None    # of `generate`, for the same B' photos
 
     @property
@@ -153,6 +153,35 @@ def _groups(items, size):
     items = iter(items)
     while group := list(islice(items, size)): yield group
 
+# %% ../nbs/16_pipeline.ipynb #1b1b88b9
+def _joined(outputs, pad):
+    "Outputs of `generate` as one, padded as it pads: with [PAD], and 0."
+    longest = max(output.token_logprobs.shape[-1] for output in outputs)
+    def fill(name, sides, value=0):
+        return torch.cat([F.pad(getattr(output, name), (*sides, longest - output.token_logprobs.shape[-1]), value=value) for output in outputs])
+    looked = None if outputs[0].cross_attentions is None else fill('cross_attentions', (0, 0, 0))
+    return GenerationOutput(fill('sequences', (0,), pad), torch.cat([output.scores for output in outputs]), fill('token_logprobs', (0,)), looked)
+
+def _caption_each(model, pixel_values, options): # options: checked
+    "(output of the photos for which there is a caption, or None; for each photo None or why there is none)"
+    try: return generate(model, pixel_values, options), [None]*len(pixel_values)
+    except ValueError as error:
+        if len(pixel_values) == 1: return None, [re.sub(r'^(image|caption) \d+: ', '', str(error))]
+    each = [_caption_each(model, pixels[None], options) for pixels in pixel_values]
+    outputs = [output for output, _ in each if output is not None]
+    return _joined(outputs, model.tokenizer.pad_token_id) if outputs else None, [why for _, (why,) in each]
+
+# %% ../nbs/16_pipeline.ipynb #a3a5c2e9
+def _captioned(model, photos, problems, pixel_values, options):
+    "The `CaptionedBatch` of photos that were read, `pixel_values` those of the photos without a problem, or None."
+    if pixel_values is None: return CaptionedBatch(photos, problems, None, None)
+    output, whys = _caption_each(model, pixel_values, options)
+    refused = iter(whys)
+    problems = [next(refused) if problem is None else problem for problem in problems]
+    if any(whys): pixel_values = pixel_values[[why is None for why in whys]] if output else None
+    return CaptionedBatch(photos, problems, pixel_values, output)
+
+# %% ../nbs/16_pipeline.ipynb #2bf634b6
 def caption_batches(
     photos:Iterable,  # `Photo`s or paths; asked for a few batches ahead
     model:Captioner,
@@ -160,14 +189,15 @@ def caption_batches(
     batch_size=16,    # photos read, encoded and captioned together
     num_workers=0,    # processes that decode ahead; 0: none
 ) -> Iterator[CaptionedBatch]:
-    "Caption photos batch by batch, in their order; OSError where a reading process dies."
+    "Caption photos batch by batch, in their order; ValueError for options without sense, OSError where a reading process dies."
+    options = options.check(model)                                               # so that what `generate` refuses later is a photo
     device, normalise = next(model.parameters()).device, normalise_pixels(model.config.encoder)
     loader = DataLoader(PhotoReader(model.config.encoder.image_size), batch_sampler=_groups(photos, batch_size), num_workers=num_workers, collate_fn=_together,
                         worker_init_fn=outlive_signals, pin_memory=device.type == 'cuda', generator=torch.Generator())
     try:
         for photos, problems, pixels in loader:
             pixel_values = None if pixels is None else normalise(pixels.to(device, non_blocking=True))      # (B', 3, H, W)
-            yield CaptionedBatch(photos, problems, pixel_values, None if pixels is None else generate(model, pixel_values, options))
+            yield _captioned(model, photos, problems, pixel_values, options)
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error): raise
         raise OSError(f"a process that reads photos died ({str(error).splitlines()[0]}); with fewer workers there is more memory for each") from error

@@ -1,5 +1,6 @@
 "Many photos: every kind of input, killed and continued runs, several processes, one line a photo whatever it is."
 import io, json, os, random, shutil, signal, subprocess, sys, tarfile, time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
-from pvtblip.generation import GenerationConfig, generate_caption, process_image
+from pvtblip.generation import GenerationConfig, generate, generate_caption, process_image
 from pvtblip.pipeline import (CaptionedBatch, LineWriter, Photo, caption_batches, caption_files, caption_many, check_inputs, count_photos, cut_half_line, default_workers,
                               fingerprint, gather_parts, json_line, list_photos, only_writer, photos_in_list)
 from pvtblip.shapes import make_scene
@@ -78,6 +79,51 @@ def test_what_a_line_holds(folder, model, tmp_path):
     assert list(entry) == ['image', 'caption', 'score', 'confidence', 'tokens', 'more'] and len(entry['more']) == 1
     assert entry['confidence'] == pytest.approx(np.mean([token['logprob'] for token in entry['tokens']]), abs=1e-5) and entry['score'] == pytest.approx(entry['confidence'], abs=1e-5)
     assert entry['more'][0]['score'] <= entry['score']
+
+
+def dead_end(captioner, files, **options):
+    "A rule that some photos cannot keep: greedy search says a word behind which nothing is allowed. (options, the photos that keep it)"
+    said = [generate(captioner, process_image(file, captioner), **options).sequences[0, :, captioner.tokenizer.prompt_length:-1].flatten().tolist() for file in files]
+    word = next(id for id in said[2] if 5 < sum(id in ids for ids in said) < len(files))
+    options = GenerationConfig(**options, bad_words_ids=[[word, other] for other in captioner.output_ids.tolist()]).check(captioner)
+    return options, [file for file, ids in zip(files, said) if word not in ids]
+
+
+def test_a_photo_without_a_caption_that_keeps_the_rules_is_one_failure(folder, model, captioner, tmp_path):
+    place = shutil.copytree(folder, tmp_path/'photos')
+    (place/'05.jpg').write_bytes(b'')
+    files = sorted(place.iterdir())
+    options, good = dead_end(captioner, [file for file in files if file.name != '05.jpg'], output_attentions=True)
+    for size in (1, 5, 24):
+        batches = list(caption_batches(files, captioner, options, size))
+        assert [len(batch.photos) for batch in batches] == ([size]*(24//size) + [24 % size]*(24 % size > 0)) and [photo for batch in batches for photo in batch.read] == good
+        for batch in batches:
+            if not batch.read: assert batch.output is batch.pixel_values is None; continue
+            torch.testing.assert_close(batch.pixel_values, process_image(batch.read, captioner), rtol=0, atol=0)
+            alone = generate(captioner, batch.pixel_values, output_attentions=True)
+            assert torch.equal(batch.output.sequences, alone.sequences)
+            torch.testing.assert_close(batch.output.token_logprobs, alone.token_logprobs, rtol=0, atol=1e-5)
+            torch.testing.assert_close(batch.output.scores, alone.scores, rtol=0, atol=1e-5)
+            for one, other, ids in zip(batch.output.cross_attentions, alone.cross_attentions, alone.sequences):
+                last = int((ids[0] == captioner.tokenizer.sep_token_id).nonzero()[-1]) if captioner.tokenizer.sep_token_id in ids[0] else ids.shape[1] - 1
+                torch.testing.assert_close(one[:, :, :, :last], other[:, :, :, :last], rtol=0, atol=1e-4)
+    assert caption_many([place], model, tmp_path/'out.jsonl', replace(options, output_attentions=False), batch_size=5, **QUIET) == 24 - len(good)
+    found = {entry['image']: entry for entry in entries(tmp_path/'out.jsonl')}
+    assert [name for name, entry in found.items() if 'caption' in entry] == list(map(str, good)) and list(found) == list(map(str, files))
+    problems = [entry['error'] for entry in found.values() if 'error' in entry and not entry['image'].endswith('05.jpg')]
+    assert len(problems) == 23 - len(good) and all(problem.startswith('no word is left at position') for problem in problems), problems
+    whole = (tmp_path/'out.jsonl').read_bytes()                                   # cut in the middle of a line, and continued
+    (tmp_path/'out.jsonl').write_bytes(b''.join(whole.splitlines(keepends=True)[:10]) + b'{"ima')
+    caption_many([place], model, tmp_path/'out.jsonl', replace(options, output_attentions=False), batch_size=5, **QUIET)
+    assert (tmp_path/'out.jsonl').read_bytes() == whole
+
+
+def test_no_photo_keeps_the_rules_and_options_without_sense(folder, model, captioner):
+    files, errors = sorted(folder.iterdir())[:3], []
+    nothing = GenerationConfig(num_beams=3, bad_words_ids=[[id] for id in captioner.output_ids.tolist()], min_length=8)
+    assert caption_files(files, model, nothing, error=errors.append) == 3
+    assert [error.split(': ')[0] for error in errors] == list(map(str, files)) and all(': no 1 caption(s) of at most' in error for error in errors), errors
+    with pytest.raises(ValueError, match='num_beams is 0'): next(caption_batches(files, captioner, GenerationConfig(num_beams=0)))
 
 
 def test_the_random_numbers_of_the_process_are_left_alone(folder, captioner):
