@@ -153,7 +153,13 @@ def _groups(items, size):
     items = iter(items)
     while group := list(islice(items, size)): yield group
 
-# %% ../nbs/16_pipeline.ipynb #1b1b88b9
+# %% ../nbs/16_pipeline.ipynb #c07cb751
+def _generators(names, device, seed):
+    "A random generator for each photo: its draws depend on the seed and the photo's name, and on nothing else."
+    marks = (hashlib.blake2b(f'{seed} {name}'.encode('utf-8', 'surrogatepass'), digest_size=4).digest() for name in names)
+    return [torch.Generator(device).manual_seed(int.from_bytes(mark, 'big')) for mark in marks]
+
+# %% ../nbs/16_pipeline.ipynb #ce235802
 def _joined(outputs, pad):
     "Outputs of `generate` as one, padded as it pads: with [PAD], and 0."
     longest = max(output.token_logprobs.shape[-1] for output in outputs)
@@ -162,32 +168,34 @@ def _joined(outputs, pad):
     looked = None if outputs[0].cross_attentions is None else fill('cross_attentions', (0, 0, 0))
     return GenerationOutput(fill('sequences', (0,), pad), torch.cat([output.scores for output in outputs]), fill('token_logprobs', (0,)), looked)
 
-def _caption_each(model, pixel_values, options): # options: checked
+def _caption_each(model, names, pixel_values, options, seed): # options: checked
     "(output of the photos for which there is a caption, or None; for each photo None or why there is none)"
-    try: return generate(model, pixel_values, options), [None]*len(pixel_values)
+    try: return generate(model, pixel_values, options, generator=_generators(names, pixel_values.device, seed) if options.do_sample else None), [None]*len(names)
     except ValueError as error:
-        if len(pixel_values) == 1: return None, [re.sub(r'^(image|caption) \d+: ', '', str(error))]
-    each = [_caption_each(model, pixels[None], options) for pixels in pixel_values]
+        if len(names) == 1: return None, [re.sub(r'^(image|caption) \d+: ', '', str(error))]
+    each = [_caption_each(model, [name], pixels[None], options, seed) for name, pixels in zip(names, pixel_values)]
     outputs = [output for output, _ in each if output is not None]
     return _joined(outputs, model.tokenizer.pad_token_id) if outputs else None, [why for _, (why,) in each]
 
-# %% ../nbs/16_pipeline.ipynb #a3a5c2e9
-def _captioned(model, photos, problems, pixel_values, options):
+# %% ../nbs/16_pipeline.ipynb #480bc190
+def _captioned(model, photos, problems, pixel_values, options, seed):
     "The `CaptionedBatch` of photos that were read, `pixel_values` those of the photos without a problem, or None."
     if pixel_values is None: return CaptionedBatch(photos, problems, None, None)
-    output, whys = _caption_each(model, pixel_values, options)
+    names = [str(photo) for photo, problem in zip(photos, problems) if problem is None]
+    output, whys = _caption_each(model, names, pixel_values, options, seed)
     refused = iter(whys)
     problems = [next(refused) if problem is None else problem for problem in problems]
     if any(whys): pixel_values = pixel_values[[why is None for why in whys]] if output else None
     return CaptionedBatch(photos, problems, pixel_values, output)
 
-# %% ../nbs/16_pipeline.ipynb #2bf634b6
+# %% ../nbs/16_pipeline.ipynb #2e75e994
 def caption_batches(
     photos:Iterable,  # `Photo`s or paths; asked for a few batches ahead
     model:Captioner,
     options:GenerationConfig,
     batch_size=16,    # photos read, encoded and captioned together
     num_workers=0,    # processes that decode ahead; 0: none
+    seed=0,           # with do_sample: of the draws, which for a photo are the same in any batch
 ) -> Iterator[CaptionedBatch]:
     "Caption photos batch by batch, in their order; ValueError for options without sense, OSError where a reading process dies."
     options = options.check(model)                                               # so that what `generate` refuses later is a photo
@@ -197,7 +205,7 @@ def caption_batches(
     try:
         for photos, problems, pixels in loader:
             pixel_values = None if pixels is None else normalise(pixels.to(device, non_blocking=True))      # (B', 3, H, W)
-            yield _captioned(model, photos, problems, pixel_values, options)
+            yield _captioned(model, photos, problems, pixel_values, options, seed)
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error): raise
         raise OSError(f"a process that reads photos died ({str(error).splitlines()[0]}); with fewer workers there is more memory for each") from error
@@ -324,7 +332,7 @@ def drop_failures(
     os.replace(temporary, file)
     return dropped
 
-# %% ../nbs/16_pipeline.ipynb #37b661a9
+# %% ../nbs/16_pipeline.ipynb #d2c78b3b
 def fingerprint(
     model:Captioner,
 ) -> str: # 16 hexadecimal digits
@@ -341,10 +349,12 @@ def run_facts(
     model:Captioner,
     options:GenerationConfig, # checked
     tokens=False,
+    seed=0, # of the draws; counts only with do_sample
 ) -> dict: # plain values
     "What shapes the lines: the model, and the options that are not the usual ones."
     usual = GenerationConfig()
     changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != getattr(usual, f.name)}
+    if options.do_sample: changed['seed'] = seed
     return json.loads(json.dumps(dict(model=fingerprint(model), tokens=tokens, **changed)))
 
 # %% ../nbs/16_pipeline.ipynb #2524e35f
@@ -464,7 +474,7 @@ def _options(options, model, force_words, bad_words):
     words = dict(force_words_ids=force_words, bad_words_ids=bad_words)
     return replace(options or GenerationConfig(num_beams=3), **{name: word_ids(model, given) for name, given in words.items() if given}).check(model)
 
-# %% ../nbs/16_pipeline.ipynb #3383f354
+# %% ../nbs/16_pipeline.ipynb #50b54a11
 def caption_many(
     inputs,           # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
     model,            # folder or hub name
@@ -478,6 +488,7 @@ def caption_many(
     log=print,        # gets a line at the start, if need be, and at the end
     force_words=(),   # words that every caption must say
     bad_words=(),     # words that none may say
+    seed=0,           # of the draws, where options say do_sample
 ) -> int: # photos in `out` that failed
     """Caption photos into a file of JSON lines, one a photo, in their order; the same call goes on where a killed one was.
 
@@ -491,12 +502,12 @@ def caption_many(
     with StopAtSignal() as stop, nullcontext() if index else only_writer(out):
         captioner = load_model(model, team and team.device)
         options = _options(options, captioner, force_words, bad_words)
-        if index == 0: _make_ready(out, run_facts(captioner, options, tokens), retry, batch_size, log)
+        if index == 0: _make_ready(out, run_facts(captioner, options, tokens, seed), retry, batch_size, log)
         if team: team.wait_for_everyone()
         done = read_done(out)
         before, start = len(done), time.perf_counter()
         groups = islice(_groups(_not_done(list_photos(inputs), done), batch_size), index, None, number)
-        batches = caption_batches(chain.from_iterable(groups), captioner, options, batch_size, default_workers() if num_workers is None else num_workers)
+        batches = caption_batches(chain.from_iterable(groups), captioner, options, batch_size, default_workers() if num_workers is None else num_workers, seed)
         with (LineWriter(f'{out}.part-{index:04}-of-{number:04}' if team else out) as lines,
               tqdm(total=total and (total - before)//number, disable=not progress or index > 0, desc='captioning', unit='photo') as bar):
             count = _say_all(batches, captioner, lines, bar, tokens, stop)
@@ -518,7 +529,7 @@ def _report(inputs, out, before, seconds, log):
     log(f"{new} photos{f' (and {before} before)' if before else ''}, {new/seconds:.1f} a second; {sum(errors)} failed; captions in {out}")
     return sum(errors)
 
-# %% ../nbs/16_pipeline.ipynb #8e6d87ab
+# %% ../nbs/16_pipeline.ipynb #9b94f5bf
 def caption_files(
     inputs,           # as in `caption_many`
     model,            # folder or hub name
@@ -531,6 +542,7 @@ def caption_files(
     num_workers=None, # processes that decode ahead; None: none for a few photos, else `default_workers`
     force_words=(),   # words that every caption must say
     bad_words=(),     # words that none may say
+    seed=0,           # of the draws, where options say do_sample
 ) -> int: # how many could not be read
     "Caption photos with a model folder; a missing file stops it before work starts, a broken photo does not."
     inputs = check_inputs(inputs)
@@ -539,7 +551,7 @@ def caption_files(
     options = _options(options, model, force_words, bad_words)
     if num_workers is None: num_workers = 0 if total and total <= 2*batch_size else default_workers()
     results, failed, seen = [], 0, 0
-    for batch in caption_batches(list_photos(inputs), model, options, batch_size, num_workers):
+    for batch in caption_batches(list_photos(inputs), model, options, batch_size, num_workers, seed):
         for result in caption_results(batch, model, as_json):
             if 'error' in result: failed += 1; error(f"{result['image']}: {result['error']}")
             elif not as_json:

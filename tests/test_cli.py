@@ -133,8 +133,10 @@ def test_any_field_of_generation_by_its_name(capsys, data, model, tmp_path):
         code, out, err = pvtblip(capsys, *arguments, *given)
         assert code == 0 and len(out.splitlines()) == 2, err
     assert pvtblip(capsys, *arguments, '--set', 'do_sample=true', '--set', 'temperature=0.5')[0] == 0
+    draws = [pvtblip(capsys, *arguments, '--set', 'do_sample=true', *seed)[1] for seed in ([], ['--seed', 0], ['--seed', 1])]
+    assert draws[0] == draws[1] != draws[2]
     for given, says in ((['--set', 'beams=2'], 'num_beams'), (['--set', 'temperature=hot'], 'temperature'), (['--set', 'temperature=0'], 'temperature'), (['--set', 'temperature'], 'NAME=VALUE'),
-                        (['--num-beams', 3, '--set', 'do_sample=true'], 'num_beams'), (['--retry'], '--jsonl'), (['--tokens'], '--jsonl'),
+                        (['--num-beams', 3, '--set', 'do_sample=true'], 'num_beams'), (['--seed', 3], 'do_sample=true'), (['--retry'], '--jsonl'), (['--tokens'], '--jsonl'),
                         (['--jsonl', tmp_path/'out.jsonl', '--json'], '--jsonl'), (['--jsonl', tmp_path], tmp_path)):
         refused(capsys, *arguments, *given, says=[says])
     assert not (tmp_path/'out.jsonl').exists()

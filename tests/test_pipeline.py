@@ -133,6 +133,60 @@ def test_the_random_numbers_of_the_process_are_left_alone(folder, captioner):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+# draws ----------------------------------------------------------------------------------------------------------------------------
+
+def drawn(place, model, file, **options):
+    assert caption_many([place], model, file, GenerationConfig(do_sample=True, num_return_sequences=2), **QUIET | options) == 0
+    return {entry.pop('image'): [(one['caption'], pytest.approx(one['score'], abs=1e-5)) for one in (entry, *entry['more'])] for entry in entries(file)}
+
+
+def test_draws_hang_on_seed_and_name_alone(folder, model, tmp_path):
+    found = drawn(folder, model, tmp_path/'whole.jsonl', batch_size=24)
+    assert all(first != second for (first, _), (second, _) in found.values())     # two draws of a photo are two
+    for i, options in enumerate((dict(batch_size=1), dict(batch_size=5, num_workers=2))): assert drawn(folder, model, tmp_path/f'{i}.jsonl', **options) == found
+    other = drawn(folder, model, tmp_path/'other.jsonl', seed=1)
+    assert other.keys() == found.keys() and sum(other[name][0][0] == found[name][0][0] for name in found) < 6
+    few = tmp_path/'few.txt'
+    few.write_text(f'{folder}/07.jpg\n')
+    assert drawn(few, model, tmp_path/'few.jsonl') == {f'{folder}/07.jpg': found[f'{folder}/07.jpg']}
+    with pytest.raises(ValueError, match='seed: 0 then, 3 now'): drawn(folder, model, tmp_path/'whole.jsonl', seed=3)
+    lines = []
+    caption_files([folder], model, GenerationConfig(do_sample=True), out=lines.append, num_workers=0, batch_size=3, seed=1)
+    again = []
+    caption_files([folder], model, GenerationConfig(do_sample=True), out=again.append, num_workers=0, batch_size=7, seed=1)
+    assert lines == again
+
+
+def test_the_same_photo_under_two_names_is_drawn_twice(folder, captioner):
+    content = (folder/'00.jpg').read_bytes()
+    batch, = caption_batches([Photo(f'{i}', content) for i in range(16)], captioner, GenerationConfig(do_sample=True))
+    assert len(set(captioner.tokenizer.decode_batch(batch.output.sequences[:, 0]))) > 8
+
+
+def test_draws_of_photos_beside_one_that_fails_are_theirs(folder, captioner):
+    files = sorted(folder.iterdir())
+    plain, = caption_batches(files, captioner, GenerationConfig(do_sample=True), 24)
+    said = plain.output.sequences[:, 0].tolist()
+    word = next(id for id in said[0][captioner.tokenizer.prompt_length:] if not all(id in ids for ids in said))
+    limited, = caption_batches(files, captioner, GenerationConfig(do_sample=True, bad_words_ids=[[word, other] for other in captioner.output_ids.tolist()]), 24)
+    good = [ids for ids in said if word not in ids]
+    assert 0 < len(good) < 24 and captioner.tokenizer.decode_batch(limited.output.sequences[:, 0]) == captioner.tokenizer.decode_batch(torch.tensor(good))
+    assert limited.read == [file for file, ids in zip(files, said) if word not in ids]
+
+
+def test_a_run_of_draws_that_was_killed_goes_on_to_the_same_bytes(folder, model, tmp_path):
+    arguments = [folder, '--model', model, '--batch-size', 3, '--workers', 1, '--set', 'do_sample=true', '--seed', 5, '--jsonl']
+    assert caption_many([folder], model, tmp_path/'whole.jsonl', GenerationConfig(do_sample=True), batch_size=3, seed=5, **QUIET) == 0
+    out = tmp_path/'killed.jsonl'
+    process = start(*arguments, out)
+    wait_for_lines(process, out, 6)
+    process.kill()
+    process.wait()
+    assert 6 <= out.read_bytes().count(b'\n') < 24
+    done = run(*arguments, out)
+    assert done.returncode == 0 and out.read_bytes() == (tmp_path/'whole.jsonl').read_bytes(), done.stderr
+
+
 # what goes in ---------------------------------------------------------------------------------------------------------------------
 
 def test_folders_lists_shards_and_photos_in_one_go(folder, model, tmp_path, monkeypatch):
