@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'caption_confidence', 'auroc', 'kept_share', 'plot_kept_share', 'calibration_error', 'plot_reliability',
-           'Calibration', 'fit_confidence', 'load_confidence', 'confidences_and_scores']
+           'Calibration', 'fit_confidence', 'load_confidence', 'Judge', 'confidences_and_scores']
 
 # %% ../nbs/18_confidence.ipynb #245c4597
 import json, math, os
@@ -219,13 +219,13 @@ def fit_confidence(
     if slope <= 0: raise ValueError(f"surer captions are not more often right (slope {slope:.3g}): this confidence says nothing about truth here, so there is nothing to calibrate")
     return Calibration(slope, intercept, _kept(confidences, correct), measure)
 
-# %% ../nbs/18_confidence.ipynb #ba45d8a7
+# %% ../nbs/18_confidence.ipynb #5fa80c6b
 def load_confidence(
     folder, # of the model
 ) -> Calibration:
     "Read confidence.json; raises FileNotFoundError where there is none, ValueError naming what is wrong in it."
     file = Path(folder)/'confidence.json'
-    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; this model's confidence has not been calibrated (fit_confidence makes the file)")
+    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; this model's confidence has not been calibrated; pvtblip evaluate --json REPORT and then pvtblip calibrate REPORT make the file (in Python: fit_confidence)")
     try: saved = json.loads(file.read_text())
     except ValueError as error: raise ValueError(f"{file}: not JSON ({error}); copy it again or calibrate anew") from error
     if not isinstance(saved, dict) or saved.pop('library', None) != 'pvtblip': raise ValueError(f"{file}: not a calibration of pvtblip")
@@ -241,6 +241,30 @@ def _unusable(saved):
     if not number(saved['slope']) or not number(saved['intercept']) or saved['slope'] <= 0: return "slope and intercept must be finite numbers, the slope above 0"
     good = lambda row: isinstance(row, list) and len(row) == 3 and all(map(number, row)) and 0 <= row[2] <= row[1] and row[1] >= 1 and row[1:] == [int(n) for n in row[1:]]
     if not isinstance(saved['kept'], list) or not saved['kept'] or not all(map(good, saved['kept'])): return "kept must be a list of [confidence, captions, right ones]"
+
+# %% ../nbs/18_confidence.ipynb #79957573
+class Judge:
+    "Says of a caption how probable it is that it is right, and whether that is sure enough."
+    def __init__(self,
+        folder,    # of the model, with its confidence.json
+        precision, # share of right captions among those that are called sure, see `Calibration.threshold`
+    ):
+        "Raises FileNotFoundError where there is no calibration, ValueError where it can promise no such share."
+        if not Path(folder).is_dir(): raise FileNotFoundError(f"{folder}: no such folder; what is sure is said by confidence.json in a model folder, so download a model of the hub first")
+        self.calibration, self.precision = load_confidence(folder), precision
+        self.threshold = self.calibration.threshold(precision)
+
+    def __call__(self,
+        logprobs, # (t,) of a caption's own tokens, [SEP] included, no padding
+    ) -> dict: # probability, 0 to 1; sure: whether the confidence reaches the threshold
+        "The verdict on one caption."
+        confidence = _confidence(logprobs, torch.ones_like(logprobs, dtype=torch.bool), self.calibration.measure).item()
+        return dict(probability=round(self.calibration.probability(confidence), 6), sure=confidence >= self.threshold)
+
+    def facts(self) -> dict: # plain values
+        "What shapes the verdicts."
+        own = self.calibration
+        return dict(precision=self.precision, threshold=self.threshold, slope=own.slope, intercept=own.intercept, measure=own.measure)
 
 # %% ../nbs/18_confidence.ipynb #3b1554ca
 def _said(file):

@@ -210,12 +210,13 @@ def caption_batches(
         if 'DataLoader worker' not in str(error): raise
         raise OSError(f"a process that reads photos died ({str(error).splitlines()[0]}); with fewer workers there is more memory for each") from error
 
-# %% ../nbs/16_pipeline.ipynb #3e7d9556
-def _said(model, ids, score, logprobs, tokens):
+# %% ../nbs/16_pipeline.ipynb #18a69dba
+def _said(model, ids, score, logprobs, tokens, judge):
     "One caption as JSON shows it."
     words = ids[len(ids)-len(logprobs):].tolist()                                # what stands behind the prompt and a prefix
     end = words.index(model.tokenizer.sep_token_id) + 1 if model.tokenizer.sep_token_id in words else len(words)
     said = dict(caption=model.tokenizer.decode(ids), score=round(score.item(), 6), confidence=round(logprobs[:end].mean().item(), 6))
+    if judge: said |= judge(logprobs[:end])
     if not tokens: return said
     names = model.tokenizer.tokenizer.convert_ids_to_tokens(words[:end])
     return said | dict(tokens=[dict(token=token, logprob=round(value, 6)) for token, value in zip(names, logprobs[:end].tolist())])
@@ -224,6 +225,7 @@ def caption_results(
     batch:CaptionedBatch,
     model:Captioner,
     tokens=False, # also every token with its log-probability
+    judge=None,   # `Judge` of `18_confidence`: also probability, and sure or not
 ) -> list[dict]: # image, caption, score, confidence; `more` where several captions a photo were asked for; or image and error
     "What the output says of each photo of a batch, in order."
     output, results = batch.output, []
@@ -231,7 +233,7 @@ def caption_results(
     for photo, problem in zip(batch.photos, batch.problems):
         if problem is not None: results.append(dict(image=str(photo), error=problem))
         else:
-            first, *more = (_said(model, *one, tokens) for one in zip(*next(rows)))
+            first, *more = (_said(model, *one, tokens, judge) for one in zip(*next(rows)))
             results.append(dict(image=str(photo), **first, **(dict(more=more) if more else {})))
     return results
 
@@ -332,7 +334,7 @@ def drop_failures(
     os.replace(temporary, file)
     return dropped
 
-# %% ../nbs/16_pipeline.ipynb #d2c78b3b
+# %% ../nbs/16_pipeline.ipynb #a3981d30
 def fingerprint(
     model:Captioner,
 ) -> str: # 16 hexadecimal digits
@@ -350,11 +352,13 @@ def run_facts(
     options:GenerationConfig, # checked
     tokens=False,
     seed=0, # of the draws; counts only with do_sample
+    judge=None, # `Judge`: its calibration counts, too
 ) -> dict: # plain values
     "What shapes the lines: the model, and the options that are not the usual ones."
     usual = GenerationConfig()
     changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != getattr(usual, f.name)}
     if options.do_sample: changed['seed'] = seed
+    if judge: changed['sure'] = judge.facts()
     return json.loads(json.dumps(dict(model=fingerprint(model), tokens=tokens, **changed)))
 
 # %% ../nbs/16_pipeline.ipynb #2524e35f
@@ -450,7 +454,7 @@ def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return max(1, min(8, cores//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))
 
-# %% ../nbs/16_pipeline.ipynb #ed88635f
+# %% ../nbs/16_pipeline.ipynb #b2eab0fa
 def _make_ready(file, facts, retry, batch_size, log):
     "Bring an output file into a state that can be continued; ValueError where it is of another run."
     same_run(file, facts)
@@ -459,14 +463,21 @@ def _make_ready(file, facts, retry, batch_size, log):
     gather_parts(file, batch_size)
     if retry and (dropped := drop_failures(file)): log(f"{file}: {dropped} photos that failed are tried again")
 
-def _say_all(batches, model, out, bar, tokens, stop):
+def _say_all(batches, model, out, bar, tokens, stop, judge):
     "Write the results of batches until there are no more, or a signal came; returns how many photos that were."
     count = 0
     while stop.number is None and (batch := next(batches, None)) is not None:
-        out.append([json_line(result) for result in caption_results(batch, model, tokens)])
+        out.append([json_line(result) for result in caption_results(batch, model, tokens, judge)])
         count += len(batch.photos)
         bar.update(len(batch.photos))
     return count
+
+# %% ../nbs/16_pipeline.ipynb #9d93aa1c
+def _judge(folder, sure):
+    "What says how sure a caption is, or None where nobody asked."
+    if sure is None: return None
+    from pvtblip.confidence import Judge
+    return Judge(folder, sure)
 
 # %% ../nbs/16_pipeline.ipynb #5cc21d89
 def _options(options, model, force_words, bad_words):
@@ -474,7 +485,7 @@ def _options(options, model, force_words, bad_words):
     words = dict(force_words_ids=force_words, bad_words_ids=bad_words)
     return replace(options or GenerationConfig(num_beams=3), **{name: word_ids(model, given) for name, given in words.items() if given}).check(model)
 
-# %% ../nbs/16_pipeline.ipynb #50b54a11
+# %% ../nbs/16_pipeline.ipynb #c67800ed
 def caption_many(
     inputs,           # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
     model,            # folder or hub name
@@ -489,6 +500,7 @@ def caption_many(
     force_words=(),   # words that every caption must say
     bad_words=(),     # words that none may say
     seed=0,           # of the draws, where options say do_sample
+    sure=None,        # share of captions that must be right among those called sure, as `Calibration.threshold` promises it; needs the folder's confidence.json
 ) -> int: # photos in `out` that failed
     """Caption photos into a file of JSON lines, one a photo, in their order; the same call goes on where a killed one was.
 
@@ -497,12 +509,12 @@ def caption_many(
     inputs, out, team = check_inputs(inputs), Path(out), _processes()
     number, index = (team.num_processes, team.process_index) if team else (1, 0)
     if number > 1 and '-' in inputs: raise ValueError("standard input cannot be shared by several processes; write the list into a .txt file")
-    total = count_photos(inputs)
+    total, judge = count_photos(inputs), _judge(model, sure)
     out.parent.mkdir(parents=True, exist_ok=True)
     with StopAtSignal() as stop, nullcontext() if index else only_writer(out):
         captioner = load_model(model, team and team.device)
         options = _options(options, captioner, force_words, bad_words)
-        if index == 0: _make_ready(out, run_facts(captioner, options, tokens, seed), retry, batch_size, log)
+        if index == 0: _make_ready(out, run_facts(captioner, options, tokens, seed, judge), retry, batch_size, log)
         if team: team.wait_for_everyone()
         done = read_done(out)
         before, start = len(done), time.perf_counter()
@@ -510,7 +522,7 @@ def caption_many(
         batches = caption_batches(chain.from_iterable(groups), captioner, options, batch_size, default_workers() if num_workers is None else num_workers, seed)
         with (LineWriter(f'{out}.part-{index:04}-of-{number:04}' if team else out) as lines,
               tqdm(total=total and (total - before)//number, disable=not progress or index > 0, desc='captioning', unit='photo') as bar):
-            count = _say_all(batches, captioner, lines, bar, tokens, stop)
+            count = _say_all(batches, captioner, lines, bar, tokens, stop, judge)
         batches.close()                                                          # the workers go home
         if stop.number is not None:
             log(f"stopped by {signal.Signals(stop.number).name} after {count} photos; the same command goes on from there")
@@ -529,7 +541,7 @@ def _report(inputs, out, before, seconds, log):
     log(f"{new} photos{f' (and {before} before)' if before else ''}, {new/seconds:.1f} a second; {sum(errors)} failed; captions in {out}")
     return sum(errors)
 
-# %% ../nbs/16_pipeline.ipynb #9b94f5bf
+# %% ../nbs/16_pipeline.ipynb #685c44f4
 def caption_files(
     inputs,           # as in `caption_many`
     model,            # folder or hub name
@@ -543,19 +555,20 @@ def caption_files(
     force_words=(),   # words that every caption must say
     bad_words=(),     # words that none may say
     seed=0,           # of the draws, where options say do_sample
+    sure=None,        # share of captions that must be right among those called sure, as `Calibration.threshold` promises it; needs the folder's confidence.json
 ) -> int: # how many could not be read
     "Caption photos with a model folder; a missing file stops it before work starts, a broken photo does not."
     inputs = check_inputs(inputs)
     if _processes(): raise ValueError("several processes need a file to write to: add --jsonl FILE")
-    total, model = count_photos(inputs), load_model(model)
+    total, judge, model = count_photos(inputs), _judge(model, sure), load_model(model)
     options = _options(options, model, force_words, bad_words)
     if num_workers is None: num_workers = 0 if total and total <= 2*batch_size else default_workers()
     results, failed, seen = [], 0, 0
     for batch in caption_batches(list_photos(inputs), model, options, batch_size, num_workers, seed):
-        for result in caption_results(batch, model, as_json):
+        for result in caption_results(batch, model, as_json, judge):
             if 'error' in result: failed += 1; error(f"{result['image']}: {result['error']}")
             elif not as_json:
-                for one in (result, *result.get('more', ())): out(f"{result['image']}\t{one['caption']}")
+                for one in (result, *result.get('more', ())): out(f"{result['image']}\t{one['caption'] if one.get('sure', True) else 'not sure'}")
             if as_json: results.append(result)
         seen += len(batch.photos)
         if look and batch.read: look = look(model, batch)                        # once: it returns nothing

@@ -8,6 +8,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from pvtblip.confidence import Calibration
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.generation import GenerationConfig, generate, generate_caption, process_image
 from pvtblip.pipeline import (CaptionedBatch, LineWriter, Photo, caption_batches, caption_files, caption_many, check_inputs, count_photos, cut_half_line, default_workers,
@@ -185,6 +186,39 @@ def test_a_run_of_draws_that_was_killed_goes_on_to_the_same_bytes(folder, model,
     assert 6 <= out.read_bytes().count(b'\n') < 24
     done = run(*arguments, out)
     assert done.returncode == 0 and out.read_bytes() == (tmp_path/'whole.jsonl').read_bytes(), done.stderr
+
+
+# not sure -------------------------------------------------------------------------------------------------------------------------
+
+def test_not_sure(folder, model, captioner, tmp_path):
+    place = shutil.copytree(model, tmp_path/'model')
+    caption_many([folder], model, tmp_path/'plain.jsonl', tokens=True, **QUIET)
+    plain = entries(tmp_path/'plain.jsonl')
+    weakest = [min(token['logprob'] for token in entry['tokens']) for entry in plain]
+    middle = sorted(weakest)[12]
+    Calibration(2., 1., [[middle - 1e-4, 100, 100], [-99., 200, 100]], 'min').save(place)  # another measure than the line's own confidence
+    assert caption_many([folder], place, tmp_path/'out.jsonl', sure=.9, **QUIET) == 0
+    for entry, before, value in zip(entries(tmp_path/'out.jsonl'), plain, weakest):
+        assert list(entry) == ['image', 'caption', 'score', 'confidence', 'probability', 'sure'] and entry['caption'] == before['caption']
+        assert entry['sure'] is (value >= middle) and entry['probability'] == pytest.approx(1/(1 + np.exp(-2*value - 1)), abs=1e-5)
+    lines = []
+    caption_files([folder], place, out=lines.append, num_workers=0, sure=.9)
+    assert lines == [f"{before['image']}\t{before['caption'] if value >= middle else 'not sure'}" for before, value in zip(plain, weakest)] and 0 < ''.join(lines).count('not sure') < 24
+    with pytest.raises(ValueError, match="sure: {'precision': 0.9, .* then, None now"): caption_many([folder], place, tmp_path/'out.jsonl', **QUIET)
+    with pytest.raises(ValueError, match="sure: None then, {'precision'"): caption_many([folder], place, tmp_path/'plain.jsonl', tokens=True, sure=.9, **QUIET)
+    Calibration(3., 1., [[middle, 100, 100]], 'min').save(place)                  # calibrated anew
+    with pytest.raises(ValueError, match="'slope': 3.0"): caption_many([folder], place, tmp_path/'out.jsonl', sure=.9, **QUIET)
+
+
+def test_what_cannot_be_sure_is_said_before_work_starts(folder, model, tmp_path):
+    for call in (lambda **more: caption_many(**dict(inputs=[folder], model=model, out=tmp_path/'new'/'out.jsonl') | QUIET | more), lambda **more: caption_files(**dict(inputs=[folder], model=model) | more)):
+        with pytest.raises(FileNotFoundError, match='confidence.json: no such file; .*pvtblip calibrate'): call(sure=.9)
+        with pytest.raises(FileNotFoundError, match='some/body: no such folder; .*hub'): call(model='some/body', sure=.9)
+    place = shutil.copytree(model, tmp_path/'model')
+    Calibration(2., 1., [[-1., 10, 5]]).save(place)
+    for precision, says in ((1.5, 'above 0 and below 1'), (0., 'above 0 and below 1'), (.9, 'no threshold promises')):
+        with pytest.raises(ValueError, match=says): caption_many([folder], place, tmp_path/'new'/'out.jsonl', sure=precision, **QUIET)
+    assert not (tmp_path/'new').exists()
 
 
 # what goes in ---------------------------------------------------------------------------------------------------------------------
