@@ -7,7 +7,7 @@ __all__ = ['save_figure', 'plot_attention', 'demo_config', 'fast_precision', 'ca
            'save_demo_pictures', 'EasyFirst', 'demo', 'refuse_suffix', 'attention_drawer', 'score_table',
            'comparison_table', 'read_training_captions', 'score_files', 'evaluate_photos']
 
-# %% ../nbs/09_app.ipynb #4057c437
+# %% ../nbs/09_app.ipynb #40eb6f44
 import json, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from fastcore.basics import store_attr
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .confidence import caption_confidence
 from .data import read_captions
 from .decoder import Captioner, CaptionerConfig, DecoderConfig
 from .evaluation import (METRICS, check_clip, clip_score, coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
@@ -249,7 +250,7 @@ def score_files(
     if json_file: write_whole(json_file, json.dumps(report, indent=1, ensure_ascii=False))
     return report
 
-# %% ../nbs/09_app.ipynb #2371fc86
+# %% ../nbs/09_app.ipynb #3e8ef936
 def evaluate_photos(
     model,                # folder or hub name
     images,               # folder of photos
@@ -267,7 +268,7 @@ def evaluate_photos(
     out=print,            # gets the table
     log=print,            # gets everything else
     progress=True,        # show a bar
-) -> dict: # of `score_files`, with shuffled_gap and clip_score
+) -> dict: # of `score_files`, with shuffled_gap, confidences (mean log-probability of each caption's tokens) and clip_score
     "Caption the photos of a caption file and score the captions; bad input is refused before work starts, broken photos are named."
     coco_code()
     refuse_suffix(sheet, '.png', '--sheet')
@@ -280,11 +281,12 @@ def evaluate_photos(
     pair_captions(references, {one: own[0] for one, own in references.items()}, go_on)                  # what is wrong with them shows before work starts
     model = load_model(model)
     options = GenerationConfig(num_beams=num_beams, max_length=max_length, min_length=min_length).check(model)
-    said, broken, losses = {}, {}, []
+    said, sure, broken, losses = {}, {}, {}, []
     with tqdm(total=len(files), disable=not progress, desc='captioning', unit='photo') as bar:
         for batch in caption_batches(files, model, options, batch_size):
             broken |= {files[file].file: f"{file}: {why}" for file, why in zip(batch.photos, batch.problems) if why is not None}
             said |= {file: model.tokenizer.decode(ids) for file, ids in zip(batch.read, batch.output.sequences[:, 0])} if batch.read else {}
+            if batch.read: sure |= zip(map(str, map(name, batch.read)), caption_confidence(batch.output, model.tokenizer)[:, 0].tolist())
             if len(batch.read) > 1: losses.append(_batch_gap(model, batch.pixel_values, [files[file].captions for file in batch.read]))
             bar.update(len(batch.photos))
     for file, why in broken.items(): log(f"skipped broken photo {file}: {why}")
@@ -298,7 +300,7 @@ def evaluate_photos(
     if broken: problems['photos that cannot be read'] = list(broken)
     scores = coco_scores(own, hypotheses)
     gap = {part: sum(loss[part]*loss['photos'] for loss in losses)/sum(loss['photos'] for loss in losses) for part in ('real', 'shuffled', 'gap')} if losses else None
-    report = _report(scores, own, hypotheses, problems, learnt, shuffled_gap=gap)
+    report = _report(scores, own, hypotheses, problems, learnt, shuffled_gap=gap, confidences={one: round(sure[one], 6) for one in hypotheses})
     paths = {str(name(file)): file for file in files}
     if clip: report['clip_score'] = dict(zip(hypotheses, clip_score([paths[one] for one in hypotheses], list(hypotheses.values()), clip, best_device())))
     out(score_table(scores, report['intervals']))

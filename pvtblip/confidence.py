@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'caption_confidence', 'auroc', 'kept_share', 'plot_kept_share', 'calibration_error', 'plot_reliability',
-           'Calibration', 'fit_confidence', 'load_confidence', 'confidences_and_scores']
+           'Calibration', 'fit_confidence', 'load_confidence', 'Judge', 'confidences_and_scores', 'calibration_table',
+           'calibrate']
 
 # %% ../nbs/18_confidence.ipynb #245c4597
 import json, math, os
@@ -219,13 +220,13 @@ def fit_confidence(
     if slope <= 0: raise ValueError(f"surer captions are not more often right (slope {slope:.3g}): this confidence says nothing about truth here, so there is nothing to calibrate")
     return Calibration(slope, intercept, _kept(confidences, correct), measure)
 
-# %% ../nbs/18_confidence.ipynb #ba45d8a7
+# %% ../nbs/18_confidence.ipynb #5fa80c6b
 def load_confidence(
     folder, # of the model
 ) -> Calibration:
     "Read confidence.json; raises FileNotFoundError where there is none, ValueError naming what is wrong in it."
     file = Path(folder)/'confidence.json'
-    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; this model's confidence has not been calibrated (fit_confidence makes the file)")
+    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; this model's confidence has not been calibrated; pvtblip evaluate --json REPORT and then pvtblip calibrate REPORT make the file (in Python: fit_confidence)")
     try: saved = json.loads(file.read_text())
     except ValueError as error: raise ValueError(f"{file}: not JSON ({error}); copy it again or calibrate anew") from error
     if not isinstance(saved, dict) or saved.pop('library', None) != 'pvtblip': raise ValueError(f"{file}: not a calibration of pvtblip")
@@ -241,6 +242,30 @@ def _unusable(saved):
     if not number(saved['slope']) or not number(saved['intercept']) or saved['slope'] <= 0: return "slope and intercept must be finite numbers, the slope above 0"
     good = lambda row: isinstance(row, list) and len(row) == 3 and all(map(number, row)) and 0 <= row[2] <= row[1] and row[1] >= 1 and row[1:] == [int(n) for n in row[1:]]
     if not isinstance(saved['kept'], list) or not saved['kept'] or not all(map(good, saved['kept'])): return "kept must be a list of [confidence, captions, right ones]"
+
+# %% ../nbs/18_confidence.ipynb #79957573
+class Judge:
+    "Says of a caption how probable it is that it is right, and whether that is sure enough."
+    def __init__(self,
+        folder,    # of the model, with its confidence.json
+        precision, # share of right captions among those that are called sure, see `Calibration.threshold`
+    ):
+        "Raises FileNotFoundError where there is no calibration, ValueError where it can promise no such share."
+        if not Path(folder).is_dir(): raise FileNotFoundError(f"{folder}: no such folder; what is sure is said by confidence.json in a model folder, so download a model of the hub first")
+        self.calibration, self.precision = load_confidence(folder), precision
+        self.threshold = self.calibration.threshold(precision)
+
+    def __call__(self,
+        logprobs, # (t,) of a caption's own tokens, [SEP] included, no padding
+    ) -> dict: # probability, 0 to 1; sure: whether the confidence reaches the threshold
+        "The verdict on one caption."
+        confidence = _confidence(logprobs, torch.ones_like(logprobs, dtype=torch.bool), self.calibration.measure).item()
+        return dict(probability=round(self.calibration.probability(confidence), 6), sure=confidence >= self.threshold)
+
+    def facts(self) -> dict: # plain values
+        "What shapes the verdicts."
+        own = self.calibration
+        return dict(precision=self.precision, threshold=self.threshold, slope=own.slope, intercept=own.intercept, measure=own.measure)
 
 # %% ../nbs/18_confidence.ipynb #3b1554ca
 def _said(file):
@@ -265,7 +290,7 @@ def _confidences_of(file, report, captions, measure):
         found[name] = _confidence(logprobs, torch.ones_like(logprobs, dtype=torch.bool), measure).item()
     return found
 
-# %% ../nbs/18_confidence.ipynb #40e06bf3
+# %% ../nbs/18_confidence.ipynb #345bb2f5
 def confidences_and_scores(
     report,         # JSON file of `pvtblip evaluate`
     captions=None,  # JSON file of `pvtblip caption` on the same photos; None: the report's own `confidences`, {id: confidence}
@@ -278,9 +303,59 @@ def confidences_and_scores(
     except ValueError as error: raise ValueError(f"{report}: not JSON ({error})") from error
     if not isinstance(read, dict) or not {'images', 'captions'} <= read.keys() or not read['images']: raise ValueError(f"{report}: has no images with scores; give what pvtblip evaluate --json wrote")
     found = read.get('confidences') if captions is None else _confidences_of(report, read, captions, measure)
-    if found is None: raise ValueError(f"{report}: has no confidences; give the file of pvtblip caption --json on the same photos, too")
+    if found is None: raise ValueError(f"{report}: has no confidences; run pvtblip evaluate --json anew, or give the file of pvtblip caption --json on the same photos, too")
     if missing := [name for name in read['images'] if name not in found]: raise ValueError(f"{captions or report}: no confidence for {len(missing)} of {len(read['images'])} photos, {missing[0]!r} the first")
     known = next(iter(read['images'].values()))
     if metric not in known: raise ValueError(f"{report}: has no {metric}; it has {', '.join(known)}")
     ids = list(read['images'])
     return ids, [found[name] for name in ids], [read['images'][name][metric] for name in ids]
+
+# %% ../nbs/18_confidence.ipynb #f35d354b
+def _right(report, scores, metric, least):
+    "Which captions count as right; ValueError where all do, or none."
+    correct = torch.tensor(scores) >= least
+    if correct.all() or not correct.any(): raise ValueError(
+        f"{report}: {'all' if correct.all() else 'none'} of its {len(scores)} captions have a {metric} of {least:.4g} or more; half of them have {torch.tensor(scores).median().item():.4g} or more, "
+        f"so choose a limit near that")
+    return correct
+
+def _good(text):
+    "(metric, least score) of METRIC=NUMBER."
+    metric, equals, least = text.partition('=')
+    try: return metric, float(least)
+    except ValueError: raise ValueError(f"{text!r} is not METRIC=NUMBER; write the score from which a caption counts as right, as CIDEr=0.5") from None
+
+def calibration_table(
+    calibration, # of `fit_confidence`
+    confidences, # one a caption
+    correct,     # true or false, one a caption
+    scores,      # one a caption
+    name,        # of the scores
+) -> str:
+    "What a calibration is worth on some captions: AUROC, ECE, and how good the surest ones are."
+    shares, (_, score), (_, right) = (.25, .5, .75, 1), kept_share(confidences, scores), kept_share(confidences, correct)
+    rows = [(share, math.ceil(share*len(score)) - 1) for share in shares]
+    probabilities = calibration.probability(torch.as_tensor(confidences, dtype=torch.float64))
+    return '\n'.join([f'{len(score)} captions, {right[-1]:.1%} of them right', f'AUROC {auroc(confidences, correct):.3f}, ECE {calibration_error(probabilities, correct):.3f} (of the captions it was fitted to)',
+                      f'{"kept":>5}  {name:>8}  {"right":>6}', *(f'{share:5.0%}  {score[i]:8.3f}  {right[i]:6.1%}' for share, i in rows)])
+
+# %% ../nbs/18_confidence.ipynb #d894b2dd
+def calibrate(
+    report,          # JSON file of `pvtblip evaluate` on photos that the model has not learnt from
+    model,           # its folder; gets confidence.json
+    good='CIDEr=0.5', # the score from which a caption counts as right
+    plot=None,       # a .png for `plot_kept_share`
+    out=print,       # gets the table
+) -> Calibration:
+    "Calibrate a model's confidence on the scores of its captions; raises ValueError and FileNotFoundError, before anything is written, where that cannot be."
+    from pvtblip.app import refuse_suffix, save_figure
+    refuse_suffix(plot, '.png', '--plot')
+    metric, least = _good(good)
+    if not (Path(model)/'config.json').is_file(): raise FileNotFoundError(f"{model}: no config.json in it; give the folder of the model that {report} is about")
+    _, confidences, scores = confidences_and_scores(report, metric=metric)
+    correct = _right(report, scores, metric, least)
+    calibration = fit_confidence(confidences, correct)
+    calibration.save(model)
+    out(calibration_table(calibration, confidences, correct, scores, metric))
+    if plot: save_figure(plot_kept_share(confidences, scores, f'mean {metric}').figure, plot)
+    return calibration

@@ -9,7 +9,7 @@ __all__ = ['Photo', 'photos_in_folder', 'photos_in_list', 'photos_in_shard', 'ch
            'only_writer', 'StopAtSignal', 'gather_parts', 'best_device', 'load_model', 'default_workers',
            'caption_many', 'caption_files']
 
-# %% ../nbs/16_pipeline.ipynb #c94608f0
+# %% ../nbs/16_pipeline.ipynb #e63cbd8f
 import glob, hashlib, json, os, re, signal, sys, threading, time, warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,7 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import torch, torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -137,13 +137,13 @@ def _together(items):
     pixels = [found for _, found in items if torch.is_tensor(found)]
     return [photo for photo, _ in items], [None if torch.is_tensor(found) else found for _, found in items], torch.stack(pixels) if pixels else None
 
-# %% ../nbs/16_pipeline.ipynb #cbeea460
+# %% ../nbs/16_pipeline.ipynb #262eb71a
 @dataclass
 class CaptionedBatch:
-    "Photos in the order in which they were given, and what was said of those that could be read."
+    "Photos in the order in which they were given, and what was said of those that could be captioned."
     photos: list                     # B photos, as they were given
-    problems: list                   # B times None, or what is wrong with the photo
-    pixel_values: torch.Tensor|None  # (B', 3, H, W) of the B' photos that could be read; None: none of them
+    problems: list                   # B times None, or what is wrong with the photo, or why no caption of it keeps to the rules
+    pixel_values: torch.Tensor|None  # (B', 3, H, W) of the B' photos that were captioned; None: none of them
     output: GenerationOutput|None    # of `generate`, for the same B' photos
 
     @property
@@ -153,31 +153,70 @@ def _groups(items, size):
     items = iter(items)
     while group := list(islice(items, size)): yield group
 
+# %% ../nbs/16_pipeline.ipynb #c07cb751
+def _generators(names, device, seed):
+    "A random generator for each photo: its draws depend on the seed and the photo's name, and on nothing else."
+    marks = (hashlib.blake2b(f'{seed} {name}'.encode('utf-8', 'surrogatepass'), digest_size=4).digest() for name in names)
+    return [torch.Generator(device).manual_seed(int.from_bytes(mark, 'big')) for mark in marks]
+
+# %% ../nbs/16_pipeline.ipynb #ce235802
+def _joined(outputs, pad):
+    "Outputs of `generate` as one, padded as it pads: with [PAD], and 0."
+    longest = max(output.token_logprobs.shape[-1] for output in outputs)
+    def fill(name, sides, value=0):
+        return torch.cat([F.pad(getattr(output, name), (*sides, longest - output.token_logprobs.shape[-1]), value=value) for output in outputs])
+    looked = None if outputs[0].cross_attentions is None else fill('cross_attentions', (0, 0, 0))
+    return GenerationOutput(fill('sequences', (0,), pad), torch.cat([output.scores for output in outputs]), fill('token_logprobs', (0,)), looked)
+
+def _caption_each(model, names, pixel_values, options, seed): # options: checked
+    "(output of the photos for which there is a caption, or None; for each photo None or why there is none)"
+    try: return generate(model, pixel_values, options, generator=_generators(names, pixel_values.device, seed) if options.do_sample else None), [None]*len(names)
+    except ValueError as error:
+        if len(names) == 1: return None, [re.sub(r'^(image|caption) \d+: ', '', str(error))]
+    each = [_caption_each(model, [name], pixels[None], options, seed) for name, pixels in zip(names, pixel_values)]
+    outputs = [output for output, _ in each if output is not None]
+    return _joined(outputs, model.tokenizer.pad_token_id) if outputs else None, [why for _, (why,) in each]
+
+# %% ../nbs/16_pipeline.ipynb #480bc190
+def _captioned(model, photos, problems, pixel_values, options, seed):
+    "The `CaptionedBatch` of photos that were read, `pixel_values` those of the photos without a problem, or None."
+    if pixel_values is None: return CaptionedBatch(photos, problems, None, None)
+    names = [str(photo) for photo, problem in zip(photos, problems) if problem is None]
+    output, whys = _caption_each(model, names, pixel_values, options, seed)
+    refused = iter(whys)
+    problems = [next(refused) if problem is None else problem for problem in problems]
+    if any(whys): pixel_values = pixel_values[[why is None for why in whys]] if output else None
+    return CaptionedBatch(photos, problems, pixel_values, output)
+
+# %% ../nbs/16_pipeline.ipynb #2e75e994
 def caption_batches(
     photos:Iterable,  # `Photo`s or paths; asked for a few batches ahead
     model:Captioner,
     options:GenerationConfig,
     batch_size=16,    # photos read, encoded and captioned together
     num_workers=0,    # processes that decode ahead; 0: none
+    seed=0,           # with do_sample: of the draws, which for a photo are the same in any batch
 ) -> Iterator[CaptionedBatch]:
-    "Caption photos batch by batch, in their order; OSError where a reading process dies."
+    "Caption photos batch by batch, in their order; ValueError for options without sense, OSError where a reading process dies."
+    options = options.check(model)                                               # so that what `generate` refuses later is a photo
     device, normalise = next(model.parameters()).device, normalise_pixels(model.config.encoder)
     loader = DataLoader(PhotoReader(model.config.encoder.image_size), batch_sampler=_groups(photos, batch_size), num_workers=num_workers, collate_fn=_together,
                         worker_init_fn=outlive_signals, pin_memory=device.type == 'cuda', generator=torch.Generator())
     try:
         for photos, problems, pixels in loader:
             pixel_values = None if pixels is None else normalise(pixels.to(device, non_blocking=True))      # (B', 3, H, W)
-            yield CaptionedBatch(photos, problems, pixel_values, None if pixels is None else generate(model, pixel_values, options))
+            yield _captioned(model, photos, problems, pixel_values, options, seed)
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error): raise
         raise OSError(f"a process that reads photos died ({str(error).splitlines()[0]}); with fewer workers there is more memory for each") from error
 
-# %% ../nbs/16_pipeline.ipynb #3e7d9556
-def _said(model, ids, score, logprobs, tokens):
+# %% ../nbs/16_pipeline.ipynb #18a69dba
+def _said(model, ids, score, logprobs, tokens, judge):
     "One caption as JSON shows it."
     words = ids[len(ids)-len(logprobs):].tolist()                                # what stands behind the prompt and a prefix
     end = words.index(model.tokenizer.sep_token_id) + 1 if model.tokenizer.sep_token_id in words else len(words)
     said = dict(caption=model.tokenizer.decode(ids), score=round(score.item(), 6), confidence=round(logprobs[:end].mean().item(), 6))
+    if judge: said |= judge(logprobs[:end])
     if not tokens: return said
     names = model.tokenizer.tokenizer.convert_ids_to_tokens(words[:end])
     return said | dict(tokens=[dict(token=token, logprob=round(value, 6)) for token, value in zip(names, logprobs[:end].tolist())])
@@ -186,6 +225,7 @@ def caption_results(
     batch:CaptionedBatch,
     model:Captioner,
     tokens=False, # also every token with its log-probability
+    judge=None,   # `Judge` of `18_confidence`: also probability, and sure or not
 ) -> list[dict]: # image, caption, score, confidence; `more` where several captions a photo were asked for; or image and error
     "What the output says of each photo of a batch, in order."
     output, results = batch.output, []
@@ -193,7 +233,7 @@ def caption_results(
     for photo, problem in zip(batch.photos, batch.problems):
         if problem is not None: results.append(dict(image=str(photo), error=problem))
         else:
-            first, *more = (_said(model, *one, tokens) for one in zip(*next(rows)))
+            first, *more = (_said(model, *one, tokens, judge) for one in zip(*next(rows)))
             results.append(dict(image=str(photo), **first, **(dict(more=more) if more else {})))
     return results
 
@@ -294,7 +334,7 @@ def drop_failures(
     os.replace(temporary, file)
     return dropped
 
-# %% ../nbs/16_pipeline.ipynb #37b661a9
+# %% ../nbs/16_pipeline.ipynb #a3981d30
 def fingerprint(
     model:Captioner,
 ) -> str: # 16 hexadecimal digits
@@ -311,10 +351,14 @@ def run_facts(
     model:Captioner,
     options:GenerationConfig, # checked
     tokens=False,
+    seed=0, # of the draws; counts only with do_sample
+    judge=None, # `Judge`: its calibration counts, too
 ) -> dict: # plain values
     "What shapes the lines: the model, and the options that are not the usual ones."
     usual = GenerationConfig()
     changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != getattr(usual, f.name)}
+    if options.do_sample: changed['seed'] = seed
+    if judge: changed['sure'] = judge.facts()
     return json.loads(json.dumps(dict(model=fingerprint(model), tokens=tokens, **changed)))
 
 # %% ../nbs/16_pipeline.ipynb #2524e35f
@@ -410,7 +454,7 @@ def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return max(1, min(8, cores//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))
 
-# %% ../nbs/16_pipeline.ipynb #ed88635f
+# %% ../nbs/16_pipeline.ipynb #b2eab0fa
 def _make_ready(file, facts, retry, batch_size, log):
     "Bring an output file into a state that can be continued; ValueError where it is of another run."
     same_run(file, facts)
@@ -419,14 +463,21 @@ def _make_ready(file, facts, retry, batch_size, log):
     gather_parts(file, batch_size)
     if retry and (dropped := drop_failures(file)): log(f"{file}: {dropped} photos that failed are tried again")
 
-def _say_all(batches, model, out, bar, tokens, stop):
+def _say_all(batches, model, out, bar, tokens, stop, judge):
     "Write the results of batches until there are no more, or a signal came; returns how many photos that were."
     count = 0
     while stop.number is None and (batch := next(batches, None)) is not None:
-        out.append([json_line(result) for result in caption_results(batch, model, tokens)])
+        out.append([json_line(result) for result in caption_results(batch, model, tokens, judge)])
         count += len(batch.photos)
         bar.update(len(batch.photos))
     return count
+
+# %% ../nbs/16_pipeline.ipynb #9d93aa1c
+def _judge(folder, sure):
+    "What says how sure a caption is, or None where nobody asked."
+    if sure is None: return None
+    from pvtblip.confidence import Judge
+    return Judge(folder, sure)
 
 # %% ../nbs/16_pipeline.ipynb #5cc21d89
 def _options(options, model, force_words, bad_words):
@@ -434,7 +485,7 @@ def _options(options, model, force_words, bad_words):
     words = dict(force_words_ids=force_words, bad_words_ids=bad_words)
     return replace(options or GenerationConfig(num_beams=3), **{name: word_ids(model, given) for name, given in words.items() if given}).check(model)
 
-# %% ../nbs/16_pipeline.ipynb #3383f354
+# %% ../nbs/16_pipeline.ipynb #c67800ed
 def caption_many(
     inputs,           # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
     model,            # folder or hub name
@@ -448,6 +499,8 @@ def caption_many(
     log=print,        # gets a line at the start, if need be, and at the end
     force_words=(),   # words that every caption must say
     bad_words=(),     # words that none may say
+    seed=0,           # of the draws, where options say do_sample
+    sure=None,        # share of captions that must be right among those called sure, as `Calibration.threshold` promises it; needs the folder's confidence.json
 ) -> int: # photos in `out` that failed
     """Caption photos into a file of JSON lines, one a photo, in their order; the same call goes on where a killed one was.
 
@@ -456,20 +509,20 @@ def caption_many(
     inputs, out, team = check_inputs(inputs), Path(out), _processes()
     number, index = (team.num_processes, team.process_index) if team else (1, 0)
     if number > 1 and '-' in inputs: raise ValueError("standard input cannot be shared by several processes; write the list into a .txt file")
-    total = count_photos(inputs)
+    total, judge = count_photos(inputs), _judge(model, sure)
     out.parent.mkdir(parents=True, exist_ok=True)
     with StopAtSignal() as stop, nullcontext() if index else only_writer(out):
         captioner = load_model(model, team and team.device)
         options = _options(options, captioner, force_words, bad_words)
-        if index == 0: _make_ready(out, run_facts(captioner, options, tokens), retry, batch_size, log)
+        if index == 0: _make_ready(out, run_facts(captioner, options, tokens, seed, judge), retry, batch_size, log)
         if team: team.wait_for_everyone()
         done = read_done(out)
         before, start = len(done), time.perf_counter()
         groups = islice(_groups(_not_done(list_photos(inputs), done), batch_size), index, None, number)
-        batches = caption_batches(chain.from_iterable(groups), captioner, options, batch_size, default_workers() if num_workers is None else num_workers)
+        batches = caption_batches(chain.from_iterable(groups), captioner, options, batch_size, default_workers() if num_workers is None else num_workers, seed)
         with (LineWriter(f'{out}.part-{index:04}-of-{number:04}' if team else out) as lines,
               tqdm(total=total and (total - before)//number, disable=not progress or index > 0, desc='captioning', unit='photo') as bar):
-            count = _say_all(batches, captioner, lines, bar, tokens, stop)
+            count = _say_all(batches, captioner, lines, bar, tokens, stop, judge)
         batches.close()                                                          # the workers go home
         if stop.number is not None:
             log(f"stopped by {signal.Signals(stop.number).name} after {count} photos; the same command goes on from there")
@@ -488,7 +541,7 @@ def _report(inputs, out, before, seconds, log):
     log(f"{new} photos{f' (and {before} before)' if before else ''}, {new/seconds:.1f} a second; {sum(errors)} failed; captions in {out}")
     return sum(errors)
 
-# %% ../nbs/16_pipeline.ipynb #8e6d87ab
+# %% ../nbs/16_pipeline.ipynb #685c44f4
 def caption_files(
     inputs,           # as in `caption_many`
     model,            # folder or hub name
@@ -501,19 +554,21 @@ def caption_files(
     num_workers=None, # processes that decode ahead; None: none for a few photos, else `default_workers`
     force_words=(),   # words that every caption must say
     bad_words=(),     # words that none may say
+    seed=0,           # of the draws, where options say do_sample
+    sure=None,        # share of captions that must be right among those called sure, as `Calibration.threshold` promises it; needs the folder's confidence.json
 ) -> int: # how many could not be read
     "Caption photos with a model folder; a missing file stops it before work starts, a broken photo does not."
     inputs = check_inputs(inputs)
     if _processes(): raise ValueError("several processes need a file to write to: add --jsonl FILE")
-    total, model = count_photos(inputs), load_model(model)
+    total, judge, model = count_photos(inputs), _judge(model, sure), load_model(model)
     options = _options(options, model, force_words, bad_words)
     if num_workers is None: num_workers = 0 if total and total <= 2*batch_size else default_workers()
     results, failed, seen = [], 0, 0
-    for batch in caption_batches(list_photos(inputs), model, options, batch_size, num_workers):
-        for result in caption_results(batch, model, as_json):
+    for batch in caption_batches(list_photos(inputs), model, options, batch_size, num_workers, seed):
+        for result in caption_results(batch, model, as_json, judge):
             if 'error' in result: failed += 1; error(f"{result['image']}: {result['error']}")
             elif not as_json:
-                for one in (result, *result.get('more', ())): out(f"{result['image']}\t{one['caption']}")
+                for one in (result, *result.get('more', ())): out(f"{result['image']}\t{one['caption'] if one.get('sure', True) else 'not sure'}")
             if as_json: results.append(result)
         seen += len(batch.photos)
         if look and batch.read: look = look(model, batch)                        # once: it returns nothing

@@ -133,8 +133,10 @@ def test_any_field_of_generation_by_its_name(capsys, data, model, tmp_path):
         code, out, err = pvtblip(capsys, *arguments, *given)
         assert code == 0 and len(out.splitlines()) == 2, err
     assert pvtblip(capsys, *arguments, '--set', 'do_sample=true', '--set', 'temperature=0.5')[0] == 0
+    draws = [pvtblip(capsys, *arguments, '--set', 'do_sample=true', *seed)[1] for seed in ([], ['--seed', 0], ['--seed', 1])]
+    assert draws[0] == draws[1] != draws[2]
     for given, says in ((['--set', 'beams=2'], 'num_beams'), (['--set', 'temperature=hot'], 'temperature'), (['--set', 'temperature=0'], 'temperature'), (['--set', 'temperature'], 'NAME=VALUE'),
-                        (['--num-beams', 3, '--set', 'do_sample=true'], 'num_beams'), (['--retry'], '--jsonl'), (['--tokens'], '--jsonl'),
+                        (['--num-beams', 3, '--set', 'do_sample=true'], 'num_beams'), (['--seed', 3], 'do_sample=true'), (['--retry'], '--jsonl'), (['--tokens'], '--jsonl'),
                         (['--jsonl', tmp_path/'out.jsonl', '--json'], '--jsonl'), (['--jsonl', tmp_path], tmp_path)):
         refused(capsys, *arguments, *given, says=[says])
     assert not (tmp_path/'out.jsonl').exists()
@@ -320,6 +322,33 @@ def test_evaluate(capsys, answers, model, clip, tmp_path):
     assert code == 0 and again == out
     captioned = json.loads(pvtblip(capsys, 'caption', *(answers/'images'/f'{i}.png' for i in range(24)), '--model', model, '--json')[1])
     assert [entry['caption'] for entry in captioned] == [entry['caption'] for entry in results]
+
+
+def test_evaluate_calibrate_and_not_sure(capsys, data, answers, model, tmp_path):
+    place, report = shutil.copytree(model, tmp_path/'model'), tmp_path/'scores.json'
+    code, _, err = pvtblip(capsys, 'evaluate', '--model', place, '--images', answers/'images', '--captions', answers/'captions.json', '--json', report)
+    assert code == 0, err
+    read = json.loads(report.read_text())
+    captioned = json.loads(pvtblip(capsys, 'caption', answers/'images', '--model', place, '--json')[1])
+    assert len(captioned) == 24 and all(abs(read['confidences'][Path(entry['image']).name] - entry['confidence']) < 1e-4 for entry in captioned)
+    refused(capsys, 'caption', answers/'images', '--model', place, '--sure', 0.5, says=['confidence.json', 'pvtblip calibrate'])
+    refused(capsys, 'calibrate', report, '--model', place, '--good', 'CIDEr=99', says=['none of its 24', '99'])
+    refused(capsys, 'calibrate', report, '--model', place, '--good', 'CIDEr', says=['METRIC=NUMBER'])
+    refused(capsys, 'calibrate', report, '--model', place, '--good', 'SPICE=1', says=['has no SPICE'])
+    refused(capsys, 'calibrate', report, '--model', tmp_path/'nowhere', says=['nowhere', 'config.json'])
+    refused(capsys, 'calibrate', report, '--model', place, '--plot', tmp_path/'kept.jpg', says=['--plot'])
+    assert not (place/'confidence.json').exists()
+    names = sorted(read['confidences'], key=read['confidences'].get)              # a world in which the surer half is right
+    report.write_text(json.dumps(read | dict(images={name: dict(CIDEr=i/12) for i, name in enumerate(names)})))
+    code, out, err = pvtblip(capsys, 'calibrate', report, '--model', place, '--good', 'CIDEr=1', '--plot', tmp_path/'kept.png')
+    assert code == 0 and out.startswith('24 captions, 50.0% of them right\nAUROC 1.000, ECE ') and Image.open(tmp_path/'kept.png').format == 'PNG', (out, err)
+    assert [line.split() for line in out.splitlines()[2:]] == [['kept', 'CIDEr', 'right'], ['25%', '1.708', '100.0%'], ['50%', '1.458', '100.0%'], ['75%', '1.208', '66.7%'], ['100%', '0.958', '50.0%']]
+    code, out, err = pvtblip(capsys, 'caption', answers/'images', '--model', place, '--sure', 0.5)
+    sure = {Path(line.split('\t')[0]).name for line in out.splitlines() if not line.endswith('\tnot sure')}
+    assert code == 0 and set(names[12:]) <= sure < set(names), err
+    assert pvtblip(capsys, 'caption', answers/'images', '--model', place, '--sure', 0.5, '--jsonl', tmp_path/'out.jsonl')[0] == 0
+    lines = [json.loads(line) for line in (tmp_path/'out.jsonl').read_text().splitlines()]
+    assert {Path(line['image']).name for line in lines if line['sure']} == sure and all(0 < line['probability'] < 1 for line in lines)
 
 
 def test_evaluate_refuses(capsys, answers, model, tmp_path):

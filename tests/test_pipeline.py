@@ -1,5 +1,6 @@
 "Many photos: every kind of input, killed and continued runs, several processes, one line a photo whatever it is."
 import io, json, os, random, shutil, signal, subprocess, sys, tarfile, time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from pvtblip.confidence import Calibration
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
-from pvtblip.generation import GenerationConfig, generate_caption, process_image
+from pvtblip.generation import GenerationConfig, generate, generate_caption, process_image
 from pvtblip.pipeline import (CaptionedBatch, LineWriter, Photo, caption_batches, caption_files, caption_many, check_inputs, count_photos, cut_half_line, default_workers,
                               fingerprint, gather_parts, json_line, list_photos, only_writer, photos_in_list)
 from pvtblip.shapes import make_scene
@@ -80,11 +82,143 @@ def test_what_a_line_holds(folder, model, tmp_path):
     assert entry['more'][0]['score'] <= entry['score']
 
 
+def dead_end(captioner, files, **options):
+    "A rule that some photos cannot keep: greedy search says a word behind which nothing is allowed. (options, the photos that keep it)"
+    said = [generate(captioner, process_image(file, captioner), **options).sequences[0, :, captioner.tokenizer.prompt_length:-1].flatten().tolist() for file in files]
+    word = next(id for id in said[2] if 5 < sum(id in ids for ids in said) < len(files))
+    options = GenerationConfig(**options, bad_words_ids=[[word, other] for other in captioner.output_ids.tolist()]).check(captioner)
+    return options, [file for file, ids in zip(files, said) if word not in ids]
+
+
+def test_a_photo_without_a_caption_that_keeps_the_rules_is_one_failure(folder, model, captioner, tmp_path):
+    place = shutil.copytree(folder, tmp_path/'photos')
+    (place/'05.jpg').write_bytes(b'')
+    files = sorted(place.iterdir())
+    options, good = dead_end(captioner, [file for file in files if file.name != '05.jpg'], output_attentions=True)
+    for size in (1, 5, 24):
+        batches = list(caption_batches(files, captioner, options, size))
+        assert [len(batch.photos) for batch in batches] == ([size]*(24//size) + [24 % size]*(24 % size > 0)) and [photo for batch in batches for photo in batch.read] == good
+        for batch in batches:
+            if not batch.read: assert batch.output is batch.pixel_values is None; continue
+            torch.testing.assert_close(batch.pixel_values, process_image(batch.read, captioner), rtol=0, atol=0)
+            alone = generate(captioner, batch.pixel_values, output_attentions=True)
+            assert torch.equal(batch.output.sequences, alone.sequences)
+            torch.testing.assert_close(batch.output.token_logprobs, alone.token_logprobs, rtol=0, atol=1e-5)
+            torch.testing.assert_close(batch.output.scores, alone.scores, rtol=0, atol=1e-5)
+            for one, other, ids in zip(batch.output.cross_attentions, alone.cross_attentions, alone.sequences):
+                last = int((ids[0] == captioner.tokenizer.sep_token_id).nonzero()[-1]) if captioner.tokenizer.sep_token_id in ids[0] else ids.shape[1] - 1
+                torch.testing.assert_close(one[:, :, :, :last], other[:, :, :, :last], rtol=0, atol=1e-4)
+    assert caption_many([place], model, tmp_path/'out.jsonl', replace(options, output_attentions=False), batch_size=5, **QUIET) == 24 - len(good)
+    found = {entry['image']: entry for entry in entries(tmp_path/'out.jsonl')}
+    assert [name for name, entry in found.items() if 'caption' in entry] == list(map(str, good)) and list(found) == list(map(str, files))
+    problems = [entry['error'] for entry in found.values() if 'error' in entry and not entry['image'].endswith('05.jpg')]
+    assert len(problems) == 23 - len(good) and all(problem.startswith('no word is left at position') for problem in problems), problems
+    whole = (tmp_path/'out.jsonl').read_bytes()                                   # cut in the middle of a line, and continued
+    (tmp_path/'out.jsonl').write_bytes(b''.join(whole.splitlines(keepends=True)[:10]) + b'{"ima')
+    caption_many([place], model, tmp_path/'out.jsonl', replace(options, output_attentions=False), batch_size=5, **QUIET)
+    assert (tmp_path/'out.jsonl').read_bytes() == whole
+
+
+def test_no_photo_keeps_the_rules_and_options_without_sense(folder, model, captioner):
+    files, errors = sorted(folder.iterdir())[:3], []
+    nothing = GenerationConfig(num_beams=3, bad_words_ids=[[id] for id in captioner.output_ids.tolist()], min_length=8)
+    assert caption_files(files, model, nothing, error=errors.append) == 3
+    assert [error.split(': ')[0] for error in errors] == list(map(str, files)) and all(': no 1 caption(s) of at most' in error for error in errors), errors
+    with pytest.raises(ValueError, match='num_beams is 0'): next(caption_batches(files, captioner, GenerationConfig(num_beams=0)))
+
+
 def test_the_random_numbers_of_the_process_are_left_alone(folder, captioner):
     torch.manual_seed(5)
     state = torch.get_rng_state()
     list(caption_batches([folder/'00.jpg'], captioner, GenerationConfig().check(captioner), num_workers=1))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# draws ----------------------------------------------------------------------------------------------------------------------------
+
+def drawn(place, model, file, **options):
+    assert caption_many([place], model, file, GenerationConfig(do_sample=True, num_return_sequences=2), **QUIET | options) == 0
+    return {entry.pop('image'): [(one['caption'], pytest.approx(one['score'], abs=1e-5)) for one in (entry, *entry['more'])] for entry in entries(file)}
+
+
+def test_draws_hang_on_seed_and_name_alone(folder, model, tmp_path):
+    found = drawn(folder, model, tmp_path/'whole.jsonl', batch_size=24)
+    assert all(first != second for (first, _), (second, _) in found.values())     # two draws of a photo are two
+    for i, options in enumerate((dict(batch_size=1), dict(batch_size=5, num_workers=2))): assert drawn(folder, model, tmp_path/f'{i}.jsonl', **options) == found
+    other = drawn(folder, model, tmp_path/'other.jsonl', seed=1)
+    assert other.keys() == found.keys() and sum(other[name][0][0] == found[name][0][0] for name in found) < 6
+    few = tmp_path/'few.txt'
+    few.write_text(f'{folder}/07.jpg\n')
+    assert drawn(few, model, tmp_path/'few.jsonl') == {f'{folder}/07.jpg': found[f'{folder}/07.jpg']}
+    with pytest.raises(ValueError, match='seed: 0 then, 3 now'): drawn(folder, model, tmp_path/'whole.jsonl', seed=3)
+    lines = []
+    caption_files([folder], model, GenerationConfig(do_sample=True), out=lines.append, num_workers=0, batch_size=3, seed=1)
+    again = []
+    caption_files([folder], model, GenerationConfig(do_sample=True), out=again.append, num_workers=0, batch_size=7, seed=1)
+    assert lines == again
+
+
+def test_the_same_photo_under_two_names_is_drawn_twice(folder, captioner):
+    content = (folder/'00.jpg').read_bytes()
+    batch, = caption_batches([Photo(f'{i}', content) for i in range(16)], captioner, GenerationConfig(do_sample=True))
+    assert len(set(captioner.tokenizer.decode_batch(batch.output.sequences[:, 0]))) > 8
+
+
+def test_draws_of_photos_beside_one_that_fails_are_theirs(folder, captioner):
+    files = sorted(folder.iterdir())
+    plain, = caption_batches(files, captioner, GenerationConfig(do_sample=True), 24)
+    said = plain.output.sequences[:, 0].tolist()
+    word = next(id for id in said[0][captioner.tokenizer.prompt_length:] if not all(id in ids for ids in said))
+    limited, = caption_batches(files, captioner, GenerationConfig(do_sample=True, bad_words_ids=[[word, other] for other in captioner.output_ids.tolist()]), 24)
+    good = [ids for ids in said if word not in ids]
+    assert 0 < len(good) < 24 and captioner.tokenizer.decode_batch(limited.output.sequences[:, 0]) == captioner.tokenizer.decode_batch(torch.tensor(good))
+    assert limited.read == [file for file, ids in zip(files, said) if word not in ids]
+
+
+def test_a_run_of_draws_that_was_killed_goes_on_to_the_same_bytes(folder, model, tmp_path):
+    arguments = [folder, '--model', model, '--batch-size', 3, '--workers', 1, '--set', 'do_sample=true', '--seed', 5, '--jsonl']
+    assert caption_many([folder], model, tmp_path/'whole.jsonl', GenerationConfig(do_sample=True), batch_size=3, seed=5, **QUIET) == 0
+    out = tmp_path/'killed.jsonl'
+    process = start(*arguments, out)
+    wait_for_lines(process, out, 6)
+    process.kill()
+    process.wait()
+    assert 6 <= out.read_bytes().count(b'\n') < 24
+    done = run(*arguments, out)
+    assert done.returncode == 0 and out.read_bytes() == (tmp_path/'whole.jsonl').read_bytes(), done.stderr
+
+
+# not sure -------------------------------------------------------------------------------------------------------------------------
+
+def test_not_sure(folder, model, captioner, tmp_path):
+    place = shutil.copytree(model, tmp_path/'model')
+    caption_many([folder], model, tmp_path/'plain.jsonl', tokens=True, **QUIET)
+    plain = entries(tmp_path/'plain.jsonl')
+    weakest = [min(token['logprob'] for token in entry['tokens']) for entry in plain]
+    middle = sorted(weakest)[12]
+    Calibration(2., 1., [[middle - 1e-4, 100, 100], [-99., 200, 100]], 'min').save(place)  # another measure than the line's own confidence
+    assert caption_many([folder], place, tmp_path/'out.jsonl', sure=.9, **QUIET) == 0
+    for entry, before, value in zip(entries(tmp_path/'out.jsonl'), plain, weakest):
+        assert list(entry) == ['image', 'caption', 'score', 'confidence', 'probability', 'sure'] and entry['caption'] == before['caption']
+        assert entry['sure'] is (value >= middle) and entry['probability'] == pytest.approx(1/(1 + np.exp(-2*value - 1)), abs=1e-5)
+    lines = []
+    caption_files([folder], place, out=lines.append, num_workers=0, sure=.9)
+    assert lines == [f"{before['image']}\t{before['caption'] if value >= middle else 'not sure'}" for before, value in zip(plain, weakest)] and 0 < ''.join(lines).count('not sure') < 24
+    with pytest.raises(ValueError, match="sure: {'precision': 0.9, .* then, None now"): caption_many([folder], place, tmp_path/'out.jsonl', **QUIET)
+    with pytest.raises(ValueError, match="sure: None then, {'precision'"): caption_many([folder], place, tmp_path/'plain.jsonl', tokens=True, sure=.9, **QUIET)
+    Calibration(3., 1., [[middle, 100, 100]], 'min').save(place)                  # calibrated anew
+    with pytest.raises(ValueError, match="'slope': 3.0"): caption_many([folder], place, tmp_path/'out.jsonl', sure=.9, **QUIET)
+
+
+def test_what_cannot_be_sure_is_said_before_work_starts(folder, model, tmp_path):
+    for call in (lambda **more: caption_many(**dict(inputs=[folder], model=model, out=tmp_path/'new'/'out.jsonl') | QUIET | more), lambda **more: caption_files(**dict(inputs=[folder], model=model) | more)):
+        with pytest.raises(FileNotFoundError, match='confidence.json: no such file; .*pvtblip calibrate'): call(sure=.9)
+        with pytest.raises(FileNotFoundError, match='some/body: no such folder; .*hub'): call(model='some/body', sure=.9)
+    place = shutil.copytree(model, tmp_path/'model')
+    Calibration(2., 1., [[-1., 10, 5]]).save(place)
+    for precision, says in ((1.5, 'above 0 and below 1'), (0., 'above 0 and below 1'), (.9, 'no threshold promises')):
+        with pytest.raises(ValueError, match=says): caption_many([folder], place, tmp_path/'new'/'out.jsonl', sure=precision, **QUIET)
+    assert not (tmp_path/'new').exists()
 
 
 # what goes in ---------------------------------------------------------------------------------------------------------------------
