@@ -230,7 +230,7 @@ class PyramidVisionTransformerV2(nn.Module):
             maps.append(to_map(tokens, grid))
         return maps  # one (B, C_i, h_i, w_i) per stage
 
-# %% ../nbs/01_pvt_encoder.ipynb #fb67ea76
+# %% ../nbs/01_pvt_encoder.ipynb #6ca23429
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # red, green, blue on the scale 0 to 1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -245,6 +245,7 @@ class EncoderConfig:
     image_size:int = 224              # side of the square in pixels; what the published weights were trained with
     mean:tuple = IMAGENET_MEAN        # subtracted from the pixels, as the published weights expect
     std:tuple = IMAGENET_STD          # then the pixels are divided by this
+    freeze_batch_norm:bool = False    # BatchNorm keeps its statistics in training; for pretrained weights that are trained further
     normaliser:str = "layernorm"      # or "none"; features of a foreign backbone come at any scale
     position:str = "sincos"           # or "none"; flattened, a map no longer says where a token was
 
@@ -347,7 +348,7 @@ def make_backbone(config:EncoderConfig) -> tuple:
     if isinstance(config.weights, (str, Path)): load_weights(getattr(backbone, "model", backbone), config.weights)
     return backbone, chosen
 
-# %% ../nbs/01_pvt_encoder.ipynb #61bbe9f2
+# %% ../nbs/01_pvt_encoder.ipynb #f446175d
 class ImageEncoder(nn.Module):
     "Images to tokens that a decoder can read: backbone, then for every chosen stage normalise, project, add positions."
     def __init__(self,
@@ -376,9 +377,12 @@ class ImageEncoder(nn.Module):
         return sum(h*w for h,w in self.grids())
 
     def train(self, mode=True):
-        "As always; but a backbone whose weights are all frozen stays in evaluation mode, its running statistics and all."
+        "As always; but a backbone whose weights are all frozen stays in evaluation mode, and BatchNorm where the config says so."
         super().train(mode)
         if not any(p.requires_grad for p in self.backbone.parameters()): self.backbone.eval()
+        if self.config.freeze_batch_norm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d): module.eval()
         return self
 
     def features(self, pixel_values) -> list:  # (B, 3, H, W)
