@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['save_figure', 'plot_attention', 'demo_config', 'fast_precision', 'caption_scenes', 'score_scenes',
-           'save_demo_pictures', 'EasyFirst', 'demo', 'refuse_suffix', 'attention_drawer', 'score_table',
-           'comparison_table', 'read_training_captions', 'score_files', 'evaluate_photos']
+           'save_demo_pictures', 'EasyFirst', 'describe_demo', 'demo', 'refuse_suffix', 'attention_drawer',
+           'score_table', 'comparison_table', 'read_training_captions', 'score_files', 'evaluate_photos']
 
-# %% ../nbs/09_app.ipynb #40eb6f44
+# %% ../nbs/09_app.ipynb #1af7eacf
 import json, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,14 +18,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .confidence import caption_confidence
-from .data import read_captions
+from .data import read_captions, whole_file, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderConfig
 from .evaluation import (METRICS, check_clip, clip_score, coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
-                                plot_best_and_worst, read_hypotheses, read_references, shuffled_gap)
+                                gap_of, plot_best_and_worst, read_hypotheses, read_references, shuffled_losses)
 from .generation import GenerationConfig, cross_attention, generate, process_image
 from .looking_inside import photo_map
-from .photo_training import refuse_model, whole_file, words_of, write_whole
-from .pipeline import best_device, caption_batches, load_model
+from .photo_training import refuse_model, words_of
+from .pipeline import best_device, caption_batches, fingerprint, load_model
 from .pvt_encoder import EncoderConfig, image_transform, load_image
 from .shapes import ShapesDataset, make_scene, score_captions
 from .tokenizer import CaptionTokenizer
@@ -136,7 +136,22 @@ class EasyFirst:
     def __len__(self): return len(self.hard)
     def __getitem__(self, item): return (self.easy if item[0] == 0 else self.hard)[item]
 
-# %% ../nbs/09_app.ipynb #497a4336
+# %% ../nbs/09_app.ipynb #b9600d0c
+def describe_demo(
+    report, # of `demo`
+    out,    # its folder
+) -> str: # several lines
+    "What a demo found, and where to look at it."
+    def shares(split):
+        score = report['scores'][split]
+        return f"{score['statements_true']:6.1%}   ({', '.join(f'{kind} {share:.0%}' for kind, share in score['true_by_kind'].items())})"
+    return (f"\nAfter {report['train_seconds']:.0f} s of training, on {report['scenes']} scenes of each kind, true statements:\n"
+            f"  unseen scenes                   {shares('unseen_scenes')}\n"
+            f"  colour-kind pairs never trained {shares('unseen_pairs')}\n\n"
+            f"{out/'captions.png'}: captions and where the model looked, word by word\n{out/'training.png'}: the curve\n"
+            f"{out}: the model; try  pvtblip caption PICTURE --model {out}")
+
+# %% ../nbs/09_app.ipynb #aacd93e4
 def demo(
     out='pvtblip-demo', # folder for the model, the pictures and the report
     json_file=None,     # also write the figures here
@@ -170,12 +185,7 @@ def demo(
     model.save_pretrained(out)
     save_demo_pictures(model, history, out, seed)
     for file in {out/'report.json', *([json_file] if json_file else [])}: write_whole(file, json.dumps(report, indent=2))
-    describe = lambda score: f"{score['statements_true']:6.1%}   ({', '.join(f'{kind} {share:.0%}' for kind, share in score['true_by_kind'].items())})"
-    log(f"\nAfter {seconds:.0f} s of training, on {scenes} scenes of each kind, true statements:\n"
-        f"  unseen scenes                   {describe(scores['unseen_scenes'])}\n"
-        f"  colour-kind pairs never trained {describe(scores['unseen_pairs'])}\n\n"
-        f"{out/'captions.png'}: captions and where the model looked, word by word\n{out/'training.png'}: the curve\n"
-        f"{out}: the model; try  pvtblip caption PICTURE --model {out}")
+    log(describe_demo(report, out))
     return report
 
 # %% ../nbs/09_app.ipynb #fe970a6b
@@ -250,7 +260,7 @@ def score_files(
     if json_file: write_whole(json_file, json.dumps(report, indent=1, ensure_ascii=False))
     return report
 
-# %% ../nbs/09_app.ipynb #3e8ef936
+# %% ../nbs/09_app.ipynb #11e2af82
 def evaluate_photos(
     model,                # folder or hub name
     images,               # folder of photos
@@ -268,55 +278,68 @@ def evaluate_photos(
     out=print,            # gets the table
     log=print,            # gets everything else
     progress=True,        # show a bar
-) -> dict: # of `score_files`, with shuffled_gap, confidences (mean log-probability of each caption's tokens) and clip_score
+) -> dict: # of `score_files`, with model (its `fingerprint`), shuffled_gap, confidences (mean log-probability of each caption's tokens) and clip_score
     "Caption the photos of a caption file and score the captions; bad input is refused before work starts, broken photos are named."
     coco_code()
     refuse_suffix(sheet, '.png', '--sheet')
-    files = {Path(images)/record.file: record for record in read_captions(captions, images, split=split)[:limit]}
-    name = lambda file: files[file].file if files[file].image_id is None else files[file].image_id
-    references = {str(name(file)): list(record.captions) for file, record in files.items()}
-    if len(references) < len(files): raise ValueError(f"{captions}: {len(files) - len(references)} photos share their image_id with another one; give each its own")
-    learnt = read_training_captions(training_captions)
+    photos = _photos_by_name(images, captions, split, limit)
+    references, learnt = {name: list(record.captions) for name, (_, record) in photos.items()}, read_training_captions(training_captions)
     if clip: check_clip(clip)
-    pair_captions(references, {one: own[0] for one, own in references.items()}, go_on)                  # what is wrong with them shows before work starts
+    pair_captions(references, {name: own[0] for name, own in references.items()}, go_on)                # what is wrong with them shows before work starts
     model = load_model(model)
     options = GenerationConfig(num_beams=num_beams, max_length=max_length, min_length=min_length).check(model)
-    said, sure, broken, losses = {}, {}, {}, []
-    with tqdm(total=len(files), disable=not progress, desc='captioning', unit='photo') as bar:
-        for batch in caption_batches(files, model, options, batch_size):
-            broken |= {files[file].file: f"{file}: {why}" for file, why in zip(batch.photos, batch.problems) if why is not None}
-            said |= {file: model.tokenizer.decode(ids) for file, ids in zip(batch.read, batch.output.sequences[:, 0])} if batch.read else {}
-            if batch.read: sure |= zip(map(str, map(name, batch.read)), caption_confidence(batch.output, model.tokenizer)[:, 0].tolist())
-            if len(batch.read) > 1: losses.append(_batch_gap(model, batch.pixel_values, [files[file].captions for file in batch.read]))
-            bar.update(len(batch.photos))
-    for file, why in broken.items(): log(f"skipped broken photo {file}: {why}")
+    said, sure, broken, losses = _caption_all(model, photos, options, batch_size, progress)
+    for why in broken.values(): log(f"skipped broken photo {why}")
     results = results or (Path(json_file).with_suffix('.results.json') if json_file else None)
-    if results: write_whole(results, json.dumps([dict(image_id=name(file), caption=caption) for file, caption in said.items()], ensure_ascii=False))
-    if broken and not go_on: raise ValueError(f"{len(broken)} of {len(files)} photos cannot be read, {next(iter(broken))!r} the first; "
+    if results: write_whole(results, json.dumps([dict(image_id=_name(photos[name][1]), caption=caption) for name, caption in said.items()], ensure_ascii=False))
+    if broken and not go_on: raise ValueError(f"{len(broken)} of {len(photos)} photos cannot be read, {next(iter(broken))!r} the first; "
                                               f"repair them, or go on (--go-on) with the others{f' (their captions are in {results})' if results else ''}")
     if not said: raise ValueError(f"{images}: no photo could be read; the first: {next(iter(broken.values()))}")
-    own, hypotheses, problems = pair_captions({str(name(file)): references[str(name(file))] for file in said}, {str(name(file)): caption for file, caption in said.items()}, go_on=True)
+    own, hypotheses, problems = pair_captions({name: references[name] for name in said}, said, go_on=True)
     if problems: log(describe_problems(problems))
     if broken: problems['photos that cannot be read'] = list(broken)
     scores = coco_scores(own, hypotheses)
-    gap = {part: sum(loss[part]*loss['photos'] for loss in losses)/sum(loss['photos'] for loss in losses) for part in ('real', 'shuffled', 'gap')} if losses else None
-    report = _report(scores, own, hypotheses, problems, learnt, shuffled_gap=gap, confidences={one: round(sure[one], 6) for one in hypotheses})
-    paths = {str(name(file)): file for file in files}
-    if clip: report['clip_score'] = dict(zip(hypotheses, clip_score([paths[one] for one in hypotheses], list(hypotheses.values()), clip, best_device())))
+    report = _report(scores, own, hypotheses, problems, learnt, model=fingerprint(model), shuffled_gap=gap_of(losses) if losses[-1] else None,
+                     confidences={name: round(sure[name], 6) for name in hypotheses})
+    if clip: report['clip_score'] = dict(zip(hypotheses, clip_score([photos[name][0] for name in hypotheses], list(hypotheses.values()), clip, best_device())))
     out(score_table(scores, report['intervals']))
     log(_beside(report))
     if json_file: write_whole(json_file, json.dumps(report, indent=1, ensure_ascii=False))
-    if sheet: save_figure(plot_best_and_worst(scores, lambda one: load_image(paths[one]), own, hypotheses), sheet)
+    if sheet: save_figure(plot_best_and_worst(scores, lambda name: load_image(photos[name][0]), own, hypotheses), sheet)
     return report
 
-# %% ../nbs/09_app.ipynb #6fe77a8f
-def _batch_gap(model, pixel_values, captions):
-    "`shuffled_gap` of one batch, with as many captions a photo as the poorest has, over the words that the model can say."
+# %% ../nbs/09_app.ipynb #123ba048
+def _name(record): return record.file if record.image_id is None else record.image_id
+
+def _photos_by_name(images, captions, split, limit):
+    "{name: (path, `Record`)} of a caption file's photos; ValueError where two have one name."
+    records = read_captions(captions, images, split=split)[:limit]
+    photos = {str(_name(record)): (Path(images)/record.file, record) for record in records}
+    if len(photos) < len(records): raise ValueError(f"{captions}: {len(records) - len(photos)} photos share their image_id with another one; give each its own")
+    return photos
+
+# %% ../nbs/09_app.ipynb #8e8de2fa
+def _caption_all(model, photos, options, batch_size, progress):
+    "({name: caption}, {name: confidence}, {file that cannot be read: why}, `shuffled_losses` of all batches of two photos or more)"
+    names, said, sure, broken, losses = {path: name for name, (path, _) in photos.items()}, {}, {}, {}, torch.zeros(3)
+    with tqdm(total=len(photos), disable=not progress, desc='captioning', unit='photo') as bar:
+        for batch in caption_batches(names, model, options, batch_size):
+            broken |= {photos[names[path]][1].file: f"{path}: {why}" for path, why in zip(batch.photos, batch.problems) if why is not None}
+            if read := [names[path] for path in batch.read]:
+                said |= zip(read, model.tokenizer.decode_batch(batch.output.sequences[:, 0]))
+                sure |= zip(read, caption_confidence(batch.output, model.tokenizer)[:, 0].tolist())
+            if len(read) > 1: losses += _batch_losses(model, batch.pixel_values, [photos[name][1].captions for name in read])
+            bar.update(len(batch.photos))
+    return said, sure, broken, losses
+
+def _batch_losses(model, pixel_values, captions):
+    "`shuffled_losses` of one batch, with as many captions a photo as the poorest has, over the words that the model can say."
     count = min(map(len, captions))
     batch = {name: value.to(pixel_values.device) for name, value in model.tokenizer([one for own in captions for one in own[:count]]).items()}
     if model.output_ids is not None: batch['labels'].masked_fill_(~torch.isin(batch['labels'], model.output_ids), -100)
-    return dict(shuffled_gap(model, pixel_values, batch['input_ids'], batch['labels']), photos=len(captions))
+    return shuffled_losses(model, pixel_values, batch['input_ids'], batch['labels']).cpu()
 
+# %% ../nbs/09_app.ipynb #c7ccde2c
 def _beside(report):
     "What the seven do not measure, in a line or two."
     varied, gap, clip = report['diversity'], report['shuffled_gap'], report.get('clip_score')

@@ -35,7 +35,7 @@ def demo_command(
     from pvtblip.app import demo
     demo(out, json_file, max_steps=max_steps, scenes=scenes, seed=seed, log=_say)
 
-# %% ../nbs/10_cli.ipynb #6702efd6
+# %% ../nbs/10_cli.ipynb #d3f98adf
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at photos and captions before training.")
 app.add_typer(data_app, name='data')
 
@@ -54,7 +54,7 @@ def data_check_command(
     tokens, duplicates across splits. The exit code is 1 where photos are missing or broken.
     """
     from pvtblip.app import refuse_suffix
-    from pvtblip.photo_training import write_whole
+    from pvtblip.data import write_whole
     from pvtblip.sources import check_data
     from pvtblip.tokenizer import CaptionTokenizer
     refuse_suffix(sheet, '.png', '--sheet')

@@ -7,12 +7,14 @@ __all__ = ['MEASURES', 'caption_confidence', 'auroc', 'kept_share', 'plot_kept_s
            'Calibration', 'fit_confidence', 'load_confidence', 'Judge', 'confidences_and_scores', 'calibration_table',
            'calibrate']
 
-# %% ../nbs/18_confidence.ipynb #245c4597
-import json, math, os
+# %% ../nbs/18_confidence.ipynb #0d542596
+import json, math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch, torch.nn.functional as F
+
+from .data import write_whole
 
 # %% ../nbs/18_confidence.ipynb #5f0aa6da
 MEASURES = ('mean', 'sum', 'min')
@@ -167,7 +169,7 @@ def _at_least(kept, right, precision):
     number = torch.arange(right, kept+1, dtype=torch.float64)
     return torch.distributions.Binomial(kept, torch.tensor(precision, dtype=torch.float64)).log_prob(number).exp().sum().item()
 
-# %% ../nbs/18_confidence.ipynb #da60d658
+# %% ../nbs/18_confidence.ipynb #61ed9980
 @dataclass
 class Calibration:
     "What a captioner's confidence is worth; made by `fit_confidence`, kept as confidence.json in its model folder."
@@ -200,11 +202,7 @@ class Calibration:
         folder, # of the model; made if it is not there
     ):
         "Write confidence.json, whole or not at all."
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder/'.confidence.json.tmp'
-        temporary.write_text(json.dumps(dict(library='pvtblip', **asdict(self)), indent=1))
-        os.replace(temporary, folder/'confidence.json')
+        write_whole(Path(folder)/'confidence.json', json.dumps(dict(library='pvtblip', **asdict(self)), indent=1))
 
 # %% ../nbs/18_confidence.ipynb #af225a95
 def fit_confidence(

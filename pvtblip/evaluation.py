@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METRICS', 'has_coco_code', 'coco_code', 'ptb_tokenize', 'Scores', 'coco_scores', 'cider_score',
            'confidence_intervals', 'compare', 'read_references', 'read_hypotheses', 'odd_characters',
-           'describe_problems', 'pair_captions', 'words_said', 'diversity', 'shuffled_gap', 'pointing_test',
-           'pointing_hits', 'check_clip', 'clip_score', 'plot_best_and_worst']
+           'describe_problems', 'pair_captions', 'words_said', 'diversity', 'shuffled_losses', 'shuffled_gap', 'gap_of',
+           'pointing_test', 'pointing_hits', 'check_clip', 'clip_score', 'plot_best_and_worst']
 
-# %% ../nbs/07_evaluation.ipynb #a81aa4ae
+# %% ../nbs/07_evaluation.ipynb #a1e97cc6
 import json, re, subprocess, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch, torch.nn.functional as F
 
 from .generation import attention_map, cross_attention
 from .pvt_encoder import load_image
@@ -373,7 +373,19 @@ def diversity(
     return dict(unique_share=len(set(said))/len(said), distinct_1=distinct(1), distinct_2=distinct(2), vocabulary=len(set(grams(1))),
                 mean_length=sum(map(len, said))/len(said), copied_share=sum(words in learnt for words in said)/len(said) if learnt else None)
 
-# %% ../nbs/07_evaluation.ipynb #94cd59e8
+# %% ../nbs/07_evaluation.ipynb #82430120
+@torch.inference_mode()
+def shuffled_losses(
+    model,        # a Captioner
+    pixel_values, # (B, 3, H, W)
+    input_ids,    # (B*C, T)
+    labels,       # (B*C, T)
+) -> torch.Tensor: # (3,): two sums in nats, and the number of labels; those of several batches can be added
+    "Summed loss of the captions with their own images and with their neighbours', and of how many tokens."
+    outputs = [model(pixels, input_ids, labels) for pixels in (pixel_values, pixel_values.roll(1, 0))]
+    sums = [F.cross_entropy(output.logits.float(), output.labels, reduction='sum') for output in outputs]
+    return torch.stack([*sums, sums[0].new_tensor(len(outputs[0].labels))])
+
 def shuffled_gap(
     model,        # a Captioner
     pixel_values, # (B, 3, H, W), B of 2 at least
@@ -382,9 +394,14 @@ def shuffled_gap(
 ) -> dict: # real, shuffled, gap: losses in nats a token
     "Loss of the captions with their own images and with their neighbours': no gap means a decoder that does not look; ValueError for one image."
     if len(pixel_values) < 2: raise ValueError("one image cannot be shuffled; give a batch of two or more")
-    with torch.inference_mode():
-        real, shuffled = (model(pixels, input_ids, labels).loss.item() for pixels in (pixel_values, pixel_values.roll(1, 0)))
-    return dict(real=real, shuffled=shuffled, gap=shuffled-real)
+    return gap_of(shuffled_losses(model, pixel_values, input_ids, labels))
+
+def gap_of(
+    losses, # (3,), of `shuffled_losses`, perhaps of several batches together
+) -> dict: # real, shuffled, gap: losses in nats a token
+    "Mean losses, and their difference."
+    real, shuffled, tokens = losses.tolist()
+    return dict(real=real/tokens, shuffled=shuffled/tokens, gap=(shuffled-real)/tokens)
 
 # %% ../nbs/07_evaluation.ipynb #a49ec296
 def pointing_test(

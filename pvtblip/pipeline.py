@@ -6,11 +6,11 @@
 __all__ = ['Photo', 'photos_in_folder', 'photos_in_list', 'photos_in_shard', 'check_inputs', 'list_photos', 'count_photos',
            'PhotoReader', 'CaptionedBatch', 'caption_batches', 'caption_results', 'LineWriter', 'json_text',
            'json_line', 'cut_half_line', 'read_done', 'drop_failures', 'fingerprint', 'run_facts', 'same_run',
-           'only_writer', 'StopAtSignal', 'gather_parts', 'best_device', 'load_model', 'default_workers',
-           'caption_many', 'caption_files']
+           'only_writer', 'gather_parts', 'best_device', 'load_model', 'default_workers', 'caption_many',
+           'caption_files']
 
-# %% ../nbs/16_pipeline.ipynb #e63cbd8f
-import glob, hashlib, json, os, re, signal, sys, threading, time, warnings
+# %% ../nbs/16_pipeline.ipynb #a50533bd
+import glob, hashlib, json, os, re, signal, sys, time, warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data import outlive_signals
+from .data import StopAtSignal, outlive_signals, whole_file, write_whole
 from .decoder import Captioner
 from .generation import GenerationConfig, GenerationOutput, generate, word_ids
 from .pvt_encoder import load_pixels, normalise_pixels
@@ -319,19 +319,16 @@ def _not_done(photos, done):
             done.add(mark)
             yield photo
 
-# %% ../nbs/16_pipeline.ipynb #e88eb8f1
+# %% ../nbs/16_pipeline.ipynb #9f185883
 def drop_failures(
     file, # path
 ) -> int: # how many
     "Take the lines of failed photos out of an output file; the file changes in one step or not at all."
-    temporary, dropped = f'{file}.tmp', 0
-    with open(temporary, 'wb') as kept:
+    dropped = 0
+    with whole_file(file) as temporary, open(temporary, 'wb') as kept:
         for line, entry in _entries(file):
             if 'error' in entry: dropped += 1
             else: kept.write(line)
-        kept.flush()
-        os.fsync(kept.fileno())
-    os.replace(temporary, file)
     return dropped
 
 # %% ../nbs/16_pipeline.ipynb #a3981d30
@@ -361,7 +358,7 @@ def run_facts(
     if judge: changed['sure'] = judge.facts()
     return json.loads(json.dumps(dict(model=fingerprint(model), tokens=tokens, **changed)))
 
-# %% ../nbs/16_pipeline.ipynb #2524e35f
+# %% ../nbs/16_pipeline.ipynb #fdc723c4
 def _parts(file):
     "What several processes wrote beside an output file."
     return sorted(map(Path, glob.glob(f'{glob.escape(str(file))}.part-*')))
@@ -377,9 +374,7 @@ def same_run(
         then = json.loads(note.read_text(encoding='utf-8'))
         changed = [f"{name}: {then.get(name)} then, {facts.get(name)} now" for name in {**then, **facts} if then.get(name) != facts.get(name)]
         if changed: raise ValueError(f"{file}: its lines were made otherwise ({'; '.join(changed)}); give the same model and options, or another file")
-    temporary = Path(f'{note}.tmp')
-    temporary.write_text(json.dumps(facts, indent=1), encoding='utf-8')
-    os.replace(temporary, note)
+    write_whole(note, json.dumps(facts, indent=1))
 
 # %% ../nbs/16_pipeline.ipynb #c6f85ee8
 @contextmanager
@@ -394,22 +389,6 @@ def only_writer(
     except Timeout: raise OSError(f"{file}: another process is writing it; wait for it, or give another file") from None
     try: yield
     finally: lock.release()
-
-# %% ../nbs/16_pipeline.ipynb #58605256
-class StopAtSignal:
-    "A context: the first SIGTERM or Ctrl-C is remembered in `number`, the second one ends the process."
-    number = None
-    def __enter__(self):
-        here = threading.current_thread() is threading.main_thread()             # no other thread gets signals
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM) if here}
-        return self
-
-    def receive(self, number, frame):
-        if self.number is not None: raise SystemExit(128 + number)
-        self.number = number
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items(): signal.signal(number, handler)
 
 # %% ../nbs/16_pipeline.ipynb #1c405f26
 def gather_parts(

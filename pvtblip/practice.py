@@ -8,7 +8,7 @@ __all__ = ['SaveEvery', 'StopOnSignal', 'KeepBest', 'WeightAverage', 'load_best'
            'from_plain', 'read_config', 'change_config', 'to_toml', 'write_config', 'practice_callbacks',
            'prepare_model', 'run_training', 'dry_run']
 
-# %% ../nbs/13_practice.ipynb #990f7474
+# %% ../nbs/13_practice.ipynb #611e7ae7
 import copy, difflib, functools, json, math, os, random, shutil, signal, statistics, sys, time, tomllib, types, typing
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
@@ -19,13 +19,13 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather_object, reduce
 from fastcore.docments import docments
-from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
-from .data import Collate
+from .data import Collate, StopAtSignal
 from .decoder import Captioner, CaptionerConfig, DecoderLayer
+from .evaluation import gap_of, shuffled_losses
 from .pvt_encoder import Block
 from .training import Callback, TrainingConfig, make_accelerator, newest_state, read_facts, read_tensors, saved_states, split_like, train
 
@@ -44,22 +44,17 @@ class SaveEvery(Callback):
     def on_save(self, run): self.since = self.clock()
     def on_step_end(self, run): run.should_save |= run.step == run.config.max_steps or self.clock() - self.since >= 60*self.minutes
 
-# %% ../nbs/13_practice.ipynb #83ae5a75
-class StopOnSignal(Callback):
+# %% ../nbs/13_practice.ipynb #9a20421d
+class StopOnSignal(StopAtSignal, Callback):
     "A context: at SIGTERM or Ctrl-C the step is finished, a state written, and the process exits with 128 + the signal's number; at a second one it ends at once."
     def __init__(self,
         log=print, # told of the end, in a line
-    ): self.log, self.number = log, None
+    ): self.log = log
 
     def __enter__(self):
-        "Take over the signals; ValueError outside the main thread, which alone may."
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        "Take over the signals; ValueError outside the main thread, which alone gets them."
+        if not super().__enter__().before: raise ValueError("signals come to the main thread only: train there, or set practice.stop_on_signal to false")
         return self
-
-    def receive(self, number, frame):
-        "The first signal is remembered, the second one ends the process."
-        if self.number is not None: raise SystemExit(128 + number)
-        self.number = number
 
     def on_step_end(self, run):
         if self.number is not None: run.should_save = run.should_stop = True
@@ -72,7 +67,7 @@ class StopOnSignal(Callback):
         self.line = f"after step {run.step} of {run.config.max_steps}; " + (f"the state is {state[0]}: resume to go on" if state else "no folder for states was given")
 
     def __exit__(self, kind, error, trace):
-        for number, handler in self.before.items(): signal.signal(number, handler)
+        super().__exit__()
         if error is not None or self.number is None: return
         if PartialState().is_main_process: self.log(f"stopped by {signal.Signals(self.number).name} {self.line}")
         raise SystemExit(128 + self.number)
@@ -157,7 +152,7 @@ def load_best(
     model.load_state_dict(read_tensors(state, 'model') | read_tensors(state, 'WeightAverage'))
     return read_facts(state)['step']
 
-# %% ../nbs/13_practice.ipynb #9d6ed99d
+# %% ../nbs/13_practice.ipynb #d89c0a6b
 class HeldOutLoss:
     "For `evaluate`: loss on held-out photos, and how much worse it is with the images exchanged; several processes share the work (not under FSDP)."
     def __init__(self,
@@ -172,7 +167,6 @@ class HeldOutLoss:
         if min(images, batch_size) < 2: raise ValueError(f"{images} held-out photos in batches of {batch_size}; at least two are needed")
         self.batches = DataLoader(Subset(dataset, range(images)), batch_size, collate_fn=Collate(tokenizer), num_workers=workers)
 
-    @torch.inference_mode()
     def __call__(self,
         model,  # a Captioner
         step=0, # not used: the photos are always the same
@@ -185,11 +179,11 @@ class HeldOutLoss:
         for i, batch in enumerate(self.batches):
             if i % share != state.process_index % share or 'labels' not in batch: continue
             pixels, ids, labels = (batch[name].to(device) for name in ('pixel_values', 'input_ids', 'labels'))
-            real, exchanged = (model(images, ids, labels) for images in (pixels, pixels.roll(1, 0)))
-            sums += torch.stack([*(F.cross_entropy(out.logits.float(), out.labels, reduction='sum') for out in (real, exchanged)), sums.new_tensor(len(real.labels))])
-        loss, other, labels = reduce(sums).tolist()
-        if not labels: raise ValueError("no held-out photo could be read; check the folder of photos")
-        return dict(validation_loss=loss/labels, shuffled_image_gap=(other - loss)/labels)
+            sums += shuffled_losses(model, pixels, ids, labels)
+        sums = reduce(sums)
+        if not sums[-1]: raise ValueError("no held-out photo could be read; check the folder of photos")
+        gap = gap_of(sums)
+        return dict(validation_loss=gap['real'], shuffled_image_gap=gap['gap'])
 
 # %% ../nbs/13_practice.ipynb #7de3484f
 class HeldOutCaptions:
