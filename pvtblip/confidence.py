@@ -7,14 +7,15 @@ __all__ = ['MEASURES', 'caption_confidence', 'auroc', 'kept_share', 'plot_kept_s
            'Calibration', 'fit_confidence', 'load_confidence', 'Judge', 'confidences_and_scores', 'calibration_table',
            'calibrate']
 
-# %% ../nbs/18_confidence.ipynb #0d542596
+# %% ../nbs/18_confidence.ipynb #1e2a5cdf
 import json, math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch, torch.nn.functional as F
 
 from .data import write_whole
+from .pipeline import fingerprint, load_model
 
 # %% ../nbs/18_confidence.ipynb #5f0aa6da
 MEASURES = ('mean', 'sum', 'min')
@@ -169,7 +170,7 @@ def _at_least(kept, right, precision):
     number = torch.arange(right, kept+1, dtype=torch.float64)
     return torch.distributions.Binomial(kept, torch.tensor(precision, dtype=torch.float64)).log_prob(number).exp().sum().item()
 
-# %% ../nbs/18_confidence.ipynb #61ed9980
+# %% ../nbs/18_confidence.ipynb #80f78f26
 @dataclass
 class Calibration:
     "What a captioner's confidence is worth; made by `fit_confidence`, kept as confidence.json in its model folder."
@@ -177,6 +178,7 @@ class Calibration:
     intercept: float      # of the logistic curve
     kept: list            # [confidence, captions at least as sure, right ones among them], surest first
     measure: str = 'mean' # of `caption_confidence`: what the numbers are for
+    model: str|None = None # `fingerprint` of the captioner; None: not noted
 
     def probability(self,
         confidence, # a number or a tensor, of this measure
@@ -218,7 +220,7 @@ def fit_confidence(
     if slope <= 0: raise ValueError(f"surer captions are not more often right (slope {slope:.3g}): this confidence says nothing about truth here, so there is nothing to calibrate")
     return Calibration(slope, intercept, _kept(confidences, correct), measure)
 
-# %% ../nbs/18_confidence.ipynb #5fa80c6b
+# %% ../nbs/18_confidence.ipynb #df9aa99e
 def load_confidence(
     folder, # of the model
 ) -> Calibration:
@@ -228,7 +230,7 @@ def load_confidence(
     try: saved = json.loads(file.read_text())
     except ValueError as error: raise ValueError(f"{file}: not JSON ({error}); copy it again or calibrate anew") from error
     if not isinstance(saved, dict) or saved.pop('library', None) != 'pvtblip': raise ValueError(f"{file}: not a calibration of pvtblip")
-    if saved.keys() != {f.name for f in fields(Calibration)}: raise ValueError(
+    if saved.keys() | {'model'} != {f.name for f in fields(Calibration)}: raise ValueError(
         f"{file}: has {', '.join(sorted(saved))}; a calibration has {', '.join(sorted(f.name for f in fields(Calibration)))}")
     if problem := _unusable(saved): raise ValueError(f"{file}: {problem}; calibrate anew")
     return Calibration(**saved)
@@ -241,7 +243,7 @@ def _unusable(saved):
     good = lambda row: isinstance(row, list) and len(row) == 3 and all(map(number, row)) and 0 <= row[2] <= row[1] and row[1] >= 1 and row[1:] == [int(n) for n in row[1:]]
     if not isinstance(saved['kept'], list) or not saved['kept'] or not all(map(good, saved['kept'])): return "kept must be a list of [confidence, captions, right ones]"
 
-# %% ../nbs/18_confidence.ipynb #79957573
+# %% ../nbs/18_confidence.ipynb #b4f893ea
 class Judge:
     "Says of a caption how probable it is that it is right, and whether that is sure enough."
     def __init__(self,
@@ -250,8 +252,15 @@ class Judge:
     ):
         "Raises FileNotFoundError where there is no calibration, ValueError where it can promise no such share."
         if not Path(folder).is_dir(): raise FileNotFoundError(f"{folder}: no such folder; what is sure is said by confidence.json in a model folder, so download a model of the hub first")
-        self.calibration, self.precision = load_confidence(folder), precision
+        self.folder, self.calibration, self.precision = folder, load_confidence(folder), precision
         self.threshold = self.calibration.threshold(precision)
+
+    def check(self,
+        model, # of the folder, loaded
+    ):
+        "Raises ValueError where the calibration is that of another model, or of the same before it was trained on."
+        noted = self.calibration.model
+        if noted and noted != fingerprint(model): raise ValueError(f"{self.folder}: confidence.json was made for other weights; evaluate this model and calibrate it anew")
 
     def __call__(self,
         logprobs, # (t,) of a caption's own tokens, [SEP] included, no padding
@@ -337,7 +346,7 @@ def calibration_table(
     return '\n'.join([f'{len(score)} captions, {right[-1]:.1%} of them right', f'AUROC {auroc(confidences, correct):.3f}, ECE {calibration_error(probabilities, correct):.3f} (of the captions it was fitted to)',
                       f'{"kept":>5}  {name:>8}  {"right":>6}', *(f'{share:5.0%}  {score[i]:8.3f}  {right[i]:6.1%}' for share, i in rows)])
 
-# %% ../nbs/18_confidence.ipynb #d894b2dd
+# %% ../nbs/18_confidence.ipynb #d63da6ae
 def calibrate(
     report,          # JSON file of `pvtblip evaluate` on photos that the model has not learnt from
     model,           # its folder; gets confidence.json
@@ -352,7 +361,9 @@ def calibrate(
     if not (Path(model)/'config.json').is_file(): raise FileNotFoundError(f"{model}: no config.json in it; give the folder of the model that {report} is about")
     _, confidences, scores = confidences_and_scores(report, metric=metric)
     correct = _right(report, scores, metric, least)
-    calibration = fit_confidence(confidences, correct)
+    mark, noted = fingerprint(load_model(model, 'cpu')), json.loads(Path(report).read_text(encoding='utf-8')).get('model')
+    if noted and noted != mark: raise ValueError(f"{report}: is about another model than {model}, or about other weights; evaluate this one")
+    calibration = replace(fit_confidence(confidences, correct), model=mark)
     calibration.save(model)
     out(calibration_table(calibration, confidences, correct, scores, metric))
     if plot: save_figure(plot_kept_share(confidences, scores, f'mean {metric}').figure, plot)

@@ -464,7 +464,7 @@ def _options(options, model, force_words, bad_words):
     words = dict(force_words_ids=force_words, bad_words_ids=bad_words)
     return replace(options or GenerationConfig(num_beams=3), **{name: word_ids(model, given) for name, given in words.items() if given}).check(model)
 
-# %% ../nbs/16_pipeline.ipynb #c67800ed
+# %% ../nbs/16_pipeline.ipynb #0560548f
 def caption_many(
     inputs,           # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
     model,            # folder or hub name
@@ -492,6 +492,7 @@ def caption_many(
     out.parent.mkdir(parents=True, exist_ok=True)
     with StopAtSignal() as stop, nullcontext() if index else only_writer(out):
         captioner = load_model(model, team and team.device)
+        if judge: judge.check(captioner)
         options = _options(options, captioner, force_words, bad_words)
         if index == 0: _make_ready(out, run_facts(captioner, options, tokens, seed, judge), retry, batch_size, log)
         if team: team.wait_for_everyone()
@@ -520,7 +521,7 @@ def _report(inputs, out, before, seconds, log):
     log(f"{new} photos{f' (and {before} before)' if before else ''}, {new/seconds:.1f} a second; {sum(errors)} failed; captions in {out}")
     return sum(errors)
 
-# %% ../nbs/16_pipeline.ipynb #685c44f4
+# %% ../nbs/16_pipeline.ipynb #dce703aa
 def caption_files(
     inputs,           # as in `caption_many`
     model,            # folder or hub name
@@ -540,6 +541,7 @@ def caption_files(
     inputs = check_inputs(inputs)
     if _processes(): raise ValueError("several processes need a file to write to: add --jsonl FILE")
     total, judge, model = count_photos(inputs), _judge(model, sure), load_model(model)
+    if judge: judge.check(model)
     options = _options(options, model, force_words, bad_words)
     if num_workers is None: num_workers = 0 if total and total <= 2*batch_size else default_workers()
     results, failed, seen = [], 0, 0

@@ -349,6 +349,8 @@ def test_evaluate_calibrate_and_not_sure(capsys, data, answers, model, tmp_path)
     assert pvtblip(capsys, 'caption', answers/'images', '--model', place, '--sure', 0.5, '--jsonl', tmp_path/'out.jsonl')[0] == 0
     lines = [json.loads(line) for line in (tmp_path/'out.jsonl').read_text().splitlines()]
     assert {Path(line['image']).name for line in lines if line['sure']} == sure and all(0 < line['probability'] < 1 for line in lines)
+    report.write_text(json.dumps(json.loads(report.read_text()) | dict(model='0'*16)))
+    refused(capsys, 'calibrate', report, '--model', place, says=['scores.json', 'is about another model'])
 
 
 def test_evaluate_refuses(capsys, answers, model, tmp_path):

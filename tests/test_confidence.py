@@ -4,8 +4,8 @@ import json, math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from pvtblip.pipeline import caption_files
-from pvtblip.confidence import (MEASURES, Calibration, auroc, calibration_error, caption_confidence, confidences_and_scores, fit_confidence,
+from pvtblip.pipeline import caption_files, fingerprint
+from pvtblip.confidence import (MEASURES, Calibration, Judge, auroc, calibration_error, caption_confidence, confidences_and_scores, fit_confidence,
                                 kept_share, load_confidence, plot_kept_share, plot_reliability)
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.generation import generate
@@ -181,7 +181,7 @@ GOOD = dict(library='pvtblip', slope=1., intercept=0., kept=[[0., 10, 5]], measu
 
 @pytest.mark.parametrize('content, says', [
     ('{', 'not JSON'), ('[]', 'not a calibration'), (dict(GOOD, library='other'), 'not a calibration'), (dict(GOOD, more=1), 'has intercept, kept, measure, more, slope'),
-    ({k: v for k, v in GOOD.items() if k != 'kept'}, 'a calibration has intercept, kept, measure, slope'), (dict(GOOD, slope=-1), 'slope above 0'),
+    ({k: v for k, v in GOOD.items() if k != 'kept'}, 'a calibration has intercept, kept, measure, model, slope'), (dict(GOOD, slope=-1), 'slope above 0'),
     (dict(GOOD, slope=math.nan), 'finite'), (dict(GOOD, intercept='0'), 'finite'), (dict(GOOD, slope=True), 'finite'), (dict(GOOD, measure='median'), "'median' is unknown"),
     (dict(GOOD, kept=[]), 'kept must be'), (dict(GOOD, kept=[[0, 5, 10]]), 'kept must be'), (dict(GOOD, kept=[[0, 5]]), 'kept must be'), (dict(GOOD, kept=[[0, 5, 2.5]]), 'kept must be'),
     (dict(GOOD, kept=5), 'kept must be'), (dict(GOOD, measure=[1]), 'is unknown')])
@@ -194,6 +194,16 @@ def test_missing_file_and_good_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='has not been calibrated'): load_confidence(tmp_path)
     (tmp_path/'confidence.json').write_text(json.dumps(GOOD))
     assert load_confidence(tmp_path) == Calibration(1., 0., [[0., 10, 5]], 'mean')
+
+def test_a_calibration_knows_its_weights(tmp_path):
+    model = Captioner(CaptionerConfig.tiny())
+    Calibration(1., 0., [[0., 10, 10]], model=fingerprint(model)).save(tmp_path)
+    judge = Judge(tmp_path, .5)
+    judge.check(model)
+    with torch.no_grad(): next(model.parameters()).add_(1e-3)
+    with pytest.raises(ValueError, match='confidence.json was made for other weights'): judge.check(model)
+    Calibration(1., 0., [[0., 10, 10]]).save(tmp_path)
+    Judge(tmp_path, .5).check(model)                                              # nothing noted: an earlier version's file
 
 # --- photos
 def write(folder, said, **report):
