@@ -230,7 +230,7 @@ class PyramidVisionTransformerV2(nn.Module):
             maps.append(to_map(tokens, grid))
         return maps  # one (B, C_i, h_i, w_i) per stage
 
-# %% ../nbs/01_pvt_encoder.ipynb #6ca23429
+# %% ../nbs/01_pvt_encoder.ipynb #5db47c5e
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # red, green, blue on the scale 0 to 1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -241,7 +241,6 @@ class EncoderConfig:
     weights:str|bool|None = None      # None: random; True: pretrained, from the hub through timm; else a .safetensors file
     backbone_kwargs:dict = field(default_factory=dict)  # changes to the backbone: other depths, a drop_path_rate
     stages:tuple = (3,)               # what the decoder reads, from 0, or -1 for the last (in a ViT: blocks); earlier stages: more tokens
-    final_features:bool = False       # the last map as timm's `forward_features` gives it: in MobileNets and EfficientNets behind one more convolution
     image_size:int = 224              # side of the square in pixels; what the published weights were trained with
     mean:tuple = IMAGENET_MEAN        # subtracted from the pixels, as the published weights expect
     std:tuple = IMAGENET_STD          # then the pixels are divided by this
@@ -276,7 +275,7 @@ def sincos_positions(grid:tuple,   # (h, w)
     h,w = grid
     return torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], dim=2).flatten(0, 1)
 
-# %% ../nbs/01_pvt_encoder.ipynb #99b8fae8
+# %% ../nbs/01_pvt_encoder.ipynb #08329ee7
 class TimmBackbone(nn.Module):
     "The chosen stages (blocks, in a ViT) of any timm model as maps (B, C, h, w); layers behind the last one are dropped."
     def __init__(self, config:EncoderConfig):
@@ -288,12 +287,7 @@ class TimmBackbone(nn.Module):
         self.model = timm.create_model(config.name, pretrained=config.weights is True, **kwargs)
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(f"{config.name}: timm cannot give this model's feature maps; choose another backbone")
-        self.final = config.final_features
-        self.indices = self.model.prune_intermediate_layers(list(config.stages), prune_norm=False, prune_head=not self.final)
-        if self.final:
-            last = len(self.model.feature_info) - 1
-            if self.indices[-1] != last: raise ValueError(f"final_features come behind stage {last}, stages are {config.stages}; add -1, or set final_features to False")
-            self.model.reset_classifier(0, "")
+        self.indices = self.model.prune_intermediate_layers(list(config.stages), prune_norm=False, prune_head=True)
         self.channels = [m.shape[1] for m in self.try_out(config.image_size, config.image_size)]
 
     def try_out(self, height, width):
@@ -308,12 +302,7 @@ class TimmBackbone(nn.Module):
         return [tuple(m.shape[-2:]) for m in self.try_out(height, width)]
 
     def forward(self, pixel_values):  # (B, 3, H, W)
-        found = self.model.forward_intermediates(pixel_values, indices=self.indices, norm=True, output_fmt="NCHW", intermediates_only=not self.final)
-        if not self.final: return found
-        final,maps = found
-        if final.ndim != 4 or final.shape[2:] != maps[-1].shape[2:]: raise ValueError(
-            f"final_features: this model's are {tuple(final.shape)}, no map like its last stage's {tuple(maps[-1].shape)}; set it to False")
-        return maps[:-1] + [final]
+        return self.model.forward_intermediates(pixel_values, indices=self.indices, norm=True, output_fmt="NCHW", intermediates_only=True)
 
 # %% ../nbs/01_pvt_encoder.ipynb #d8791ec6
 def load_weights(backbone:nn.Module, # a PVT, or a timm model
@@ -326,7 +315,7 @@ def load_weights(backbone:nn.Module, # a PVT, or a timm model
     missing = backbone.load_state_dict(load_file(path), strict=False).missing_keys
     if missing: raise ValueError(f"{path}: {len(missing)} weights are missing, first {missing[0]}; is it another model's file?")
 
-# %% ../nbs/01_pvt_encoder.ipynb #6bcda8e4
+# %% ../nbs/01_pvt_encoder.ipynb #b584bd28
 def make_backbone(config:EncoderConfig) -> tuple:
     "(backbone, which of its maps are read, early to late): our PVT, cut behind the last stage that is read, or a timm model."
     name = config.name.split(".")[0]  # "pvt_v2_b2.in1k" names weights of pvt_v2_b2
@@ -334,7 +323,6 @@ def make_backbone(config:EncoderConfig) -> tuple:
         backbone = TimmBackbone(config)
         chosen = list(range(len(backbone.channels)))
     else:
-        if config.final_features: raise ValueError(f"{config.name}: nothing follows a PVT's last stage; set final_features to False")
         settings = PVT_CONFIGS[name] | config.backbone_kwargs
         count = len(settings["depths"])
         if not all(-count <= stage < count for stage in config.stages):
