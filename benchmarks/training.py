@@ -38,7 +38,7 @@ TINY = EncoderConfig.tiny()
 MODELS = dict(  # encoder, decoder width, layers, images a step on a CPU
     small=(TINY, 256, 4, 16),
     middle=(EncoderConfig("pvt_v2_b0"), 384, 6, 4),
-    large=(EncoderConfig("pvt_v2_b0"), 768, 12, 2))
+    large=(EncoderConfig("pvt_v2_b0"), 768, 12, 8))
 
 
 class Plain(torch.nn.Module):
