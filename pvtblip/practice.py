@@ -8,7 +8,7 @@ __all__ = ['SaveEvery', 'StopOnSignal', 'KeepBest', 'WeightAverage', 'load_best'
            'from_plain', 'read_config', 'change_config', 'to_toml', 'write_config', 'practice_callbacks',
            'prepare_model', 'run_training', 'dry_run']
 
-# %% ../nbs/13_practice.ipynb #611e7ae7
+# %% ../nbs/13_practice.ipynb #f005ae0a
 import copy, difflib, functools, json, math, os, random, shutil, signal, statistics, sys, time, tomllib, types, typing
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
@@ -23,7 +23,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
-from .data import Collate, StopAtSignal
+from .data import Collate, StopAtSignal, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderLayer
 from .evaluation import gap_of, shuffled_losses
 from .pvt_encoder import Block
@@ -404,7 +404,7 @@ def change_config(
         functools.reduce(lambda part, key: part[key], parts, values)[name] = value
     return from_plain(type(config), json.loads(json.dumps(values)))
 
-# %% ../nbs/13_practice.ipynb #7569bafd
+# %% ../nbs/13_practice.ipynb #e243e140
 def _toml(value):
     "A plain value as TOML writes it."
     if isinstance(value, dict): return '{' + ', '.join(f'{_toml(k)} = {_toml(v)}' for k, v in value.items() if v is not None) + '}'
@@ -430,9 +430,9 @@ def write_config(
     config, # a dataclass, perhaps of dataclasses
     file,   # .toml or .json
 ):
-    "Write a config where `read_config` finds it again."
+    "Write a config where `read_config` finds it again, whole or not at all."
     text = to_toml(config) if Path(file).suffix == '.toml' else json.dumps(asdict(config), indent=2)
-    Path(file).write_text(text, encoding='utf-8')
+    write_whole(file, text)
 
 # %% ../nbs/13_practice.ipynb #cea10606
 def practice_callbacks(
