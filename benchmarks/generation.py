@@ -19,6 +19,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from pvtblip.app import fast_precision
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.generation import generate
 
@@ -132,7 +133,7 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds = args.rounds or (3 if args.quick else 5)
     batches = (1, 8) if args.quick else (1, 8, 32)
-    bf16 = device.type == "cuda" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # elsewhere bfloat16 is no faster on a processor
+    bf16 = fast_precision() == "bf16"
     rows = []
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; ratio: transformers' time / ours, median of {rounds}")
     rates = {dtype: machine(dtype, device) for dtype in (torch.float32, torch.bfloat16)[:1 + bf16]}
