@@ -133,10 +133,9 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds = args.rounds or (3 if args.quick else 5)
     batches = (1, 8) if args.quick else (1, 8, 32)
-    bf16 = fast_precision() == "bf16"
     rows = []
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}; ratio: transformers' time / ours, median of {rounds}")
-    rates = {dtype: machine(dtype, device) for dtype in (torch.float32, torch.bfloat16)[:1 + bf16]}
+    rates = {dtype: machine(dtype, device) for dtype in (torch.float32, torch.bfloat16)[:1 + (fast_precision() == "bf16")]}
     for dtype, (read, multiplied) in rates.items(): print(f"{str(dtype).removeprefix('torch.')}: {read/1e9:.1f} GB/s read, {multiplied/1e9:,.0f} GFLOP/s")
     print(f"{'model':36}{'ending':>8}{'dtype':>10}{'batch':>6}{'beams':>6}{'ratio':>7}{'ms':>9}{'floor':>8}{'of floor':>9}{'tokens':>8}  lengths  same tokens")
     for name, (sizes, num_tokens) in MODELS.items():
@@ -146,7 +145,7 @@ def main():
         gap = end_gap(ours, images)
         for ending, shift in (("varied", gap), ("full", -1e4)):
             shift_end(ours, theirs, shift)
-            for dtype in (torch.float32, torch.bfloat16)[:1 + bf16]:
+            for dtype in rates:
                 ours, theirs, images = ours.to(dtype), theirs.to(dtype), images.to(dtype)
                 for batch in batches:
                     for beams in (1, 3, 5):

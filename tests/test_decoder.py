@@ -54,7 +54,11 @@ def test_equals_transformers(sizes):
     config = small(**sizes)
     ours, theirs = reference_of(config)
     ids, image = torch.randint(1, 211, (4, 11)), torch.randn(4, 7, config.hidden_size)
-    with torch.no_grad(): close(ours(ids, image), theirs(input_ids=ids, encoder_hidden_states=image).logits)
+    with torch.no_grad():
+        found, expected = ours(ids, image), theirs(input_ids=ids, encoder_hidden_states=image).logits
+        torch.testing.assert_close(found, expected, atol=1e-5*max(1., float(expected.abs().max())), rtol=0)   # float32 rounds by the size of the largest
+        exact = theirs.double()(input_ids=ids, encoder_hidden_states=image.double()).logits
+        torch.testing.assert_close(ours.double()(ids, image.double()), exact, atol=1e-10, rtol=0)
 
 @pytest.mark.parametrize('side', ['left', 'right', 'middle'])
 def test_equals_transformers_with_attention_mask(side):
