@@ -156,6 +156,7 @@ def caption_command(
     changes: Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', help="Any field of GenerationConfig, as no_repeat_ngram_size=2, or do_sample=true with top_p=0.9; may be given again.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="With --set do_sample=true: another number draws other captions, the same one the same captions, whatever the batches. Default: 0.")] = None,
     sure: Annotated[Optional[float], typer.Option(metavar='PRECISION', help="Say 'not sure' unless a share of right captions, as 0.8, can be promised; JSON gets the probability, and sure or not, beside the caption. The model must be calibrated (pvtblip calibrate), with the same beams.")] = None,
+    dtype: Annotated[Optional[str], typer.Option(metavar='bfloat16|float16|float32', help="Compute in this type: bfloat16 is faster on GPUs and on processors with AMX, a few captions become others. Default: as the weights are saved.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Photos captioned together.")] = 16,
     workers: Annotated[Optional[int], typer.Option(min=0, help="Processes that decode photos ahead. Default: the cores, less one; none for a few photos.")] = None,
     as_json: Annotated[bool, typer.Option('--json', help="Print JSON with scores and tokens instead of text.")] = False,
@@ -177,7 +178,7 @@ def caption_command(
     if not jsonl and (retry or tokens): raise ValueError("--retry and --tokens go with --jsonl")
     options = _generation(dict(num_beams=num_beams, max_length=max_length, min_length=min_length, prefix=prefix), changes or ())
     if seed is not None and not options.do_sample: raise ValueError("--seed goes with --set do_sample=true; without it nothing is drawn")
-    more = dict(force_words=force_words or (), bad_words=bad_words or (), seed=seed or 0, sure=sure)
+    more = dict(force_words=force_words or (), bad_words=bad_words or (), seed=seed or 0, sure=sure, dtype=dtype)
     if jsonl:
         from pvtblip.pipeline import caption_many
         failed = caption_many(images, model, jsonl, options, batch_size, workers, tokens, retry, log=_say, **more)

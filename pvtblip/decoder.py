@@ -452,10 +452,10 @@ class Captioner(nn.Module):
         self.register_buffer('output_index', None if ids is None else index.to(device), persistent=False)               # (V,)
 
     def encode_image(self,
-        pixel_values, # (B, 3, H, W)
+        pixel_values, # (B, 3, H, W), in any floating-point type
     ):
-        "Image tokens (B, S, D)."
-        return self.encoder(pixel_values)
+        "Image tokens (B, S, D), in the type of the weights."
+        return self.encoder(pixel_values.to(self.decoder.word_embedding.dtype))
 
     def forward(self,
         pixel_values, # (B, 3, H, W)

@@ -211,7 +211,7 @@ def _pack(owner, weight):     # the module that holds the weight: the pack lives
 
 # %% ../nbs/04_generation.ipynb #b6578167
 class FastLinear(nn.Module):
-    "A linear layer for inference: oneDNN's kernel on a processor, `F.linear` elsewhere and for a single float32 row where Intel's is faster."
+    "A linear layer for inference: oneDNN's kernel on a processor, `F.linear` elsewhere and for up to three float32 rows where Intel's is faster."
     def __init__(self,
         weight,     # (V, D)
         bias,       # (V,) or None
@@ -223,8 +223,8 @@ class FastLinear(nn.Module):
             self.pack = weight.detach() if owner is None else _pack(owner, weight)
 
     def forward(self, x): # (..., D) -> (..., V)
-        alone = _AMX and x.dtype == torch.float32 and x.numel() == x.shape[-1]
-        if self.pack is None or alone or torch.is_autocast_enabled('cpu'): return F.linear(x, self.weight, self.bias)
+        few = _AMX and x.dtype == torch.float32 and x.numel() <= 3*x.shape[-1]
+        if self.pack is None or few or torch.is_autocast_enabled('cpu'): return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.pack, self.bias, 'none', [], '')
 
 def for_inference(
@@ -252,6 +252,7 @@ class NextToken:
         else: self.head = FastLinear(words.weight[self.ids], bias[self.ids])
         self.sep, self.pad = int((self.ids == model.tokenizer.sep_token_id).nonzero()), model.tokenizer.pad_token_id
         self.dtype = torch.promote_types(words.weight.dtype, torch.float32)      # of log-probabilities and scores
+        self.room = torch.empty(0, dtype=self.dtype, device=image_tokens.device)
 
     def __call__(self,
         new_ids, # (N, t) tokens that the cache has not seen
@@ -261,6 +262,14 @@ class NextToken:
         transform = self.decoder.cls['predictions'].transform
         hidden = transform['LayerNorm'](F.gelu(transform['dense'](hidden[:, -1])))  # (N, D)
         return self.head(hidden).to(self.dtype)
+
+    def log_probabilities(self,
+        new_ids, # (N, t) tokens that the cache has not seen
+    ): # (N, V') in a buffer that the next call overwrites: asking the system for these megabytes at every step takes longer than filling them
+        "Log-probabilities of the next token."
+        logits = self(new_ids)
+        if logits.numel() > self.room.numel(): self.room = torch.empty_like(logits)
+        return torch.log_softmax(logits, -1, out=self.room.flatten()[:logits.numel()].view_as(logits))
 
     def select(self,
         rows,        # text rows that go on, in which order
@@ -472,7 +481,7 @@ def _beam_search(step, rules, forced, prompt, config): # forced: ForcedWords or 
     searches, going = torch.arange(B*G, device=device), torch.ones(B*G, dtype=torch.bool, device=device)
     new_ids, rows = prompt, prompt
     for t in range(P, L):
-        own = step(new_ids).log_softmax(-1)                                      # (N, V')
+        own = step.log_probabilities(new_ids)                                    # (N, V')
         sums, beam, token = _continuations(rules(own, rows), rows, scores, going, config, forced, step.sep)  # (M, 2k)
         place = torch.arange(len(searches), device=device)[:, None]
         row = (place//G if t == P else place*k) + beam                           # in the cache, (M, 2k)

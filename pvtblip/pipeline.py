@@ -417,9 +417,11 @@ def best_device() -> str:
 def load_model(
     name,        # a folder that `save_pretrained` or a command wrote, or a name on the Hugging Face hub
     device=None, # None: CUDA, else MPS, else the processor
+    dtype=None,  # 'bfloat16', 'float16' or 'float32': compute in it; None: in that of the file
 ) -> Captioner: # in evaluation mode
-    "A trained captioner, ready to use; raises ValueError naming what is wrong with the folder."
-    return Captioner.from_pretrained(name).to(device or best_device()).eval()
+    "A trained captioner, ready to use; raises ValueError naming what is wrong with the folder, or an unknown dtype."
+    if dtype not in (None, 'bfloat16', 'float16', 'float32'): raise ValueError(f"dtype is {dtype!r}; give bfloat16, float16 or float32")
+    return Captioner.from_pretrained(name).to(device or best_device(), dtype and getattr(torch, dtype)).eval()
 
 # %% ../nbs/16_pipeline.ipynb #65d0b023
 def _processes():
@@ -452,9 +454,10 @@ def _say_all(batches, model, out, bar, tokens, stop, judge):
     return count
 
 # %% ../nbs/16_pipeline.ipynb #9d93aa1c
-def _judge(folder, sure):
+def _judge(folder, sure, dtype):
     "What says how sure a caption is, or None where nobody asked."
     if sure is None: return None
+    if dtype is not None: raise ValueError(f"sure was calibrated with the weights as they are saved; leave dtype={dtype} out")
     from pvtblip.confidence import Judge
     return Judge(folder, sure)
 
@@ -480,6 +483,7 @@ def caption_many(
     bad_words=(),     # words that none may say
     seed=0,           # of the draws, where options say do_sample
     sure=None,        # share of captions that must be right among those called sure, as `Calibration.threshold` promises it; needs the folder's confidence.json
+    dtype=None,       # of the computation, see `load_model`
 ) -> int: # photos in `out` that failed
     """Caption photos into a file of JSON lines, one a photo, in their order; the same call goes on where a killed one was.
 
@@ -488,10 +492,10 @@ def caption_many(
     inputs, out, team = check_inputs(inputs), Path(out), _processes()
     number, index = (team.num_processes, team.process_index) if team else (1, 0)
     if number > 1 and '-' in inputs: raise ValueError("standard input cannot be shared by several processes; write the list into a .txt file")
-    total, judge = count_photos(inputs), _judge(model, sure)
+    total, judge = count_photos(inputs), _judge(model, sure, dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     with StopAtSignal() as stop, nullcontext() if index else only_writer(out):
-        captioner = load_model(model, team and team.device)
+        captioner = load_model(model, team and team.device, dtype)
         if judge: judge.check(captioner)
         options = _options(options, captioner, force_words, bad_words)
         if index == 0: _make_ready(out, run_facts(captioner, options, tokens, seed, judge), retry, batch_size, log)
@@ -536,11 +540,12 @@ def caption_files(
     bad_words=(),     # words that none may say
     seed=0,           # of the draws, where options say do_sample
     sure=None,        # share of captions that must be right among those called sure, as `Calibration.threshold` promises it; needs the folder's confidence.json
+    dtype=None,       # of the computation, see `load_model`
 ) -> int: # how many could not be read
     "Caption photos with a model folder; a missing file stops it before work starts, a broken photo does not."
     inputs = check_inputs(inputs)
     if _processes(): raise ValueError("several processes need a file to write to: add --jsonl FILE")
-    total, judge, model = count_photos(inputs), _judge(model, sure), load_model(model)
+    total, judge, model = count_photos(inputs), _judge(model, sure, dtype), load_model(model, dtype=dtype)
     if judge: judge.check(model)
     options = _options(options, model, force_words, bad_words)
     if num_workers is None: num_workers = 0 if total and total <= 2*batch_size else default_workers()

@@ -377,7 +377,7 @@ class ImageEncoder(nn.Module):
         "The chosen maps (B, C_i, h_i, w_i) as they leave the backbone."
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values must be floats (B, 3, H, W) from image_transform, not {pixel_values.dtype} {tuple(pixel_values.shape)}")
-        maps = self.backbone(pixel_values)
+        maps = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))         # convolutions are faster so, MobileNetV2's by two thirds on a processor
         return [maps[i] for i in self.chosen]
 
     def forward(self, pixel_values):  # (B, 3, H, W), from image_transform
@@ -436,16 +436,16 @@ def _square_pixels(image, size):
     whole = image.size
     draft = image.draft(None, (int(DRAFT_MARGIN*size),)*2)       # None for what is no JPEG; nothing is decoded yet
     if image.size != whole:                                      # 375 rows halved are 187.5, kept in 188: the box says where the photo ends
-        return _bytes(to_rgb(image.resize((size, size), Image.Resampling.BICUBIC, box=draft[1])))
-    plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return _bytes(to_rgb(image.resize((size, size), Image.Resampling.BICUBIC, box=draft[1]))).contiguous()
+    plain = image.format == "JPEG" and image.mode == "RGB" and (image.info.keys().isdisjoint(("exif", "xmp")) or image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
     return _resized(_bytes(image if plain else to_rgb(image)), size)  # to_rgb would copy it twice
 
-def _bytes(image): return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # RGB to (3, h, w) uint8
+def _bytes(image): return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # RGB to (3, h, w) uint8, channels last in memory: so torch resizes it twice as fast
 
 def _resized(pixels, size):
     "(3, h, w) uint8 to (3, size, size), bicubic; torch is several times as fast as PIL, and within two steps of 255."
-    if pixels.shape[1:] == (size, size): return pixels
-    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0].contiguous()
+    if pixels.shape[1:] != (size, size): pixels = F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+    return pixels.contiguous()
 
 def load_pixels(
     source,   # a path, the bytes of an image file, or a PIL image in any mode

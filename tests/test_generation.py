@@ -544,6 +544,8 @@ class Table:
         self.rows = new_ids if self.rows is None else torch.cat((self.rows, new_ids), 1)
         return torch.tensor([self.table.get(tuple(ids[1:]), [0.05, 0.15, 0.8, 0.0]) for ids in self.rows.tolist()]).log()
 
+    def log_probabilities(self, new_ids): return self(new_ids).log_softmax(-1)
+
     def select(self, rows, images=None): self.rows = self.rows[rows]
 
 

@@ -195,6 +195,28 @@ def test_a_run_of_draws_that_was_killed_goes_on_to_the_same_bytes(folder, model,
     assert done.returncode == 0 and out.read_bytes() == (tmp_path/'whole.jsonl').read_bytes(), done.stderr
 
 
+# another type of numbers -----------------------------------------------------------------------------------------------------------
+
+def test_dtype(folder, model, tmp_path):
+    half = Captioner.from_pretrained(model).to(torch.bfloat16)
+    said = generate_caption(half, sorted(folder.iterdir()))
+    lines = []
+    assert caption_files([folder], model, out=lines.append, num_workers=0, dtype='bfloat16') == 0
+    assert [line.split('\t')[1] for line in lines] == said
+    caption_many([folder], model, tmp_path/'half.jsonl', dtype='bfloat16', **QUIET)
+    assert [entry['caption'] for entry in entries(tmp_path/'half.jsonl')] == said
+    with pytest.raises(ValueError, match='model: '): caption_many([folder], model, tmp_path/'half.jsonl', **QUIET)          # a file holds the captions of one type
+
+
+def test_dtypes_without_sense_are_refused_before_work_starts(folder, model, tmp_path):
+    for more, says in ((dict(dtype='int8'), "dtype is 'int8'; give bfloat16"), (dict(dtype='bfloat16', sure=.9), 'leave dtype=bfloat16 out')):
+        with pytest.raises(ValueError, match=says): caption_files([folder], model, **more)
+        with pytest.raises(ValueError, match=says): caption_many([folder], model, tmp_path/'out.jsonl', **more, **QUIET)
+    assert not (tmp_path/'out.jsonl').exists()
+    done = run(folder, '--model', model, '--dtype', 'int8')
+    assert done.returncode == 1 and b"dtype is 'int8'" in done.stderr and not done.stdout
+
+
 # not sure -------------------------------------------------------------------------------------------------------------------------
 
 def test_not_sure(folder, model, captioner, tmp_path):
@@ -501,14 +523,18 @@ def test_two_processes_share_the_work(folder, model, tmp_path):
     place = shutil.copytree(folder, tmp_path/'photos')
     (place/'05.jpg').write_bytes(b'')
     arguments = ['caption', str(place), '--model', str(model), '--batch-size', '4', '--workers', '0', '--jsonl']
-    def together(out):
-        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'pvtblip', *arguments, str(out)]
+    def together(out, *more):
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'pvtblip', *arguments, str(out), *more]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1'})
     assert run(*arguments[1:], tmp_path/'one.jsonl').returncode == 1
     both = together(tmp_path/'two.jsonl')
     assert both.returncode == 1 and '24 photos, ' in both.stderr and both.stderr.count(' a second; 1 failed') == 1, both.stderr
     assert (tmp_path/'one.jsonl').read_bytes() == (tmp_path/'two.jsonl').read_bytes()                    # in the same order
     assert sorted(file.name for file in tmp_path.glob('two.jsonl*')) == ['two.jsonl', 'two.jsonl.run.json']
+    # draws hang on seed and name, whichever process makes them
+    draws = '--set', 'do_sample=true', '--seed', '3'
+    assert run(*arguments[1:], tmp_path/'drawn.jsonl', *draws).returncode == 1 and together(tmp_path/'drawn-by-two.jsonl', *draws).returncode == 1
+    assert (tmp_path/'drawn.jsonl').read_bytes() == (tmp_path/'drawn-by-two.jsonl').read_bytes() != (tmp_path/'one.jsonl').read_bytes()
     # three processes were killed: the parts hold some lines, the file one of them already, one part ends in half a line; two go on
     lines = (tmp_path/'one.jsonl').read_bytes().splitlines(keepends=True)
     (tmp_path/'three.jsonl').write_bytes(lines[0])
