@@ -278,6 +278,7 @@ def evaluate_photos(
     out=print,            # gets the table
     log=print,            # gets everything else
     progress=True,        # show a bar
+    dtype=None,           # of the computation, see `load_model`
 ) -> dict: # of `score_files`, with model (its `fingerprint`), shuffled_gap, confidences (mean log-probability of each caption's tokens) and clip_score
     "Caption the photos of a caption file and score the captions; bad input is refused before work starts, broken photos are named."
     coco_code()
@@ -286,7 +287,7 @@ def evaluate_photos(
     references, learnt = {name: list(record.captions) for name, (_, record) in photos.items()}, read_training_captions(training_captions)
     if clip: check_clip(clip)
     pair_captions(references, {name: own[0] for name, own in references.items()}, go_on)                # what is wrong with them shows before work starts
-    model = load_model(model)
+    model = load_model(model, dtype=dtype)
     options = GenerationConfig(num_beams=num_beams, max_length=max_length, min_length=min_length).check(model)
     said, sure, broken, losses = _caption_all(model, photos, options, batch_size, progress)
     for why in broken.values(): log(f"skipped broken photo {why}")

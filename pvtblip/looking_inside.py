@@ -70,7 +70,7 @@ def photo_map(
     encoder,         # of the Captioner that they come from
     photo_size,      # (height, width) of the upright photo
     image_size=None, # (H, W) that the model saw; None: the square of its config
-): # (..., height, width), sums to about the sum of the weights
+): # (..., height, width), sums to about the sum of the weights where these are spread; tokens of the first row or column count about half, those of the last up to half more
     "Attention laid on the photo where the tokens are; raises ValueError where S is not the encoder's number of tokens."
     size = (encoder.config.image_size,)*2 if image_size is None else tuple(image_size)
     grids, total = encoder.grids(size), 0.
@@ -250,7 +250,7 @@ def head_shares(
 def word_shares(
     weights:AttentionWeights,
     prompt_length, # of the tokenizer, [CLS] included
-    lengths,       # (B,) tokens of each caption, prompt and [SEP] included
+    lengths,       # (B,) tokens of each caption, prompt included, [SEP] not: it chooses nothing
 ) -> dict: # {'itself', 'word before', 'prompt': (layers, H) shares of self-attention}
     "What each head of the self-attention listens to while it reads the words after the first."
     real = torch.arange(weights.attentions.shape[-1]) < torch.as_tensor(lengths)[:, None]    # (B, T)

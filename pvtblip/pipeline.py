@@ -74,7 +74,7 @@ def photos_in_shard(
             yield Photo(name, problem="no photo in this sample") if suffix is None else Photo(f"{name}.{suffix}", sample[suffix])
 
 # %% ../nbs/16_pipeline.ipynb #0626d2b9
-_SHARD = re.compile(r'\.(tar|tgz)(\.\w+)?$', re.I)
+_SHARD = re.compile(r'\.(tar|tgz)(\.(gz|bz2|xz|zst))?$', re.I)
 
 def check_inputs(
     inputs, # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
@@ -239,10 +239,10 @@ def caption_results(
 
 # %% ../nbs/16_pipeline.ipynb #64aa11ab
 class LineWriter:
-    "A context that appends whole lines to a file: one write a call, on the disk a few seconds later."
+    "A context that appends whole lines to a file: one write a call, on the disk with the first call that comes `seconds` after the last time."
     def __init__(self,
         file,        # path
-        seconds=5.,  # what a power cut costs at most
+        seconds=5.,  # what a power cut costs at most, and a batch besides
     ): self.file, self.seconds = file, seconds
 
     def __enter__(self):
@@ -505,7 +505,7 @@ def caption_many(
         groups = islice(_groups(_not_done(list_photos(inputs), done), batch_size), index, None, number)
         batches = caption_batches(chain.from_iterable(groups), captioner, options, batch_size, default_workers() if num_workers is None else num_workers, seed)
         with (LineWriter(f'{out}.part-{index:04}-of-{number:04}' if team else out) as lines,
-              tqdm(total=total and (total - before)//number, disable=not progress or index > 0, desc='captioning', unit='photo') as bar):
+              tqdm(total=total and max(0, total - before)//number, disable=not progress or index > 0, desc='captioning', unit='photo') as bar):
             count = _say_all(batches, captioner, lines, bar, tokens, stop, judge)
         batches.close()                                                          # the workers go home
         if stop.number is not None:

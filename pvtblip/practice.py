@@ -9,9 +9,9 @@ __all__ = ['SaveEvery', 'StopOnSignal', 'KeepBest', 'WeightAverage', 'load_best'
            'prepare_model', 'run_training', 'dry_run']
 
 # %% ../nbs/13_practice.ipynb #f005ae0a
-import copy, difflib, functools, json, math, os, random, shutil, signal, statistics, sys, time, tomllib, types, typing
+import copy, difflib, functools, json, math, os, random, signal, statistics, sys, time, tomllib, types, typing
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,7 @@ class SaveEvery(Callback):
 # %% ../nbs/13_practice.ipynb #9a20421d
 class StopOnSignal(StopAtSignal, Callback):
     "A context: at SIGTERM or Ctrl-C the step is finished, a state written, and the process exits with 128 + the signal's number; at a second one it ends at once."
+    line = "before the first step was done: there is nothing to resume"
     def __init__(self,
         log=print, # told of the end, in a line
     ): self.log = log
@@ -58,7 +59,7 @@ class StopOnSignal(StopAtSignal, Callback):
 
     def on_step_end(self, run):
         if self.number is not None: run.should_save = run.should_stop = True
-    def on_evaluate(self, run, measures): self.on_step_end(run)
+    def on_evaluate(self, run, measures): self.on_step_end(run)              # a signal that came while it measured
 
     def on_train_end(self, run):
         "One process's signal ends all of them."
@@ -179,6 +180,7 @@ class HeldOutLoss:
         for i, batch in enumerate(self.batches):
             if i % share != state.process_index % share or 'labels' not in batch: continue
             pixels, ids, labels = (batch[name].to(device) for name in ('pixel_values', 'input_ids', 'labels'))
+            if len(pixels) < 2: continue                                 # a last photo has none to be exchanged with
             sums += shuffled_losses(model, pixels, ids, labels)
         sums = reduce(sums)
         if not sums[-1]: raise ValueError("no held-out photo could be read; check the folder of photos")
@@ -187,7 +189,7 @@ class HeldOutLoss:
 
 # %% ../nbs/13_practice.ipynb #7de3484f
 class HeldOutCaptions:
-    "For `evaluate`: the share of different captions among those of held-out photos (near 0 the model does not look), and scores such as CIDEr."
+    "For `evaluate`: the share of different captions among those of held-out photos (1/photos: the same for all), and scores such as CIDEr."
     def __init__(self,
         dataset,    # held-out photos, addressed by index
         tokenizer,  # the model's
@@ -383,7 +385,7 @@ def read_config(
     try: values = tomllib.loads(text) if Path(file).suffix == '.toml' else json.loads(text)
     except ValueError as error: raise ValueError(f"{file}: cannot be read as {Path(file).suffix[1:] or 'JSON'} ({error}); correct this place") from error
     if not isinstance(values, dict): raise ValueError(f"{file}: holds a {type(values).__name__}; a config is a table of settings")
-    from_plain(cls, values, file)                                        # names and types, as they stand there
+    from_plain(cls, values, file)                                        # the file alone first: an error then names what the file says
     return from_plain(cls, _over(cls, json.loads(json.dumps(asdict(cls()))), values), file)
 
 def _over(cls, defaults, values):
@@ -473,6 +475,7 @@ def run_training(
     training, practice = training or TrainingConfig(), practice or PracticeConfig()
     if practice.metric_for_best_model and not (evaluate and training.eval_steps and folder): raise ValueError(
         "metric_for_best_model needs a folder for states, an evaluate function and eval_steps above 0")
+    if practice.log_with and not folder: raise ValueError("log_with needs a folder: the curves are written beside the states")
     tracking = dict(log_with=practice.log_with, project_dir=folder and Path(folder).parent) if practice.log_with else {}
     accelerator = make_accelerator(training, **tracking)
     prepare_model(model, practice)
@@ -502,10 +505,11 @@ class _Clock(Callback):
 def _same_random_numbers():
     "What is drawn inside is not missed outside."
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    try:
+        with torch.random.fork_rng(): yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 # %% ../nbs/13_practice.ipynb #159649ac
 def _without_end(loader):

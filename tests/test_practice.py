@@ -99,6 +99,9 @@ model = make_model""")
 def test_signals_are_given_back_after_an_error():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ZeroDivisionError), StopOnSignal(): 1 / 0
+    lines = []
+    with pytest.raises(SystemExit, match="130"), StopOnSignal(lines.append): os.kill(os.getpid(), signal.SIGINT)   # before the first step
+    assert lines == ["stopped by SIGINT before the first step was done: there is nothing to resume"]
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -182,6 +185,7 @@ def test_held_out_loss_is_that_of_one_big_batch():
     smoothed = Captioner(replace(model.config, label_smoothing=0.5))
     smoothed.load_state_dict(model.state_dict())
     assert abs(HeldOutLoss(data, model.tokenizer)(smoothed)["validation_loss"] - expected.item()) < 1e-5
+    assert HeldOutLoss(data, model.tokenizer, batch_size=5)(model) == HeldOutLoss(data, model.tokenizer, batch_size=5, images=10)(model)   # the eleventh has none to be exchanged with
     with pytest.raises(ValueError, match="at least two"): HeldOutLoss(make_data(1), model.tokenizer)
     broken = [BrokenImage("a.jpg", "empty")] * 3
     with pytest.raises(ValueError, match="no held-out photo could be read"): HeldOutLoss(broken, model.tokenizer)(model)
