@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
-from .data import BrokenImage, CaptionDataset, Collate, outlive_signals, split_by_name, take_split, write_whole
+from .data import BrokenImage, CaptionDataset, Collate, hold_out, outlive_signals, take_split, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights, load_whole
 from .evaluation import cider_score, has_coco_code
 from .generation import generate
@@ -114,9 +114,8 @@ def divide_photos(
         if both := {record.file for record in records} & {record.file for record in held}: raise ValueError(
             f"{data.captions}: {len(both)} photos are to be trained on and held out, {min(both)!r} the first; divide data.split and data.validation_split")
         return records, held, source.images
-    for share in (0.02, 0.1, 0.3, 0.5):                                                    # small sets give up a larger share: two photos at least
-        kept, held = split_by_name(records, share)
-        if kept and len(held) > 1: return kept, held, source.images
+    kept, held = hold_out(records)
+    if kept and len(held) > 1: return kept, held, source.images
     raise ValueError(f"{data.captions}: {len(records)} photos are too few to train on some and hold out others; give more")
 
 # %% ../nbs/14_photo_training.ipynb #382f767e

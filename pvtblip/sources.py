@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
-from .data import BrokenImage, Record, _find_fields, _gathered, _object_rows, draw_captions, read_captions, split_by_name, take_split
+from .data import BrokenImage, Record, _find_fields, _gathered, _object_rows, draw_captions, hold_out, read_captions, take_split
 from .pvt_encoder import PHOTO_FORMATS, load_image
 from .tokenizer import CaptionTokenizer, collapse_whitespace
 
@@ -517,7 +517,7 @@ def _checked_photos(files: list[str], content: Callable[[str], Path | bytes], fu
 def _split_of(records: list[Record]) -> tuple[dict[str, str], str]:
     "(file -> split, who divides them)"
     if any(record.split for record in records): return {record.file: record.split or "none" for record in records}, "stated"
-    training, validation = split_by_name(records)
+    training, validation = hold_out(records)
     return {record.file: name for name, side in (("training", training), ("validation", validation)) for record in side}, "none stated; by a hash of the name"
 
 def _content_of(images: Path | Mapping | None) -> Callable[[str], Path | bytes] | None:
