@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['GenerationConfig', 'text_ids', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'repeated_ngrams', 'bad_endings',
-           'penalise_repetition', 'Rules', 'FastLinear', 'for_inference', 'NextToken', 'GenerationOutput', 'pick',
+           'penalise_repetition', 'Rules', 'FastLinear', 'FastDecoder', 'NextToken', 'GenerationOutput', 'pick',
            'alternatives', 'tokens_missing', 'ForcedWords', 'check_words', 'generate', 'process_image', 'word_ids',
            'generate_caption', 'settled', 'stream_caption', 'cross_attention', 'attention_map']
 
 # %% ../nbs/04_generation.ipynb #ea91c18e
-import copy, re
+import math, re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from functools import partial
 
 import torch, torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .decoder import Captioner
+from .decoder import BertDecoder, Captioner
 from .pvt_encoder import image_transform
 from .tokenizer import collapse_whitespace
 
@@ -199,42 +200,99 @@ class Rules:
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 _PACKED = [torch.float32, torch.bfloat16] if _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else [torch.float32] if _ONEDNN else []
 _AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()  # Intel's matrix units; older torch cannot tell
-_packs = WeakKeyDictionary()  # module: (mark of its weight, the weight in oneDNN's layout)
+_packs = WeakTensorKeyDictionary()  # first weight: (marks of all, all in one matrix in oneDNN's layout)
 
-def _pack(owner, weight):     # the module that holds the weight: the pack lives as long as it does; (V, D)
-    "A packed copy of a weight, made once, and again whenever the weight has changed."
-    mark = weight.data_ptr(), None if weight.is_inference() else weight._version, weight.sum(1, dtype=torch.float32)
-    kept = _packs.get(owner)
-    if kept is None or kept[0][:2] != mark[:2] or not torch.equal(kept[0][2], mark[2]):
-        kept = _packs[owner] = mark, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+def _can_pack(layer):         # a module
+    "Is it a plain linear layer (one with LoRA's adapter is not) whose weight oneDNN takes and whose bits make whole numbers of 64?"
+    weight = getattr(layer, 'weight', None)
+    return type(layer) is nn.Linear and weight.device.type == 'cpu' and weight.dtype in _PACKED and weight.is_contiguous() and weight.shape[1] % 4 == 0 == weight.storage_offset() % 4
+
+def _pack(*weights):          # each (V, D)
+    "A packed copy of weights, one below the other, made once, and again whenever one has changed."
+    marks = [(w.data_ptr(), None if w.is_inference() else w._version, w.detach().view(torch.int64).sum(1)) for w in weights]
+    kept = _packs.get(weights[0])
+    if kept is None or len(kept[0]) != len(marks) or any(a[:2] != b[:2] or not torch.equal(a[2], b[2]) for a, b in zip(kept[0], marks)):
+        kept = _packs[weights[0]] = marks, torch.ops.mkldnn._reorder_linear_weight(torch.cat([w.detach() for w in weights]), None)
     return kept[1]
 
 # %% ../nbs/04_generation.ipynb #b6578167
-class FastLinear(nn.Module):
-    "A linear layer for inference: oneDNN's kernel on a processor, `F.linear` elsewhere and for up to three float32 rows where Intel's is faster."
+class FastLinear:
+    "Linear layers with one input, for inference: one packed product on a processor; elsewhere, and for up to three float32 rows where Intel's is faster, the layers themselves."
     def __init__(self,
-        weight,     # (V, D)
-        bias,       # (V,) or None
-        owner=None, # the module that holds the weight; None: it is used only once and not worth packing
+        *layers,  # modules (..., D) -> (..., V)
+        rows:int, # of the input, at most
     ):
-        super().__init__()
-        self.weight, self.bias, self.pack = weight, bias, None
-        if weight.device.type == 'cpu' and weight.dtype in _PACKED:
-            self.pack = weight.detach() if owner is None else _pack(owner, weight)
+        self.layers, self.pack = layers, None
+        if not all(map(_can_pack, layers)) or _AMX and rows <= 3 and layers[0].weight.dtype == torch.float32: return
+        self.pack, self.bias = _pack(*(layer.weight for layer in layers)), torch.cat([layer.bias for layer in layers])
 
-    def forward(self, x): # (..., D) -> (..., V)
-        few = _AMX and x.dtype == torch.float32 and x.numel() <= 3*x.shape[-1]
-        if self.pack is None or few or torch.is_autocast_enabled('cpu'): return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.pack, self.bias, 'none', [], '')
+    def __call__(self,
+        x,          # (..., D)
+        gelu=False, # GELU afterwards
+        add=None,   # what is added to the result
+    ): # (..., the layers' V together)
+        "The layers' outputs, one behind the other."
+        if self.pack is None or torch.is_autocast_enabled('cpu'):
+            out = torch.cat([layer(x) for layer in self.layers], -1)
+            return F.gelu(out) if gelu else out if add is None else out + add
+        if add is not None: return torch.ops.mkldnn._linear_pointwise.binary(x, add, self.pack, self.bias, 'add')
+        return torch.ops.mkldnn._linear_pointwise(x, self.pack, self.bias, 'gelu' if gelu else 'none', [], 'none' if gelu else '')
 
-def for_inference(
-    module:nn.Module, # stays as it is
-) -> nn.Module: # its twin
-    "Other objects with the same weights, whose linear layers are `FastLinear`; made anew for each call."
-    if type(module) is nn.Linear: return FastLinear(module.weight, module.bias, module)
-    twin = copy.copy(module)
-    twin._modules = {name: child and for_inference(child) for name, child in module._modules.items()}
-    return twin
+# %% ../nbs/04_generation.ipynb #7b3d10ab
+class FastDecoder:
+    "What `BertDecoder.hidden_states` computes with its cache, for inference: fewer and larger products, and keys and values in one place."
+    def __init__(self,
+        decoder:BertDecoder, # in evaluation mode; stays as it is
+        image_tokens,        # (B, S, D)
+        rows:int,            # of text, at most
+    ):
+        linear = partial(FastLinear, rows=rows)
+        self.embeddings, self.heads, self.length, self.layers, self.images = decoder.bert['embeddings'], decoder.config.num_attention_heads, 0, [], []
+        for layer in decoder.layers:
+            back, there = layer.attention, layer.crossattention
+            self.layers.append((linear(back.self.query, back.self.key, back.self.value), linear(back.output.dense), back.output.LayerNorm,
+                                linear(there.self.query), linear(there.output.dense), there.output.LayerNorm,
+                                linear(layer.intermediate.dense), linear(layer.output.dense), layer.output.LayerNorm))
+            keys_values = FastLinear(there.self.key, there.self.value, rows=image_tokens[..., 0].numel())(image_tokens)  # (B, S, 2*D)
+            if image_tokens.device.type == 'cpu': keys_values = keys_values.to(torch.promote_types(keys_values.dtype, torch.float32))
+            self.images.append(keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous())      # (2, B, H, S, d)
+        self.words = keys_values.new_empty(32, len(self.layers), 2, len(image_tokens), image_tokens.shape[-1])          # (room for L, layers, 2, N, D)
+        self.spare = self.words.new_empty(0)
+
+    def __call__(self,
+        new_ids, # (N, T) tokens that follow those given so far
+    ): # (N, D)
+        "The last layer's output at the last token."
+        (N, T), past = new_ids.shape, self.length
+        if (more := past + T - len(self.words)) > 0: self.words = torch.cat((self.words, self.words.new_empty(max(more, len(self.words)), *self.words.shape[1:])))
+        self.length = past + T
+        mask = None if T == 1 else torch.ones(T, self.length, dtype=torch.bool, device=new_ids.device).tril(past)
+        x = self.embeddings(new_ids, past)                                                           # (N, T, D)
+        for i, (project, out, norm, ask, there_out, there_norm, widen, narrow, last_norm) in enumerate(self.layers):
+            query, keys_values = project(x).split([x.shape[-1], 2*x.shape[-1]], -1)
+            self.words[past:self.length, i] = keys_values.unflatten(-1, (2, -1)).permute(1, 2, 0, 3)
+            x = norm(out(self._attend(query, self.words[:self.length, i].unflatten(-1, (self.heads, -1)).permute(1, 2, 3, 0, 4), mask), add=x))
+            x = there_norm(there_out(self._attend(ask(x), self.images[i]), add=x))
+            x = last_norm(narrow(widen(x, gelu=True), add=x))
+        return x[:, -1]
+
+    def _attend(self, query, keys_values, mask=None): # (N, T, D), (2, B, H, S, d), N a multiple of B
+        "(N, T, D)"
+        key, value = keys_values
+        found = F.scaled_dot_product_attention(query.to(key.dtype).reshape(len(key), -1, *key.shape[1::2]).transpose(1, 2), key, value, mask)
+        return found.transpose(1, 2).reshape(query.shape).to(query.dtype)
+
+    def select(self,
+        rows,        # (N',) which rows of text go on, in which order
+        images=None, # (B',) which images go on; None: all
+    ):
+        "Keep, repeat or reorder rows of text and keep some images."
+        shape = (*self.words.shape[:3], len(rows), self.words.shape[-1])
+        if self.spare.numel() < math.prod(shape): self.spare = self.words.new_empty(math.prod(shape))
+        new = self.spare[:math.prod(shape)].view(shape)
+        torch.index_select(self.words[:self.length], 3, rows, out=new[:self.length])
+        self.words, self.spare = new, self.words.flatten()
+        if images is not None: self.images = [keys_values.index_select(1, images) for keys_values in self.images]
 
 # %% ../nbs/04_generation.ipynb #9dcff808
 class NextToken:
@@ -242,26 +300,26 @@ class NextToken:
     def __init__(self,
         model:Captioner, # stays as it is
         image_tokens,    # (B, S, D)
+        captions=1,      # rows of text an image, at most
     ):
-        self.decoder = for_inference(model.decoder)
-        self.cache = self.decoder.new_cache(image_tokens)
-        self.cache.image = [(k.contiguous(), v.contiguous()) for k, v in self.cache.image]  # read at every step: a quarter faster in one piece
-        words, bias = model.decoder.bert['embeddings'].word_embeddings, model.decoder.cls['predictions'].bias
+        rows, predictions = len(image_tokens)*captions, model.decoder.cls['predictions']
+        self.decoder = FastDecoder(model.decoder, image_tokens, rows=rows)
+        self.dense, self.norm = FastLinear(predictions.transform['dense'], rows=rows), predictions.transform['LayerNorm']
+        weight, bias = model.decoder.word_embedding, predictions.bias
         self.ids = torch.arange(len(bias), device=image_tokens.device) if model.output_ids is None else model.output_ids  # (V',)
-        if model.output_ids is None: self.head = FastLinear(words.weight, bias, words)
-        else: self.head = FastLinear(words.weight[self.ids], bias[self.ids])
+        if model.output_ids is not None: weight, bias = (nn.Parameter(x, requires_grad=False) for x in (F.embedding(self.ids, weight), bias[self.ids]))
+        head = nn.Linear(1, 1, device='meta')                                    # a shell
+        head.weight, head.bias = weight, bias
+        self.head = FastLinear(head, rows=rows)
         self.sep, self.pad = int((self.ids == model.tokenizer.sep_token_id).nonzero()), model.tokenizer.pad_token_id
-        self.dtype = torch.promote_types(words.weight.dtype, torch.float32)      # of log-probabilities and scores
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)      # of log-probabilities and scores
         self.room = torch.empty(0, dtype=self.dtype, device=image_tokens.device)
 
     def __call__(self,
         new_ids, # (N, t) tokens that the cache has not seen
     ): # (N, V')
         "Logits of the next token."
-        hidden, _ = self.decoder.hidden_states(new_ids, self.cache)
-        transform = self.decoder.cls['predictions'].transform
-        hidden = transform['LayerNorm'](F.gelu(transform['dense'](hidden[:, -1])))  # (N, D)
-        return self.head(hidden).to(self.dtype)
+        return self.head(self.norm(self.dense(self.decoder(new_ids), gelu=True))).to(self.dtype)
 
     def log_probabilities(self,
         new_ids, # (N, t) tokens that the cache has not seen
@@ -276,8 +334,7 @@ class NextToken:
         images=None, # images that go on; None: all
     ):
         "Keep, repeat or reorder text rows and keep some images."
-        self.cache.select(rows)
-        if images is not None: self.cache.select_images(images)
+        self.decoder.select(rows, images)
 
 # %% ../nbs/04_generation.ipynb #166bb792
 @dataclass
@@ -571,7 +628,7 @@ def _without_dropout(model):
 # %% ../nbs/04_generation.ipynb #baaa9844
 def _search(model, image_tokens, config, generator): # config: checked
     "What greedy search or sampling has after each token, or beam search at its end: sequences, scores, log-probabilities."
-    step = NextToken(model, image_tokens)
+    step = NextToken(model, image_tokens, max(config.num_beams, config.num_return_sequences))
     rules = Rules(config, step.ids, step.sep)
     prompt = torch.tensor([config.prompt_ids(model)]*len(image_tokens), device=image_tokens.device)       # (B, P)
     if config.num_beams == 1: yield from _one_by_one(step, rules, prompt, config, generator)
