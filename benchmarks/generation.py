@@ -1,6 +1,6 @@
 """How fast is pvtblip's `generate`, compared with transformers' on the same weights and image tokens?
 
-    python benchmarks/generation.py [--quick] [--json FILE]
+    python benchmarks/generation.py [--quick] [--compile] [--json FILE]
 
 Both run in this process, in turn, several times; the ratio is the median of (transformers' time / ours).
 Both get image tokens, so the encoder is not timed. transformers runs at its best: scaled dot-product attention
@@ -85,8 +85,8 @@ def least_seconds(config, image_tokens, lengths, beams, prompt, dtype, rates):
     return seconds
 
 
-def call_ours(model, images, beams):
-    return generate(model, image_tokens=images, num_beams=beams, max_length=MAX_LENGTH).sequences[:, 0]
+def call_ours(model, images, beams, compile=False):
+    return generate(model, image_tokens=images, num_beams=beams, max_length=MAX_LENGTH, compile=compile).sequences[:, 0]
 
 
 @torch.inference_mode()
@@ -108,11 +108,11 @@ def timed(function, device):
     return result, time.perf_counter() - start
 
 
-def measure(ours, theirs, images, beams, rounds, rates):
+def measure(ours, theirs, images, beams, rounds, rates, compile):
     "One row of the table: both called in turn, `rounds` times, after a warm-up."
     sep, device = ours.tokenizer.sep_token_id, images.device
     prompt = ours.tokenizer(batch_size=len(images))["input_ids"].to(device)
-    pair = lambda: call_ours(ours, images, beams), lambda: call_theirs(theirs, prompt, images, beams, sep)
+    pair = lambda: call_ours(ours, images, beams, compile), lambda: call_theirs(theirs, prompt, images, beams, sep)
     a, b = (until_end(f(), sep) for f in pair)
     times = []
     for i in range(rounds):
@@ -127,6 +127,7 @@ def measure(ours, theirs, images, beams, rounds, rates):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="no batch of 32, fewer rounds: three or four minutes on one core, without it about half an hour")
+    parser.add_argument("--compile", action="store_true", help="ours with compile=True; the first call of each row takes ten seconds or more, untimed")
     parser.add_argument("--json", metavar="FILE", help="write the rows here too")
     parser.add_argument("--rounds", type=int, help="timed calls of each (default 5; 3 with --quick)")
     args = parser.parse_args()
@@ -150,7 +151,7 @@ def main():
                 for batch in batches:
                     for beams in (1, 3, 5):
                         row = dict(model=name, ending=ending, dtype=str(dtype).removeprefix("torch."), batch=batch, beams=beams,
-                                   **measure(ours, theirs, images[:batch], beams, rounds, rates[dtype]))
+                                   **measure(ours, theirs, images[:batch], beams, rounds, rates[dtype], args.compile))
                         rows.append(row)
                         if args.json: Path(args.json).write_text(json.dumps(rows, indent=1))  # after each row: a run that is stopped keeps what it has
                         print(f"{name:36}{ending:>8}{row['dtype']:>10}{batch:6}{beams:6}{row['ratio']:7.2f}{row['ms']:9.1f}{row['floor_ms']:8.1f}{row['of_floor']:9.0%}{row['tokens']:8}"

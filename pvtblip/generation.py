@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['GenerationConfig', 'text_ids', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'repeated_ngrams', 'bad_endings',
-           'penalise_repetition', 'Rules', 'FastLinear', 'FastDecoder', 'NextToken', 'GenerationOutput', 'pick',
-           'alternatives', 'tokens_missing', 'ForcedWords', 'check_words', 'generate', 'process_image', 'word_ids',
-           'generate_caption', 'settled', 'stream_caption', 'cross_attention', 'attention_map']
+           'penalise_repetition', 'Rules', 'FastLinear', 'FastDecoder', 'CompiledDecoder', 'NextToken',
+           'GenerationOutput', 'pick', 'alternatives', 'tokens_missing', 'ForcedWords', 'check_words', 'generate',
+           'process_image', 'word_ids', 'generate_caption', 'settled', 'stream_caption', 'cross_attention',
+           'attention_map']
 
 # %% ../nbs/04_generation.ipynb #ea91c18e
 import math, re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from functools import partial
 
 import torch, torch.nn.functional as F
 from PIL import Image
@@ -47,6 +48,7 @@ class GenerationConfig:
     bad_words_ids: list|None = None # token id lists that it must not say
     num_return_sequences: int = 1  # captions an image: the best beams, or as many draws
     output_attentions: bool = False # return the cross-attention over each caption too
+    compile: bool = False          # each step one program of `torch.compile`; for CUDA
 
     def prompt_ids(self,
         model:Captioner, # its prompt and tokenizer
@@ -232,7 +234,7 @@ class FastLinear:
         add=None,   # what is added to the result
     ): # (..., the layers' V together)
         "The layers' outputs, one behind the other."
-        if self.pack is None or torch.is_autocast_enabled('cpu'):
+        if torch.compiler.is_compiling() or self.pack is None or torch.is_autocast_enabled('cpu'):
             out = torch.cat([layer(x) for layer in self.layers], -1)
             return F.gelu(out) if gelu else out if add is None else out + add
         if add is not None: return torch.ops.mkldnn._linear_pointwise.binary(x, add, self.pack, self.bias, 'add')
@@ -245,6 +247,7 @@ class FastDecoder:
         decoder:BertDecoder, # in evaluation mode; stays as it is
         image_tokens,        # (B, S, D)
         rows:int,            # of text, at most
+        room:int=32,         # positions to begin with; it grows
     ):
         linear = partial(FastLinear, rows=rows)
         self.embeddings, self.heads, self.length, self.layers, self.images = decoder.bert['embeddings'], decoder.config.num_attention_heads, 0, [], []
@@ -256,22 +259,27 @@ class FastDecoder:
             keys_values = FastLinear(there.self.key, there.self.value, rows=image_tokens[..., 0].numel())(image_tokens)  # (B, S, 2*D)
             if image_tokens.device.type == 'cpu': keys_values = keys_values.to(torch.promote_types(keys_values.dtype, torch.float32))
             self.images.append(keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous())      # (2, B, H, S, d)
-        self.words = keys_values.new_empty(32, len(self.layers), 2, len(image_tokens), image_tokens.shape[-1])          # (room for L, layers, 2, N, D)
+        self.words = keys_values.new_zeros(room, len(self.layers), 2, len(image_tokens), image_tokens.shape[-1])        # (room for L, layers, 2, N, D)
         self.spare = self.words.new_empty(0)
 
     def __call__(self,
         new_ids, # (N, T) tokens that follow those given so far
     ): # (N, D)
         "The last layer's output at the last token."
-        (N, T), past = new_ids.shape, self.length
-        if (more := past + T - len(self.words)) > 0: self.words = torch.cat((self.words, self.words.new_empty(max(more, len(self.words)), *self.words.shape[1:])))
+        past, T = self.length, new_ids.shape[1]
         self.length = past + T
+        if (more := self.length - len(self.words)) > 0: self.words = torch.cat((self.words, self.words.new_empty(max(more, len(self.words)), *self.words.shape[1:])))
+        def remember(i, keys_values):
+            self.words[past:self.length, i] = keys_values
+            return self.words[:self.length, i]
         mask = None if T == 1 else torch.ones(T, self.length, dtype=torch.bool, device=new_ids.device).tril(past)
-        x = self.embeddings(new_ids, past)                                                           # (N, T, D)
+        return self._through(self.embeddings(new_ids, past), remember, mask)
+
+    def _through(self, x, remember, mask): # (N, T, D); a layer's number and new keys and values (T, 2, N, D) -> those of all words; (T, L) or None
         for i, (project, out, norm, ask, there_out, there_norm, widen, narrow, last_norm) in enumerate(self.layers):
             query, keys_values = project(x).split([x.shape[-1], 2*x.shape[-1]], -1)
-            self.words[past:self.length, i] = keys_values.unflatten(-1, (2, -1)).permute(1, 2, 0, 3)
-            x = norm(out(self._attend(query, self.words[:self.length, i].unflatten(-1, (self.heads, -1)).permute(1, 2, 3, 0, 4), mask), add=x))
+            words = remember(i, keys_values.unflatten(-1, (2, -1)).permute(1, 2, 0, 3).to(self.words.dtype))                # (L, 2, N, D)
+            x = norm(out(self._attend(query, words.unflatten(-1, (self.heads, -1)).permute(1, 2, 3, 0, 4), mask), add=x))
             x = there_norm(there_out(self._attend(ask(x), self.images[i]), add=x))
             x = last_norm(narrow(widen(x, gelu=True), add=x))
         return x[:, -1]
@@ -288,11 +296,36 @@ class FastDecoder:
     ):
         "Keep, repeat or reorder rows of text and keep some images."
         shape = (*self.words.shape[:3], len(rows), self.words.shape[-1])
-        if self.spare.numel() < math.prod(shape): self.spare = self.words.new_empty(math.prod(shape))
+        if self.spare.numel() < math.prod(shape): self.spare = self.words.new_zeros(math.prod(shape))
         new = self.spare[:math.prod(shape)].view(shape)
         torch.index_select(self.words[:self.length], 3, rows, out=new[:self.length])
         self.words, self.spare = new, self.words.flatten()
         if images is not None: self.images = [keys_values.index_select(1, images) for keys_values in self.images]
+
+# %% ../nbs/04_generation.ipynb #7b3d10ae
+class CompiledDecoder(FastDecoder):
+    "A `FastDecoder` whose shapes never change, each step one program."
+    def __call__(self,
+        new_ids, # (N, T)
+    ): # (N, D)
+        "The last layer's output at the last token."
+        if new_ids.shape[1] > 1: return super().__call__(new_ids)
+        place = torch.arange(len(self.words)+1, device=new_ids.device)
+        said = (place < self.length) | (place == len(self.words))                                     # the new word stands last
+        x, self.words[self.length] = _compiled(new_ids.device.type)(self, self.embeddings(new_ids, self.length), self.words, said[None])
+        self.length += 1
+        return x
+
+    def _step(self, x, words, said): # (N, 1, D), (L, layers, 2, N, D), (1, L+1) -> (N, D), (layers, 2, N, D)
+        new = []
+        def remember(i, keys_values):
+            new.append(keys_values)
+            return torch.cat((words[:, i], keys_values))
+        return self._through(x, remember, said), torch.cat(new)
+
+@lru_cache
+def _compiled(device):
+    return torch.compile(CompiledDecoder._step, dynamic=False, mode='reduce-overhead' if device == 'cuda' else 'default')
 
 # %% ../nbs/04_generation.ipynb #9dcff808
 class NextToken:
@@ -301,9 +334,11 @@ class NextToken:
         model:Captioner, # stays as it is
         image_tokens,    # (B, S, D)
         captions=1,      # rows of text an image, at most
+        room=None,       # positions, for `CompiledDecoder`; None: `FastDecoder`
     ):
         rows, predictions = len(image_tokens)*captions, model.decoder.cls['predictions']
-        self.decoder = FastDecoder(model.decoder, image_tokens, rows=rows)
+        self.decoder = CompiledDecoder(model.decoder, image_tokens, rows=rows, room=room) if room else FastDecoder(model.decoder, image_tokens, rows=rows)
+        self.keeps_images = bool(room)                                           # shapes must not change
         self.dense, self.norm = FastLinear(predictions.transform['dense'], rows=rows), predictions.transform['LayerNorm']
         weight, bias = model.decoder.word_embedding, predictions.bias
         self.ids = torch.arange(len(bias), device=image_tokens.device) if model.output_ids is None else model.output_ids  # (V',)
@@ -371,9 +406,9 @@ def _choose(values, config, generator, uniform): # (N, V'), uniform (N,) or None
     if uniform is None: return values.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
     return pick(values.softmax(-1), uniform)
 
-def _stay(going): # (B',) bool: which of the images in the cache go on
+def _stay(step, going): # (B',) bool: which of the images in the cache go on
     "Indices of those that stay in the cache, or None: dropping some copies the others, so it must halve the work."
-    return going.nonzero()[:, 0] if 2*int(going.sum()) <= len(going) else None
+    return going.nonzero()[:, 0] if not step.keeps_images and 2*int(going.sum()) <= len(going) else None
 
 def _rows_of(images, R): # (B',) -> (B'*R,)
     "The R adjacent rows of each image."
@@ -408,7 +443,7 @@ def _one_by_one(step, rules, prompt, config, generator):
         scores = logprobs.nansum(1) / (~logprobs.isnan()).sum(1)**config.length_penalty
         yield sequences.view(B, R, L), scores.view(B, R), logprobs.view(B, R, L-P)
         if not going.any(): break
-        if (stay := _stay(going.view(-1, R).any(1))) is not None:
+        if (stay := _stay(step, going.view(-1, R).any(1))) is not None:
             keep = _rows_of(stay, R)
             step.select(keep, stay)
             rows, going, chosen = rows[keep], going[keep], chosen[keep]
@@ -556,10 +591,11 @@ def _beam_search(step, rules, forced, prompt, config): # forced: ForcedWords or 
         running, logprobs, row = _pick_beams(running, place), _pick_beams(logprobs, place), row.gather(1, place)
         # searches that stop now hand in their best
         stop = _must_stop(scores, value, t, config, P) & going
-        for all_searches, these in zip(done, finished): all_searches[searches[stop]] = these[stop]
-        going = going & ~stop
-        if not going.any(): break
-        if (stay := _stay(going.view(-1, G).any(1))) is None: step.select(row.flatten())
+        if stop.any():
+            for all_searches, these in zip(done, finished): all_searches[searches[stop]] = these[stop]
+            going = going & ~stop
+            if not going.any(): break
+        if (stay := _stay(step, going.view(-1, G).any(1))) is None: step.select(row.flatten())
         else:
             keep = _rows_of(stay, G)                                             # searches of the images that stay
             step.select(row[keep].flatten(), stay)
@@ -619,16 +655,16 @@ def check_words(
 @contextmanager
 def _without_dropout(model):
     "Evaluation mode inside, every module's own mode afterwards."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    in_training = [module for module in model.modules() if module.training]
+    for module in in_training: module.training = False
     try: yield
     finally:
-        for module, training in modes: module.training = training
+        for module in in_training: module.training = True
 
 # %% ../nbs/04_generation.ipynb #baaa9844
 def _search(model, image_tokens, config, generator): # config: checked
     "What greedy search or sampling has after each token, or beam search at its end: sequences, scores, log-probabilities."
-    step = NextToken(model, image_tokens, max(config.num_beams, config.num_return_sequences))
+    step = NextToken(model, image_tokens, max(config.num_beams, config.num_return_sequences), config.max_length if config.compile else None)
     rules = Rules(config, step.ids, step.sep)
     prompt = torch.tensor([config.prompt_ids(model)]*len(image_tokens), device=image_tokens.device)       # (B, P)
     if config.num_beams == 1: yield from _one_by_one(step, rules, prompt, config, generator)

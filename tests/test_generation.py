@@ -1,6 +1,7 @@
 """What the cells of 04_generation do not reach: the whole grid against transformers, and random properties."""
 import itertools
 import math
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -280,7 +281,7 @@ def test_a_tracked_change_that_keeps_the_row_sums_is_seen():
 # ---------------------------------------------------------------- the decoder that generation uses
 
 
-@given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.lists(st.integers(0, 10**6), max_size=6))
+@given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.lists(st.integers(1, 10**6), max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_fast_decoder_equals_hidden_states(seed, dtype, images, captions, prompt, choices):
     "Whatever is dropped, repeated and reordered on the way, and beyond the positions that were reserved."
@@ -315,6 +316,34 @@ def test_half_precision_is_near(dtype):
         slow = decoder.hidden_states(ids, decoder.new_cache(tokens))[0][:, -1].float()
         fast = FastDecoder(decoder, tokens, rows=6)(ids).float()
     assert (fast - exact).abs().mean() < 1.2 * (slow - exact).abs().mean() < 0.02
+
+
+COMPILED = [dict(), dict(num_beams=3), dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5), dict(do_sample=True, top_k=2, num_return_sequences=3), dict(no_repeat_ngram_size=2, num_beams=2),
+            dict(num_beams=3, force_words_ids=[[2300]]), dict(num_beams=2, prefix="two red balls", max_length=40)]
+
+
+@pytest.mark.parametrize("options", COMPILED, ids=str)
+def test_compiled_steps_say_the_same(early, options):
+    "The code that is compiled, run as it stands: fixed shapes, nothing leaves the batch."
+    ours, _, images = early
+    draws = lambda: [torch.Generator().manual_seed(i) for i in range(len(images))] if options.get("do_sample") else None
+    options = dict(max_length=14) | options
+    with torch.compiler.set_stance("force_eager"): compiled = generate(ours, image_tokens=images, generator=draws(), compile=True, **options)
+    plain = generate(ours, image_tokens=images, generator=draws(), **options)
+    assert len({len(row) for row in until_end(plain.sequences[:, 0])}) > 1  # images finish at different steps
+    assert torch.equal(compiled.sequences, plain.sequences)
+    assert_close(compiled.scores, plain.scores); assert_close(compiled.token_logprobs, plain.token_logprobs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_one_program_serves_all_steps_and_calls():
+    ours, _, images = make(0, -1e4, 2)
+    captions = [generate(ours, image_tokens=images, num_beams=2, max_length=9, compile=True).sequences]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        other = make(1, -1e4, 2)[0]  # even for other weights of the same shapes
+        captions += [generate(model, image_tokens=images.flip(0), num_beams=2, max_length=9, compile=True).sequences for model in (ours, other)]
+    for found, model, given in zip(captions, (ours, ours, other), (images, images.flip(0), images.flip(0))):
+        assert torch.equal(found, generate(model, image_tokens=given, num_beams=2, max_length=9).sequences)
 
 
 def test_autocast_and_adapters_are_kept():
@@ -603,6 +632,8 @@ class Table:
         return torch.tensor([self.table.get(tuple(ids[1:]), [0.05, 0.15, 0.8, 0.0]) for ids in self.rows.tolist()]).log()
 
     def log_probabilities(self, new_ids): return self(new_ids).log_softmax(-1)
+
+    keeps_images = False
 
     def select(self, rows, images=None): self.rows = self.rows[rows]
 
