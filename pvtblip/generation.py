@@ -235,7 +235,7 @@ class FastLinear:
     ): # (..., the layers' V together)
         "The layers' outputs, one behind the other."
         if torch.compiler.is_compiling() or self.pack is None or torch.is_autocast_enabled('cpu'):
-            out = torch.cat([layer(x) for layer in self.layers], -1)
+            out = self.layers[0](x) if len(self.layers) == 1 else torch.cat([layer(x) for layer in self.layers], -1)
             return F.gelu(out) if gelu else out if add is None else out + add
         if add is not None: return torch.ops.mkldnn._linear_pointwise.binary(x, add, self.pack, self.bias, 'add')
         return torch.ops.mkldnn._linear_pointwise(x, self.pack, self.bias, 'gelu' if gelu else 'none', [], 'none' if gelu else '')

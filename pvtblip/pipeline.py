@@ -11,6 +11,7 @@ __all__ = ['Photo', 'photos_in_folder', 'photos_in_list', 'photos_in_shard', 'ch
 
 # %% ../nbs/16_pipeline.ipynb #a50533bd
 import glob, hashlib, json, os, re, signal, sys, time, warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -519,11 +520,11 @@ def caption_many(
 # %% ../nbs/16_pipeline.ipynb #d593b461
 def _report(inputs, out, before, seconds, log):
     "Say what was done, in a line; returns how many photos of the file failed."
-    errors = ['error' in entry for _, entry in _entries(out)]
-    if not errors: raise _nothing(inputs)
-    new = len(errors) - before
-    log(f"{new} photos{f' (and {before} before)' if before else ''}, {new/seconds:.1f} a second; {sum(errors)} failed; captions in {out}")
-    return sum(errors)
+    failed = Counter('error' in entry for _, entry in _entries(out))
+    if not failed: raise _nothing(inputs)
+    new = failed.total() - before
+    log(f"{new} photos{f' (and {before} before)' if before else ''}, {new/seconds:.1f} a second; {failed[True]} failed; captions in {out}")
+    return failed[True]
 
 # %% ../nbs/16_pipeline.ipynb #dce703aa
 def caption_files(

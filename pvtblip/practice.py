@@ -482,7 +482,9 @@ def run_training(
     with StopOnSignal(log) if practice.stop_on_signal else nullcontext() as stop:
         history = train(model, dataset, training, folder, resume, evaluate, progress, [*practice_callbacks(practice), *([stop] if stop else []), *callbacks],
                         accelerator, dict(lora=asdict(practice.lora)) | (settings or {}), log, loader)
-    if practice.metric_for_best_model: log(f"the model is that of step {load_best(folder, model)}, the best by {practice.metric_for_best_model}")
+    if practice.metric_for_best_model:
+        which = 'the newest, since no measure was a number' if read_facts(newest_state(folder)).get('best') is None else f'the best by {practice.metric_for_best_model}'
+        log(f"the model is that of step {load_best(folder, model)}, {which}")
     if practice.lora.r: merge_lora(model)
     return history
 

@@ -203,6 +203,12 @@ def test_a_run_that_ended_early_stays_ended(tmp_path):
     assert same_weights(first, again) and lines == ["the model is that of step 1, the best by validation_loss"]
 
 
+def test_a_run_without_a_best_state_says_so(tmp_path):
+    lines, pieces = [], PracticeConfig(metric_for_best_model="validation_loss")
+    run_training(make_model(), make_data(), replace(CONFIG, eval_steps=5), pieces, tmp_path, evaluate=lambda model, step: dict(validation_loss=float("nan")), progress=False, log=lines.append)
+    assert lines[-1] == f"the model is that of step {CONFIG.max_steps}, the newest, since no measure was a number"
+
+
 def test_a_measure_that_is_no_number_is_never_the_best(tmp_path):
     values = {1: float("nan"), 2: 3.0, 3: float("inf"), 4: 4.0}
     fit(replace(CONFIG, max_steps=4, eval_steps=1), tmp_path, evaluate=lambda model, step: dict(score=values[step]), callbacks=[KeepBest("score", greater_is_better=True)])
