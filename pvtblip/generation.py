@@ -243,6 +243,8 @@ class FastLinear:
 # %% ../nbs/04_generation.ipynb #7b3d10ab
 class FastDecoder:
     "What `BertDecoder.hidden_states` computes with its cache, for inference: fewer and larger products, and keys and values in one place."
+    reserve = staticmethod(torch.empty)
+
     def __init__(self,
         decoder:BertDecoder, # in evaluation mode; stays as it is
         image_tokens,        # (B, S, D)
@@ -257,10 +259,11 @@ class FastDecoder:
                                 linear(there.self.query), linear(there.output.dense), there.output.LayerNorm,
                                 linear(layer.intermediate.dense), linear(layer.output.dense), layer.output.LayerNorm))
             keys_values = FastLinear(there.self.key, there.self.value, rows=image_tokens[..., 0].numel())(image_tokens)  # (B, S, 2*D)
-            if image_tokens.device.type == 'cpu': keys_values = keys_values.to(torch.promote_types(keys_values.dtype, torch.float32))
-            self.images.append(keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).contiguous())      # (2, B, H, S, d)
-        self.words = keys_values.new_zeros(room, len(self.layers), 2, len(image_tokens), image_tokens.shape[-1])        # (room for L, layers, 2, N, D)
-        self.spare = self.words.new_empty(0)
+            dtype = torch.promote_types(keys_values.dtype, torch.float32) if keys_values.device.type == 'cpu' else keys_values.dtype
+            by_heads = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            self.images.append(by_heads.to(dtype, memory_format=torch.contiguous_format).contiguous())                  # (2, B, H, S, d), copied once
+        self.words = self.reserve(room, len(self.layers), 2, len(image_tokens), image_tokens.shape[-1], dtype=dtype, device=keys_values.device)  # (room for L, layers, 2, N, D)
+        self.spare = self.words[:0].flatten()
 
     def __call__(self,
         new_ids, # (N, T) tokens that follow those given so far
@@ -296,7 +299,7 @@ class FastDecoder:
     ):
         "Keep, repeat or reorder rows of text and keep some images."
         shape = (*self.words.shape[:3], len(rows), self.words.shape[-1])
-        if self.spare.numel() < math.prod(shape): self.spare = self.words.new_zeros(math.prod(shape))
+        if self.spare.numel() < math.prod(shape): self.spare = self.reserve(math.prod(shape), dtype=self.words.dtype, device=self.words.device)
         new = self.spare[:math.prod(shape)].view(shape)
         torch.index_select(self.words[:self.length], 3, rows, out=new[:self.length])
         self.words, self.spare = new, self.words.flatten()
@@ -305,6 +308,8 @@ class FastDecoder:
 # %% ../nbs/04_generation.ipynb #7b3d10ae
 class CompiledDecoder(FastDecoder):
     "A `FastDecoder` whose shapes never change, each step one program."
+    reserve = staticmethod(torch.zeros)                                          # what is masked counts 0 times, but what happens to lie in memory may be nan
+
     def __call__(self,
         new_ids, # (N, T)
     ): # (N, D)
@@ -356,11 +361,10 @@ class NextToken:
         "Logits of the next token."
         return self.head(self.norm(self.dense(self.decoder(new_ids), gelu=True))).to(self.dtype)
 
-    def log_probabilities(self,
-        new_ids, # (N, t) tokens that the cache has not seen
+    def log_softmax(self,
+        logits, # (N, V') from a call
     ): # (N, V') in a buffer that the next call overwrites: asking the system for these megabytes at every step takes longer than filling them
-        "Log-probabilities of the next token."
-        logits = self(new_ids)
+        "Their log-probabilities."
         if logits.numel() > self.room.numel(): self.room = torch.empty_like(logits)
         return torch.log_softmax(logits, -1, out=self.room.flatten()[:logits.numel()].view_as(logits))
 
@@ -438,7 +442,7 @@ def _one_by_one(step, rules, prompt, config, generator):
         if rules.forbids: values = _not_stuck(values, going, rows, t)
         chosen = _choose(values, config, generator, None if uniform is None else uniform[rows, t-P]) # (N,)
         sequences[rows[going], t] = step.ids[chosen[going]]
-        logprobs[rows[going], t-P] = (logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1))[going]
+        logprobs[rows[going], t-P] = step.log_softmax(logits).gather(1, chosen[:, None])[going, 0]
         going = going & (chosen != step.sep)
         scores = logprobs.nansum(1) / (~logprobs.isnan()).sum(1)**config.length_penalty
         yield sequences.view(B, R, L), scores.view(B, R), logprobs.view(B, R, L-P)
@@ -573,7 +577,7 @@ def _beam_search(step, rules, forced, prompt, config): # forced: ForcedWords or 
     searches, going = torch.arange(B*G, device=device), torch.ones(B*G, dtype=torch.bool, device=device)
     new_ids, rows = prompt, prompt
     for t in range(P, L):
-        own = step.log_probabilities(new_ids)                                    # (N, V')
+        own = step.log_softmax(step(new_ids))                                    # (N, V')
         sums, beam, token = _continuations(rules(own, rows), rows, scores, going, config, forced, step.sep)  # (M, 2k)
         place = torch.arange(len(searches), device=device)[:, None]
         row = (place//G if t == P else place*k) + beam                           # in the cache, (M, 2k)
