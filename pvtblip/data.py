@@ -216,7 +216,7 @@ _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 def _csv_header(line: str, columns: dict[str, str]) -> tuple[str, list[str]] | None:
     "(delimiter, names of the columns) if the first line of a table names a photo and a caption"
     for delimiter in _DELIMITERS:
-        names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter))]
+        names = [name.strip() for name in next(csv.reader([line.replace("\r", " ")], delimiter=delimiter))]
         found = _find_fields(names, columns)
         if found["file"] and found["caption"] and len(set(names)) == len(names): return delimiter, names
     return None

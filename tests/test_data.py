@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -300,6 +300,8 @@ starts = ["image,caption\n", "file\ttext\tsplit\n", "image_name| comment_number|
 @given(content=st.one_of(st.binary(max_size=60), st.tuples(st.sampled_from(starts).map(str.encode), st.binary(max_size=40)).map(b"".join),
                          st.tuples(st.sampled_from(starts), st.text(st.sampled_from('{}[]":,;\t|#ax1\\u\n\r '), max_size=40)).map(lambda t: "".join(t).encode()), st.text(max_size=60).map(lambda t: ("image,caption\n" + t).encode("utf-8", "surrogatepass")),
                          st.text(st.sampled_from('{}[]":,ax1\\u\n '), max_size=30).map(lambda t: ("{" + t).encode())))
+@example(b"\r\x00")
+@example(b"image,cap\rtion\na.jpg,b\n")
 @settings(max_examples=300, deadline=None)
 def test_no_content_raises_anything_else(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("captions") / "c"
