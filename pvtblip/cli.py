@@ -140,7 +140,7 @@ def train_command(
     if dry and processes().is_main_process: print(to_toml(run) + ''.join(f'\n# {name}: {value:,.4g}' for name, value in figures.items()))
 
 # %% ../nbs/10_cli.ipynb #7c6bf352
-Dtype = Annotated[Optional[str], typer.Option(metavar='bfloat16|float16|float32', help="Compute in this type: bfloat16 is faster on GPUs and on processors with AMX, and some captions become others (16_pipeline). Default: as the weights are saved.")]
+Dtype = Annotated[Optional[str], typer.Option(metavar='bfloat16|float16|float32', help="Compute in this type: bfloat16 is faster on GPUs and on many processors, and some captions become others (16_pipeline). Default: as the weights are saved.")]
 
 @app.command('caption')
 def caption_command(
