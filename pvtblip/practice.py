@@ -141,15 +141,19 @@ class WeightAverage(Callback):
     def load_state_dict(self, state): self.averages = state
 
 # %% ../nbs/13_practice.ipynb #50fc1648
+def _state_to_keep(folder):
+    "The best state and True, or the newest and False where no best was chosen."
+    newest = newest_state(folder)
+    if newest is None: raise ValueError(f"{folder}: no training states here; train first")
+    best = read_facts(newest).get('best')
+    return (newest, False) if best is None else (newest.with_name(f'checkpoint-{best}'), True)
+
 def load_best(
     folder, # of a run's states
     model,  # a Captioner, gets the weights; after FSDP a fresh one, since the trained one is split
 ) -> int: # the step they are from
     "The weights of the best state, averaged ones where the run has them; those of the newest state where no best was chosen. ValueError where there is no whole state."
-    newest = newest_state(folder)
-    if newest is None: raise ValueError(f"{folder}: no training states here; train first")
-    best = read_facts(newest).get('best')
-    state = newest if best is None else newest.with_name(f'checkpoint-{best}')
+    state, _ = _state_to_keep(folder)
     model.load_state_dict(read_tensors(state, 'model') | read_tensors(state, 'WeightAverage'))
     return read_facts(state)['step']
 
@@ -483,7 +487,7 @@ def run_training(
         history = train(model, dataset, training, folder, resume, evaluate, progress, [*practice_callbacks(practice), *([stop] if stop else []), *callbacks],
                         accelerator, dict(lora=asdict(practice.lora)) | (settings or {}), log, loader)
     if practice.metric_for_best_model:
-        which = 'the newest, since no measure was a number' if read_facts(newest_state(folder)).get('best') is None else f'the best by {practice.metric_for_best_model}'
+        which = f'the best by {practice.metric_for_best_model}' if _state_to_keep(folder)[1] else 'the newest, since no measure was a number'
         log(f"the model is that of step {load_best(folder, model)}, {which}")
     if practice.lora.r: merge_lora(model)
     return history
