@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GenerationConfig', 'text_ids', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'repeated_ngrams', 'bad_endings',
-           'penalise_repetition', 'Rules', 'FastLinear', 'FastDecoder', 'CompiledDecoder', 'NextToken',
+           'penalise_repetition', 'Rules', 'FastLinear', 'FastLayer', 'FastDecoder', 'CompiledDecoder', 'NextToken',
            'GenerationOutput', 'pick', 'alternatives', 'tokens_missing', 'ForcedWords', 'check_words', 'generate',
            'process_image', 'word_ids', 'generate_caption', 'settled', 'stream_caption', 'cross_attention',
            'attention_map']
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .decoder import BertDecoder, Captioner
+from .decoder import BertDecoder, Captioner, DecoderLayer
 from .pvt_encoder import image_transform
 from .tokenizer import collapse_whitespace
 
@@ -240,6 +240,42 @@ class FastLinear:
         if add is not None: return torch.ops.mkldnn._linear_pointwise.binary(x, add, self.pack, self.bias, 'add')
         return torch.ops.mkldnn._linear_pointwise(x, self.pack, self.bias, 'gelu' if gelu else 'none', [], 'none' if gelu else '')
 
+# %% ../nbs/04_generation.ipynb #7b3d10b0
+class FastLayer:
+    "What a `DecoderLayer` computes, for inference, with what it sees of the images."
+    def __init__(self,
+        layer:DecoderLayer, # in evaluation mode; stays as it is
+        image_tokens,       # (B, S, D)
+        rows:int,           # of text, at most
+    ):
+        back, there, linear = layer.attention, layer.crossattention, partial(FastLinear, rows=rows)
+        self.heads, self.project = back.num_heads, linear(back.self.query, back.self.key, back.self.value)
+        self.out, self.norm = linear(back.output.dense), back.output.LayerNorm
+        self.ask, self.there_out, self.there_norm = linear(there.self.query), linear(there.output.dense), there.output.LayerNorm
+        self.widen, self.narrow, self.last_norm = linear(layer.intermediate.dense), linear(layer.output.dense), layer.output.LayerNorm
+        keys_values = FastLinear(there.self.key, there.self.value, rows=image_tokens[..., 0].numel())(image_tokens)  # (B, S, 2*D)
+        dtype = torch.promote_types(keys_values.dtype, torch.float32) if keys_values.device.type == 'cpu' else keys_values.dtype
+        by_heads = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        self.image = by_heads.to(dtype, memory_format=torch.contiguous_format).contiguous()                          # (2, B, H, S, d), copied once
+
+    def __call__(self,
+        x,        # (N, T, D)
+        remember, # new keys and values (T, 2, N, D) -> those of all words (L, 2, N, D)
+        mask,     # (T, L) bool or None
+    ): # (N, T, D)
+        "Look back at the words, look at the image, think."
+        query, keys_values = self.project(x).split([x.shape[-1], 2*x.shape[-1]], -1)
+        words = remember(keys_values.unflatten(-1, (2, -1)).permute(1, 2, 0, 3).to(self.image.dtype))
+        x = self.norm(self.out(self._attend(query, words.unflatten(-1, (self.heads, -1)).permute(1, 2, 3, 0, 4), mask), add=x))
+        x = self.there_norm(self.there_out(self._attend(self.ask(x), self.image), add=x))
+        return self.last_norm(self.narrow(self.widen(x, gelu=True), add=x))
+
+    def _attend(self, query, keys_values, mask=None): # (N, T, D), (2, B, H, S, d), N a multiple of B
+        "(N, T, D)"
+        key, value = keys_values
+        by_heads = query.to(key.dtype).reshape(len(key), -1, query.shape[-1]).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N/B*T, d)
+        return F.scaled_dot_product_attention(by_heads, key, value, mask).transpose(1, 2).reshape(query.shape).to(query.dtype)
+
 # %% ../nbs/04_generation.ipynb #7b3d10ab
 class FastDecoder:
     "What `BertDecoder.hidden_states` computes with its cache, for inference: fewer and larger products, and keys and values in one place."
@@ -251,18 +287,8 @@ class FastDecoder:
         rows:int,            # of text, at most
         room:int=32,         # positions to begin with; it grows
     ):
-        linear = partial(FastLinear, rows=rows)
-        self.embeddings, self.heads, self.length, self.layers, self.images = decoder.bert['embeddings'], decoder.config.num_attention_heads, 0, [], []
-        for layer in decoder.layers:
-            back, there = layer.attention, layer.crossattention
-            self.layers.append((linear(back.self.query, back.self.key, back.self.value), linear(back.output.dense), back.output.LayerNorm,
-                                linear(there.self.query), linear(there.output.dense), there.output.LayerNorm,
-                                linear(layer.intermediate.dense), linear(layer.output.dense), layer.output.LayerNorm))
-            keys_values = FastLinear(there.self.key, there.self.value, rows=image_tokens[..., 0].numel())(image_tokens)  # (B, S, 2*D)
-            dtype = torch.promote_types(keys_values.dtype, torch.float32) if keys_values.device.type == 'cpu' else keys_values.dtype
-            by_heads = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            self.images.append(by_heads.to(dtype, memory_format=torch.contiguous_format).contiguous())                  # (2, B, H, S, d), copied once
-        self.words = self.reserve(room, len(self.layers), 2, len(image_tokens), image_tokens.shape[-1], dtype=dtype, device=keys_values.device)  # (room for L, layers, 2, N, D)
+        self.embeddings, self.layers, self.length = decoder.bert['embeddings'], [FastLayer(layer, image_tokens, rows) for layer in decoder.layers], 0
+        self.words = self.reserve(room, len(self.layers), 2, *image_tokens[:, 0].shape, dtype=self.layers[0].image.dtype, device=image_tokens.device)  # (room for L, layers, 2, N, D)
         self.spare = self.words[:0].flatten()
 
     def __call__(self,
@@ -278,20 +304,9 @@ class FastDecoder:
         mask = None if T == 1 else torch.ones(T, self.length, dtype=torch.bool, device=new_ids.device).tril(past)
         return self._through(self.embeddings(new_ids, past), remember, mask)
 
-    def _through(self, x, remember, mask): # (N, T, D); a layer's number and new keys and values (T, 2, N, D) -> those of all words; (T, L) or None
-        for i, (project, out, norm, ask, there_out, there_norm, widen, narrow, last_norm) in enumerate(self.layers):
-            query, keys_values = project(x).split([x.shape[-1], 2*x.shape[-1]], -1)
-            words = remember(i, keys_values.unflatten(-1, (2, -1)).permute(1, 2, 0, 3).to(self.words.dtype))                # (L, 2, N, D)
-            x = norm(out(self._attend(query, words.unflatten(-1, (self.heads, -1)).permute(1, 2, 3, 0, 4), mask), add=x))
-            x = there_norm(there_out(self._attend(ask(x), self.images[i]), add=x))
-            x = last_norm(narrow(widen(x, gelu=True), add=x))
+    def _through(self, x, remember, mask): # (N, T, D); a layer's number and new keys and values (T, 2, N, D) -> those of all words (L, 2, N, D); (T, L) or None
+        for i, layer in enumerate(self.layers): x = layer(x, partial(remember, i), mask)
         return x[:, -1]
-
-    def _attend(self, query, keys_values, mask=None): # (N, T, D), (2, B, H, S, d), N a multiple of B
-        "(N, T, D)"
-        key, value = keys_values
-        found = F.scaled_dot_product_attention(query.to(key.dtype).reshape(len(key), -1, *key.shape[1::2]).transpose(1, 2), key, value, mask)
-        return found.transpose(1, 2).reshape(query.shape).to(query.dtype)
 
     def select(self,
         rows,        # (N',) which rows of text go on, in which order
@@ -303,7 +318,8 @@ class FastDecoder:
         new = self.spare[:math.prod(shape)].view(shape)
         torch.index_select(self.words[:self.length], 3, rows, out=new[:self.length])
         self.words, self.spare = new, self.words.flatten()
-        if images is not None: self.images = [keys_values.index_select(1, images) for keys_values in self.images]
+        if images is not None:
+            for layer in self.layers: layer.image = layer.image.index_select(1, images)
 
 # %% ../nbs/04_generation.ipynb #7b3d10ae
 class CompiledDecoder(FastDecoder):
@@ -343,7 +359,6 @@ class NextToken:
     ):
         rows, predictions = len(image_tokens)*captions, model.decoder.cls['predictions']
         self.decoder = CompiledDecoder(model.decoder, image_tokens, rows=rows, room=room) if room else FastDecoder(model.decoder, image_tokens, rows=rows)
-        self.keeps_images = bool(room)                                           # shapes must not change
         self.dense, self.norm = FastLinear(predictions.transform['dense'], rows=rows), predictions.transform['LayerNorm']
         weight, bias = model.decoder.word_embedding, predictions.bias
         self.ids = torch.arange(len(bias), device=image_tokens.device) if model.output_ids is None else model.output_ids  # (V',)
@@ -352,8 +367,8 @@ class NextToken:
         head.weight, head.bias = weight, bias
         self.head = FastLinear(head, rows=rows)
         self.sep, self.pad = int((self.ids == model.tokenizer.sep_token_id).nonzero()), model.tokenizer.pad_token_id
-        self.dtype = torch.promote_types(weight.dtype, torch.float32)      # of log-probabilities and scores
-        self.room = torch.empty(0, dtype=self.dtype, device=image_tokens.device)
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)            # of log-probabilities and scores
+        self.buffer = torch.empty(0, dtype=self.dtype, device=image_tokens.device)
 
     def __call__(self,
         new_ids, # (N, t) tokens that the cache has not seen
@@ -365,8 +380,8 @@ class NextToken:
         logits, # (N, V') from a call
     ): # (N, V') in a buffer that the next call overwrites: asking the system for these megabytes at every step takes longer than filling them
         "Their log-probabilities."
-        if logits.numel() > self.room.numel(): self.room = torch.empty_like(logits)
-        return torch.log_softmax(logits, -1, out=self.room.flatten()[:logits.numel()].view_as(logits))
+        if logits.numel() > self.buffer.numel(): self.buffer = torch.empty_like(logits)
+        return torch.log_softmax(logits, -1, out=self.buffer.flatten()[:logits.numel()].view_as(logits))
 
     def select(self,
         rows,        # text rows that go on, in which order
@@ -410,9 +425,9 @@ def _choose(values, config, generator, uniform): # (N, V'), uniform (N,) or None
     if uniform is None: return values.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
     return pick(values.softmax(-1), uniform)
 
-def _stay(step, going): # (B',) bool: which of the images in the cache go on
-    "Indices of those that stay in the cache, or None: dropping some copies the others, so it must halve the work."
-    return going.nonzero()[:, 0] if not step.keeps_images and 2*int(going.sum()) <= len(going) else None
+def _stay(going, config): # (B',) bool: which of the images in the cache go on
+    "Indices of those that stay in the cache, or None: dropping some copies the others, so it must halve the work; compiled steps keep their shapes."
+    return going.nonzero()[:, 0] if not config.compile and 2*int(going.sum()) <= len(going) else None
 
 def _rows_of(images, R): # (B',) -> (B'*R,)
     "The R adjacent rows of each image."
@@ -447,7 +462,7 @@ def _one_by_one(step, rules, prompt, config, generator):
         scores = logprobs.nansum(1) / (~logprobs.isnan()).sum(1)**config.length_penalty
         yield sequences.view(B, R, L), scores.view(B, R), logprobs.view(B, R, L-P)
         if not going.any(): break
-        if (stay := _stay(step, going.view(-1, R).any(1))) is not None:
+        if (stay := _stay(going.view(-1, R).any(1), config)) is not None:
             keep = _rows_of(stay, R)
             step.select(keep, stay)
             rows, going, chosen = rows[keep], going[keep], chosen[keep]
@@ -599,7 +614,7 @@ def _beam_search(step, rules, forced, prompt, config): # forced: ForcedWords or 
             for all_searches, these in zip(done, finished): all_searches[searches[stop]] = these[stop]
             going = going & ~stop
             if not going.any(): break
-        if (stay := _stay(step, going.view(-1, G).any(1))) is None: step.select(row.flatten())
+        if (stay := _stay(going.view(-1, G).any(1), config)) is None: step.select(row.flatten())
         else:
             keep = _rows_of(stay, G)                                             # searches of the images that stay
             step.select(row[keep].flatten(), stay)

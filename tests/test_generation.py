@@ -636,8 +636,6 @@ class Table:
 
     def log_softmax(self, logits): return logits.log_softmax(-1)
 
-    keeps_images = False
-
     def select(self, rows, images=None): self.rows = self.rows[rows]
 
 
