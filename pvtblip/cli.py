@@ -54,7 +54,7 @@ def data_check_command(
     tokens, duplicates across splits. The exit code is 1 where photos are missing or broken.
     """
     from pvtblip.app import refuse_suffix
-    from pvtblip.data import write_whole
+    from pvtblip.files import write_whole
     from pvtblip.sources import check_data
     from pvtblip.tokenizer import CaptionTokenizer
     refuse_suffix(sheet, '.png', '--sheet')

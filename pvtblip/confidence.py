@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch, torch.nn.functional as F
 
-from .data import write_whole
+from .files import write_whole
 from .pipeline import fingerprint, load_model
 
 # %% ../nbs/18_confidence.ipynb #5f0aa6da
@@ -355,7 +355,8 @@ def calibrate(
     out=print,       # gets the table
 ) -> Calibration:
     "Calibrate a model's confidence on the scores of its captions; raises ValueError and FileNotFoundError, before anything is written, where that cannot be."
-    from pvtblip.app import refuse_suffix, save_figure
+    from pvtblip.app import refuse_suffix
+    from pvtblip.files import save_figure
     refuse_suffix(plot, '.png', '--plot')
     metric, least = _good(good)
     if not (Path(model)/'config.json').is_file(): raise FileNotFoundError(f"{model}: no config.json in it; give the folder of the model that {report} is about")

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['Record', 'take_split', 'read_captions', 'split_by_name', 'hold_out', 'BrokenImage', 'draw_captions', 'CaptionDataset',
-           'SeededBatchSampler', 'Collate', 'whole_file', 'write_whole', 'StopAtSignal', 'outlive_signals']
+           'SeededBatchSampler', 'Collate']
 
 # %% ../nbs/06_data.ipynb #9a5b9e7c
-import csv, functools, hashlib, itertools, json, os, random, re, signal, threading
+import csv, functools, hashlib, itertools, json, random, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
@@ -499,50 +498,3 @@ class Collate:
         pixel_values = torch.stack([item["pixel_values"] for item in items])  # (B, 3, H, W)
         captions = [caption for item in items for caption in item["captions"]]  # B*C
         return dict(pixel_values=pixel_values, **self.tokenizer(captions), files=[item["file"] for item in items], broken=broken)
-
-# %% ../nbs/06_data.ipynb #84ea7946
-@contextmanager
-def whole_file(
-    file,  # path; its folder is made where it lacks
-):
-    "Gives the path to write to; what was written there takes the file's place at the end, or nothing does"
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "r+b") as written: os.fsync(written.fileno())
-        os.replace(temporary, file)
-    finally: temporary.unlink(missing_ok=True)
-
-def write_whole(
-    file,  # path
-    text,  # what it is to hold
-):
-    "Write a text file whole or not at all"
-    with whole_file(file) as temporary: temporary.write_text(text, encoding="utf-8")
-
-# %% ../nbs/06_data.ipynb #50114f10
-class StopAtSignal:
-    "A context: the first SIGTERM or Ctrl-C is remembered in `number`, the second one ends the process; outside the main thread it gets none"
-    number = None
-    def __enter__(self):
-        here = threading.current_thread() is threading.main_thread()
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM) if here}
-        return self
-
-    def receive(self, number, frame):
-        "SystemExit where there was a signal before this one"
-        if self.number is not None: raise SystemExit(128 + number)
-        self.number = number
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items(): signal.signal(number, handler)
-
-# %% ../nbs/06_data.ipynb #04202021
-def outlive_signals(
-    worker: int,  # number of the process, as `DataLoader` passes it to `worker_init_fn`
-) -> None:
-    "A process that reads photos lets the run finish its step: the terminal's Ctrl-C and a scheduler's SIGTERM reach it too"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # half a minute's grace

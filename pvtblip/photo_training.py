@@ -17,7 +17,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
-from .data import BrokenImage, CaptionDataset, Collate, hold_out, outlive_signals, take_split, write_whole
+from .data import BrokenImage, CaptionDataset, Collate, hold_out, take_split
+from .files import outlive_signals, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights, load_whole
 from .evaluation import cider_score, has_coco_code
 from .generation import generate

@@ -6,8 +6,7 @@
 __all__ = ['Photo', 'photos_in_folder', 'photos_in_list', 'photos_in_shard', 'check_inputs', 'list_photos', 'count_photos',
            'PhotoReader', 'CaptionedBatch', 'caption_batches', 'caption_results', 'LineWriter', 'json_text',
            'json_line', 'cut_half_line', 'read_done', 'drop_failures', 'fingerprint', 'run_facts', 'same_run',
-           'only_writer', 'gather_parts', 'best_device', 'load_model', 'default_workers', 'caption_many',
-           'caption_files']
+           'gather_parts', 'best_device', 'load_model', 'default_workers', 'caption_many', 'caption_files']
 
 # %% ../nbs/16_pipeline.ipynb #a50533bd
 import glob, hashlib, json, os, re, signal, sys, time, warnings
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch, torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data import StopAtSignal, outlive_signals, whole_file, write_whole
+from .files import StopAtSignal, only_writer, outlive_signals, whole_file, write_whole
 from .decoder import Captioner
 from .generation import GenerationConfig, GenerationOutput, generate, word_ids
 from .pvt_encoder import load_pixels, normalise_pixels
@@ -376,20 +374,6 @@ def same_run(
         changed = [f"{name}: {then.get(name)} then, {facts.get(name)} now" for name in {**then, **facts} if then.get(name) != facts.get(name)]
         if changed: raise ValueError(f"{file}: its lines were made otherwise ({'; '.join(changed)}); give the same model and options, or another file")
     write_whole(note, json.dumps(facts, indent=1))
-
-# %% ../nbs/16_pipeline.ipynb #c6f85ee8
-@contextmanager
-def only_writer(
-    file,       # path of the output
-    patience=6, # seconds to wait: the reading processes of a killed run take up to five to notice, and hold what it held
-):
-    "A context in which no other process has the same file; OSError where one has."
-    file = Path(file)
-    lock = FileLock(file.with_name(f'.{file.name}.lock'), timeout=patience)
-    try: lock.acquire()
-    except Timeout: raise OSError(f"{file}: another process is writing it; wait for it, or give another file") from None
-    try: yield
-    finally: lock.release()
 
 # %% ../nbs/16_pipeline.ipynb #1c405f26
 def gather_parts(

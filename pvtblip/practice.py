@@ -23,7 +23,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
-from .data import Collate, StopAtSignal, write_whole
+from .data import Collate
+from .files import StopAtSignal, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderLayer
 from .evaluation import gap_of, shuffled_losses
 from .pvt_encoder import Block

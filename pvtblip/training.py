@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .data import Collate, SeededBatchSampler, outlive_signals
+from .data import Collate, SeededBatchSampler
+from .files import outlive_signals
 
 # %% ../nbs/03_training.ipynb #a905d47d
 @dataclass

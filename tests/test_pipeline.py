@@ -12,7 +12,8 @@ from pvtblip.confidence import Calibration
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.generation import GenerationConfig, generate, generate_caption, process_image
 from pvtblip.pipeline import (CaptionedBatch, LineWriter, Photo, caption_batches, caption_files, caption_many, check_inputs, count_photos, cut_half_line, default_workers,
-                              fingerprint, gather_parts, json_line, list_photos, only_writer, photos_in_list)
+                              fingerprint, gather_parts, json_line, list_photos, photos_in_list)
+from pvtblip.files import only_writer
 from pvtblip.shapes import make_scene
 from pvtblip.tokenizer import CaptionTokenizer
 
@@ -443,7 +444,7 @@ def test_a_line_that_is_none_is_named(folder, model, tmp_path):
 
 def test_a_file_that_another_process_writes_is_refused(folder, model, tmp_path):
     out = tmp_path/'out.jsonl'
-    script = f"from pvtblip.pipeline import only_writer\nwith only_writer({str(out)!r}): print('held', flush=True); input()"
+    script = f"from pvtblip.files import only_writer\nwith only_writer({str(out)!r}): print('held', flush=True); input()"
     holder = subprocess.Popen([sys.executable, '-c', script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b'held\n'
     done = run(folder, '--model', model, '--jsonl', out)
