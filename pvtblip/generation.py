@@ -4,24 +4,21 @@
 
 # %% auto #0
 __all__ = ['GenerationConfig', 'text_ids', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'repeated_ngrams', 'bad_endings',
-           'penalise_repetition', 'Rules', 'FastLinear', 'FastLayer', 'FastDecoder', 'CompiledDecoder', 'NextToken',
-           'GenerationOutput', 'pick', 'alternatives', 'tokens_missing', 'ForcedWords', 'check_words', 'generate',
-           'process_image', 'word_ids', 'generate_caption', 'settled', 'stream_caption', 'cross_attention',
-           'attention_map']
+           'penalise_repetition', 'Rules', 'output_layer', 'NextToken', 'GenerationOutput', 'pick', 'alternatives',
+           'tokens_missing', 'ForcedWords', 'check_words', 'generate', 'process_image', 'word_ids', 'generate_caption',
+           'settled', 'stream_caption', 'cross_attention', 'attention_map']
 
 # %% ../nbs/04_generation.ipynb #ea91c18e
 import math, re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
 from pathlib import Path
 
 import torch, torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .decoder import BertDecoder, Captioner, DecoderLayer
+from .decoder import Captioner
 from .pvt_encoder import image_transform
 from .tokenizer import collapse_whitespace
 
@@ -48,7 +45,6 @@ class GenerationConfig:
     bad_words_ids: list|None = None # token id lists that it must not say
     num_return_sequences: int = 1  # captions an image: the best beams, or as many draws
     output_attentions: bool = False # return the cross-attention over each caption too
-    compile: bool = False          # each step one program of `torch.compile`; for CUDA
 
     def prompt_ids(self,
         model:Captioner, # its prompt and tokenizer
@@ -198,197 +194,47 @@ class Rules:
         column = self.columns(torch.tensor([i for ids in banned for i in ids], dtype=torch.long, device=values.device))
         return values.index_put((row[column >= 0], column[column >= 0]), values.new_tensor(-torch.inf))
 
-# %% ../nbs/04_generation.ipynb #0a7dbc7b
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-_PACKED = [torch.float32, torch.bfloat16] if _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else [torch.float32] if _ONEDNN else []
-_AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()  # Intel's matrix units; older torch cannot tell
-_packs = WeakTensorKeyDictionary()  # first weight: (marks of all, all in one matrix in oneDNN's layout)
-
-def _can_pack(layer):         # a module
-    "Is it a plain linear layer (one with LoRA's adapter is not) whose weight oneDNN takes and whose bits make whole numbers of 64?"
-    weight = getattr(layer, 'weight', None)
-    return type(layer) is nn.Linear and weight.device.type == 'cpu' and weight.dtype in _PACKED and weight.is_contiguous() and weight.shape[1] % 4 == 0 == weight.storage_offset() % 4
-
-def _pack(*weights):          # each (V, D)
-    "A packed copy of weights, one below the other, made once, and again whenever one has changed."
-    marks = [(w.data_ptr(), None if w.is_inference() else w._version, w.detach().view(torch.int64).sum(1)) for w in weights]
-    kept = _packs.get(weights[0])
-    if kept is None or len(kept[0]) != len(marks) or any(a[:2] != b[:2] or not torch.equal(a[2], b[2]) for a, b in zip(kept[0], marks)):
-        kept = _packs[weights[0]] = marks, torch.ops.mkldnn._reorder_linear_weight(torch.cat([w.detach() for w in weights]), None)
-    return kept[1]
-
-# %% ../nbs/04_generation.ipynb #b6578167
-class FastLinear:
-    "Linear layers with one input, for inference: one packed product on a processor; elsewhere, and for up to three float32 rows where Intel's is faster, the layers themselves."
-    def __init__(self,
-        *layers,  # modules (..., D) -> (..., V)
-        rows:int, # of the input, at most
-    ):
-        self.layers, self.pack = layers, None
-        if not all(map(_can_pack, layers)) or _AMX and rows <= 3 and layers[0].weight.dtype == torch.float32: return
-        self.pack, self.bias = _pack(*(layer.weight for layer in layers)), torch.cat([layer.bias for layer in layers])
-
-    def __call__(self,
-        x,          # (..., D)
-        gelu=False, # GELU afterwards
-        add=None,   # what is added to the result
-    ): # (..., the layers' V together)
-        "The layers' outputs, one behind the other."
-        if torch.compiler.is_compiling() or self.pack is None or torch.is_autocast_enabled('cpu'):
-            out = self.layers[0](x) if len(self.layers) == 1 else torch.cat([layer(x) for layer in self.layers], -1)
-            return F.gelu(out) if gelu else out if add is None else out + add
-        if add is not None: return torch.ops.mkldnn._linear_pointwise.binary(x, add, self.pack, self.bias, 'add')
-        return torch.ops.mkldnn._linear_pointwise(x, self.pack, self.bias, 'gelu' if gelu else 'none', [], 'none' if gelu else '')
-
-# %% ../nbs/04_generation.ipynb #7b3d10b0
-class FastLayer:
-    "What a `DecoderLayer` computes, for inference, with what it sees of the images."
-    def __init__(self,
-        layer:DecoderLayer, # in evaluation mode; stays as it is
-        image_tokens,       # (B, S, D)
-        rows:int,           # of text, at most
-    ):
-        back, there, linear = layer.attention, layer.crossattention, partial(FastLinear, rows=rows)
-        self.heads, self.project = back.num_heads, linear(back.self.query, back.self.key, back.self.value)
-        self.out, self.norm = linear(back.output.dense), back.output.LayerNorm
-        self.ask, self.there_out, self.there_norm = linear(there.self.query), linear(there.output.dense), there.output.LayerNorm
-        self.widen, self.narrow, self.last_norm = linear(layer.intermediate.dense), linear(layer.output.dense), layer.output.LayerNorm
-        keys_values = FastLinear(there.self.key, there.self.value, rows=image_tokens[..., 0].numel())(image_tokens)  # (B, S, 2*D)
-        dtype = torch.promote_types(keys_values.dtype, torch.float32) if keys_values.device.type == 'cpu' else keys_values.dtype
-        by_heads = keys_values.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        self.image = by_heads.to(dtype, memory_format=torch.contiguous_format).contiguous()                          # (2, B, H, S, d), copied once
-
-    def __call__(self,
-        x,        # (N, T, D)
-        remember, # new keys and values (T, 2, N, D) -> those of all words (L, 2, N, D)
-        mask,     # (T, L) bool or None
-    ): # (N, T, D)
-        "Look back at the words, look at the image, think."
-        query, keys_values = self.project(x).split([x.shape[-1], 2*x.shape[-1]], -1)
-        words = remember(keys_values.unflatten(-1, (2, -1)).permute(1, 2, 0, 3).to(self.image.dtype))
-        x = self.norm(self.out(self._attend(query, words.unflatten(-1, (self.heads, -1)).permute(1, 2, 3, 0, 4), mask), add=x))
-        x = self.there_norm(self.there_out(self._attend(self.ask(x), self.image), add=x))
-        return self.last_norm(self.narrow(self.widen(x, gelu=True), add=x))
-
-    def _attend(self, query, keys_values, mask=None): # (N, T, D), (2, B, H, S, d), N a multiple of B
-        "(N, T, D)"
-        key, value = keys_values
-        by_heads = query.to(key.dtype).reshape(len(key), -1, query.shape[-1]).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N/B*T, d)
-        return F.scaled_dot_product_attention(by_heads, key, value, mask).transpose(1, 2).reshape(query.shape).to(query.dtype)
-
-# %% ../nbs/04_generation.ipynb #7b3d10ab
-class FastDecoder:
-    "What `BertDecoder.hidden_states` computes with its cache, for inference: fewer and larger products, and keys and values in one place."
-    reserve = staticmethod(torch.empty)
-
-    def __init__(self,
-        decoder:BertDecoder, # in evaluation mode; stays as it is
-        image_tokens,        # (B, S, D)
-        rows:int,            # of text, at most
-        room:int=32,         # positions to begin with; it grows
-    ):
-        self.embeddings, self.layers, self.length = decoder.bert['embeddings'], [FastLayer(layer, image_tokens, rows) for layer in decoder.layers], 0
-        self.words = self.reserve(room, len(self.layers), 2, *image_tokens[:, 0].shape, dtype=self.layers[0].image.dtype, device=image_tokens.device)  # (room for L, layers, 2, N, D)
-        self.spare = self.words[:0].flatten()
-
-    def __call__(self,
-        new_ids, # (N, T) tokens that follow those given so far
-    ): # (N, D)
-        "The last layer's output at the last token."
-        past, T = self.length, new_ids.shape[1]
-        self.length = past + T
-        if (more := self.length - len(self.words)) > 0: self.words = torch.cat((self.words, self.words.new_empty(max(more, len(self.words)), *self.words.shape[1:])))
-        def remember(i, keys_values):
-            self.words[past:self.length, i] = keys_values
-            return self.words[:self.length, i]
-        mask = None if T == 1 else torch.ones(T, self.length, dtype=torch.bool, device=new_ids.device).tril(past)
-        return self._through(self.embeddings(new_ids, past), remember, mask)
-
-    def _through(self, x, remember, mask): # (N, T, D); a layer's number and new keys and values (T, 2, N, D) -> those of all words (L, 2, N, D); (T, L) or None
-        for i, layer in enumerate(self.layers): x = layer(x, partial(remember, i), mask)
-        return x[:, -1]
-
-    def select(self,
-        rows,        # (N',) which rows of text go on, in which order
-        images=None, # (B',) which images go on; None: all
-    ):
-        "Keep, repeat or reorder rows of text and keep some images."
-        shape = (*self.words.shape[:3], len(rows), self.words.shape[-1])
-        if self.spare.numel() < math.prod(shape): self.spare = self.reserve(math.prod(shape), dtype=self.words.dtype, device=self.words.device)
-        new = self.spare[:math.prod(shape)].view(shape)
-        torch.index_select(self.words[:self.length], 3, rows, out=new[:self.length])
-        self.words, self.spare = new, self.words.flatten()
-        if images is not None:
-            for layer in self.layers: layer.image = layer.image.index_select(1, images)
-
-# %% ../nbs/04_generation.ipynb #7b3d10ae
-class CompiledDecoder(FastDecoder):
-    "A `FastDecoder` whose shapes never change, each step one program."
-    reserve = staticmethod(torch.zeros)                                          # what is masked counts 0 times, but what happens to lie in memory may be nan
-
-    def __call__(self,
-        new_ids, # (N, T)
-    ): # (N, D)
-        "The last layer's output at the last token."
-        if new_ids.shape[1] > 1: return super().__call__(new_ids)
-        place = torch.arange(len(self.words)+1, device=new_ids.device)
-        said = (place < self.length) | (place == len(self.words))                                     # the new word stands last
-        x, self.words[self.length] = _compiled(new_ids.device.type)(self, self.embeddings(new_ids, self.length), self.words, said[None])
-        self.length += 1
-        return x
-
-    def _step(self, x, words, said): # (N, 1, D), (L, layers, 2, N, D), (1, L+1) -> (N, D), (layers, 2, N, D)
-        new = []
-        def remember(i, keys_values):
-            new.append(keys_values)
-            return torch.cat((words[:, i], keys_values))
-        return self._through(x, remember, said), torch.cat(new)
-
-@lru_cache
-def _compiled(device):
-    return torch.compile(CompiledDecoder._step, dynamic=False, mode='reduce-overhead' if device == 'cuda' else 'default')
-
 # %% ../nbs/04_generation.ipynb #9dcff808
+def output_layer(
+    model:Captioner, # its words that may be said
+) -> nn.Module: # (..., D) -> (..., V'), and its `ids` (V',)
+    "The head's last product for the words that may be said, their rows gathered once and not at every step; the packed one where `20_fast` has made one."
+    weight, bias = model.decoder.word_embedding, model.decoder.cls['predictions'].bias
+    ids = torch.arange(len(bias), device=bias.device) if model.output_ids is None else model.output_ids  # (V',)
+    packed = getattr(model, 'packed_output_layer', None)
+    if packed is not None and torch.equal(packed.ids, ids): return packed
+    if model.output_ids is not None: weight, bias = (nn.Parameter(x[ids], requires_grad=False) for x in (weight, bias))
+    layer = nn.Linear(1, 1, device='meta')                       # a shell for weights that are there already
+    layer.weight, layer.bias, layer.ids = weight, bias, ids
+    return layer
+
 class NextToken:
     "The decoder as a search sees it: new tokens in, logits of the words that may be said out."
     def __init__(self,
-        model:Captioner, # stays as it is
+        model:Captioner, # in evaluation mode; stays as it is
         image_tokens,    # (B, S, D)
-        captions=1,      # rows of text an image, at most
-        room=None,       # positions, for `CompiledDecoder`; None: `FastDecoder`
     ):
-        rows, predictions = len(image_tokens)*captions, model.decoder.cls['predictions']
-        self.decoder = CompiledDecoder(model.decoder, image_tokens, rows=rows, room=room) if room else FastDecoder(model.decoder, image_tokens, rows=rows)
-        self.dense, self.norm = FastLinear(predictions.transform['dense'], rows=rows), predictions.transform['LayerNorm']
-        weight, bias = model.decoder.word_embedding, predictions.bias
-        self.ids = torch.arange(len(bias), device=image_tokens.device) if model.output_ids is None else model.output_ids  # (V',)
-        if model.output_ids is not None: weight, bias = (nn.Parameter(x, requires_grad=False) for x in (F.embedding(self.ids, weight), bias[self.ids]))
-        head = nn.Linear(1, 1, device='meta')                                    # a shell
-        head.weight, head.bias = weight, bias
-        self.head = FastLinear(head, rows=rows)
-        self.sep, self.pad = int((self.ids == model.tokenizer.sep_token_id).nonzero()), model.tokenizer.pad_token_id
-        self.dtype = torch.promote_types(weight.dtype, torch.float32)            # of log-probabilities and scores
-        self.buffer = torch.empty(0, dtype=self.dtype, device=image_tokens.device)
+        self.decoder, self.cache = model.decoder, model.decoder.new_cache(image_tokens)
+        self.transform, self.head = model.decoder.cls['predictions'].transform, output_layer(model)
+        self.ids, self.pad = self.head.ids, model.tokenizer.pad_token_id
+        self.sep = int((self.ids == model.tokenizer.sep_token_id).nonzero())
+        self.dtype = torch.promote_types(self.head.weight.dtype, torch.float32)  # of log-probabilities and scores
 
     def __call__(self,
         new_ids, # (N, t) tokens that the cache has not seen
     ): # (N, V')
         "Logits of the next token."
-        return self.head(self.norm(self.dense(self.decoder(new_ids), gelu=True))).to(self.dtype)
-
-    def log_softmax(self,
-        logits, # (N, V') from a call
-    ): # (N, V') in a buffer that the next call overwrites: asking the system for these megabytes at every step takes longer than filling them
-        "Their log-probabilities."
-        if logits.numel() > self.buffer.numel(): self.buffer = torch.empty_like(logits)
-        return torch.log_softmax(logits, -1, out=self.buffer.flatten()[:logits.numel()].view_as(logits))
+        hidden = self.decoder.hidden_states(new_ids, self.cache)[0][:, -1]       # (N, D)
+        hidden = self.transform['LayerNorm'](F.gelu(self.transform['dense'](hidden)))
+        return self.head(hidden).to(self.dtype)                                  # (N, V')
 
     def select(self,
         rows,        # text rows that go on, in which order
         images=None, # images that go on; None: all
     ):
         "Keep, repeat or reorder text rows and keep some images."
-        self.decoder.select(rows, images)
+        self.cache.select(rows)
+        if images is not None: self.cache.select_images(images)
 
 # %% ../nbs/04_generation.ipynb #166bb792
 @dataclass
@@ -425,9 +271,9 @@ def _choose(values, config, generator, uniform): # (N, V'), uniform (N,) or None
     if uniform is None: return values.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
     return pick(values.softmax(-1), uniform)
 
-def _stay(going, config): # (B',) bool: which of the images in the cache go on
-    "Indices of those that stay in the cache, or None: dropping some copies the others, so it must halve the work; compiled steps keep their shapes."
-    return going.nonzero()[:, 0] if not config.compile and 2*int(going.sum()) <= len(going) else None
+def _stay(going): # (B',) bool: which of the images in the cache go on
+    "Indices of those that stay in the cache, or None: dropping some copies the others, so it must halve the work."
+    return going.nonzero()[:, 0] if 2*int(going.sum()) <= len(going) else None
 
 def _rows_of(images, R): # (B',) -> (B'*R,)
     "The R adjacent rows of each image."
@@ -457,12 +303,12 @@ def _one_by_one(step, rules, prompt, config, generator):
         if rules.forbids: values = _not_stuck(values, going, rows, t)
         chosen = _choose(values, config, generator, None if uniform is None else uniform[rows, t-P]) # (N,)
         sequences[rows[going], t] = step.ids[chosen[going]]
-        logprobs[rows[going], t-P] = step.log_softmax(logits).gather(1, chosen[:, None])[going, 0]
+        logprobs[rows[going], t-P] = logits.log_softmax(-1).gather(1, chosen[:, None])[going, 0]
         going = going & (chosen != step.sep)
         scores = logprobs.nansum(1) / (~logprobs.isnan()).sum(1)**config.length_penalty
         yield sequences.view(B, R, L), scores.view(B, R), logprobs.view(B, R, L-P)
         if not going.any(): break
-        if (stay := _stay(going.view(-1, R).any(1), config)) is not None:
+        if (stay := _stay(going.view(-1, R).any(1))) is not None:
             keep = _rows_of(stay, R)
             step.select(keep, stay)
             rows, going, chosen = rows[keep], going[keep], chosen[keep]
@@ -592,7 +438,7 @@ def _beam_search(step, rules, forced, prompt, config): # forced: ForcedWords or 
     searches, going = torch.arange(B*G, device=device), torch.ones(B*G, dtype=torch.bool, device=device)
     new_ids, rows = prompt, prompt
     for t in range(P, L):
-        own = step.log_softmax(step(new_ids))                                    # (N, V')
+        own = step(new_ids).log_softmax(-1)                                      # (N, V')
         sums, beam, token = _continuations(rules(own, rows), rows, scores, going, config, forced, step.sep)  # (M, 2k)
         place = torch.arange(len(searches), device=device)[:, None]
         row = (place//G if t == P else place*k) + beam                           # in the cache, (M, 2k)
@@ -614,7 +460,7 @@ def _beam_search(step, rules, forced, prompt, config): # forced: ForcedWords or 
             for all_searches, these in zip(done, finished): all_searches[searches[stop]] = these[stop]
             going = going & ~stop
             if not going.any(): break
-        if (stay := _stay(going.view(-1, G).any(1), config)) is None: step.select(row.flatten())
+        if (stay := _stay(going.view(-1, G).any(1))) is None: step.select(row.flatten())
         else:
             keep = _rows_of(stay, G)                                             # searches of the images that stay
             step.select(row[keep].flatten(), stay)
@@ -683,7 +529,7 @@ def _without_dropout(model):
 # %% ../nbs/04_generation.ipynb #baaa9844
 def _search(model, image_tokens, config, generator): # config: checked
     "What greedy search or sampling has after each token, or beam search at its end: sequences, scores, log-probabilities."
-    step = NextToken(model, image_tokens, max(config.num_beams, config.num_return_sequences), config.max_length if config.compile else None)
+    step = NextToken(model, image_tokens)
     rules = Rules(config, step.ids, step.sep)
     prompt = torch.tensor([config.prompt_ids(model)]*len(image_tokens), device=image_tokens.device)       # (B, P)
     if config.num_beams == 1: yield from _one_by_one(step, rules, prompt, config, generator)

@@ -16,7 +16,7 @@ from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogi
 
 from plain_generation import NoWordLeft, plain_generate
 from pvtblip.decoder import BertDecoder, Captioner, CaptionerConfig, DecoderConfig
-from pvtblip.generation import (FastDecoder, FastLinear, ForcedWords, GenerationConfig, NextToken, Rules, _beam_search, attention_map, cross_attention, generate, generate_caption,
+from pvtblip.generation import (ForcedWords, GenerationConfig, NextToken, Rules, _beam_search, attention_map, cross_attention, generate, generate_caption,
                                 keep_min_p, keep_top_k, keep_top_p, process_image, settled, stream_caption, word_ids)
 
 torch.set_num_threads(1)
@@ -250,122 +250,6 @@ def test_no_ngram_twice(early):
             assert len(grams) == len(set(grams))
 
 
-# ---------------------------------------------------------------- changed weights
-
-
-@pytest.mark.parametrize("change", ["in_place", "data", "state_dict", "head", "module"])
-def test_changed_weights_are_seen(change):
-    ours, theirs, images = make(1, 2.0, 3)
-    equal(ours, theirs, images, num_beams=2, max_length=10)  # weights are packed now
-    layer = ours.decoder.layers[0].attention.self
-    with torch.no_grad():
-        if change == "in_place": layer.query.weight.add_(torch.randn(64, 64))
-        if change == "data": layer.query.weight.data += torch.randn(64, 64)
-        if change == "state_dict": ours.decoder.load_state_dict({k: v + 0.1 * torch.randn_like(v) for k, v in ours.decoder.state_dict().items()})
-        if change == "head": ours.decoder.word_embedding.data[2000:3000] += torch.randn(1000, 64)
-        if change == "module": layer.query = torch.nn.Linear(64, 64)
-    state = ours.decoder.state_dict()
-    theirs.load_state_dict(state | {"cls.predictions.decoder.weight": ours.decoder.word_embedding, "cls.predictions.decoder.bias": state["cls.predictions.bias"]})
-    equal(ours, theirs, images, num_beams=2, max_length=10)
-
-
-def test_a_tracked_change_that_keeps_the_row_sums_is_seen():
-    layer, x = torch.nn.Linear(8, 8), torch.randn(2, 8)
-    with torch.no_grad():
-        layer.weight.copy_(torch.arange(64.0).view(8, 8))
-        assert_close(FastLinear(layer, rows=2)(x), layer(x))
-        layer.weight.copy_(layer.weight.roll(2, 1))  # two float32 make one whole number: the sums are the same
-        assert_close(FastLinear(layer, rows=2)(x), layer(x))
-
-
-# ---------------------------------------------------------------- the decoder that generation uses
-
-
-@given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.lists(st.integers(1, 10**6), max_size=6))
-@settings(max_examples=60, deadline=None)
-def test_fast_decoder_equals_hidden_states(seed, dtype, images, captions, prompt, choices):
-    "Whatever is dropped, repeated and reordered on the way, and beyond the positions that were reserved."
-    torch.manual_seed(seed)
-    decoder = BertDecoder(DecoderConfig.tiny()).to(dtype).eval()
-    tokens = torch.randn(images, 5, 64, dtype=dtype)
-    with torch.inference_mode():
-        fast, cache = FastDecoder(decoder, tokens, rows=images * captions), decoder.new_cache(tokens)
-        ids, rows = torch.randint(1000, 30522, (images, prompt)), torch.arange(images).repeat_interleave(captions)
-        for choice in [0, *choices]:
-            assert_close(fast(ids), decoder.hidden_states(ids, cache)[0][:, -1], rtol=1e-4, atol=1e-5)
-            draws = torch.Generator().manual_seed(choice)
-            if choice:  # each image's captions among each other; sometimes only some images
-                stay = torch.randperm(images, generator=draws)[:1 + choice % images].sort().values
-                rows = (stay[:, None] * captions + torch.randint(captions, (len(stay), captions), generator=draws)).flatten()
-                fast.select(rows, stay); cache.select(rows); cache.select_images(stay)
-                images = len(stay)
-            else:
-                fast.select(rows); cache.select(rows)
-            ids = torch.randint(1000, 30522, (images * captions, 1), generator=draws)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_near(dtype):
-    "In half precision both are rounded; the fast decoder, whose keys and values are float32, not more than the other."
-    torch.manual_seed(0)
-    decoder = BertDecoder(DecoderConfig.tiny()).eval()
-    ids, tokens = torch.randint(1000, 30522, (6, 9)), torch.randn(6, 5, 64)
-    with torch.inference_mode():
-        exact = decoder.hidden_states(ids, decoder.new_cache(tokens))[0][:, -1]
-        decoder, tokens = decoder.to(dtype), tokens.to(dtype)
-        slow = decoder.hidden_states(ids, decoder.new_cache(tokens))[0][:, -1].float()
-        fast = FastDecoder(decoder, tokens, rows=6)(ids).float()
-    assert (fast - exact).abs().mean() < 1.2 * (slow - exact).abs().mean() < 0.02
-
-
-COMPILED = [dict(), dict(num_beams=3), dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5), dict(do_sample=True, top_k=2, num_return_sequences=3), dict(no_repeat_ngram_size=2, num_beams=2),
-            dict(num_beams=3, force_words_ids=[[2300]]), dict(num_beams=2, prefix="two red balls", max_length=40)]
-
-
-@pytest.mark.parametrize("options", COMPILED, ids=str)
-def test_compiled_steps_say_the_same(early, options):
-    "The code that is compiled, run as it stands: fixed shapes, nothing leaves the batch."
-    ours, _, images = early
-    draws = lambda: [torch.Generator().manual_seed(i) for i in range(len(images))] if options.get("do_sample") else None
-    options = dict(max_length=14) | options
-    torch.use_deterministic_algorithms(True)  # fills what `torch.empty` gives with nan
-    try:
-        with torch.compiler.set_stance("force_eager"): compiled = generate(ours, image_tokens=images, generator=draws(), compile=True, **options)
-        plain = generate(ours, image_tokens=images, generator=draws(), **options)
-    finally: torch.use_deterministic_algorithms(False)
-    assert len({len(row) for row in until_end(plain.sequences[:, 0])}) > 1  # images finish at different steps
-    assert torch.equal(compiled.sequences, plain.sequences)
-    assert_close(compiled.scores, plain.scores); assert_close(compiled.token_logprobs, plain.token_logprobs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
-def test_one_program_serves_all_steps_and_calls():
-    ours, _, images = make(0, -1e4, 2)
-    captions = [generate(ours, image_tokens=images, num_beams=2, max_length=9, compile=True).sequences]
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        other = make(1, -1e4, 2)[0]  # even for other weights of the same shapes
-        captions += [generate(model, image_tokens=images.flip(0), num_beams=2, max_length=9, compile=True).sequences for model in (ours, other)]
-    for found, model, given in zip(captions, (ours, ours, other), (images, images.flip(0), images.flip(0))):
-        assert torch.equal(found, generate(model, image_tokens=given, num_beams=2, max_length=9).sequences)
-
-
-def test_autocast_and_adapters_are_kept():
-    "Weights that generation cannot pack: another type by autocast, a layer that is more than a matrix."
-    class Adapter(torch.nn.Linear):
-        def forward(self, x): return super().forward(x) + 1
-    ours = Captioner(CaptionerConfig.tiny()).eval()
-    ids, tokens = torch.randint(1000, 30522, (2, 3)), torch.randn(2, 5, 64)
-    with torch.inference_mode():
-        ours.decoder.layers[0].attention.self.query = Adapter(64, 64)
-        ours.decoder.layers[1].intermediate.dense = Adapter(64, 128)
-        expected = ours.decoder.hidden_states(ids, ours.decoder.new_cache(tokens))[0][:, -1]
-        assert_close(FastDecoder(ours.decoder, tokens, rows=2)(ids), expected)
-        with torch.autocast("cpu", torch.bfloat16):
-            cast = ours.decoder.hidden_states(ids, ours.decoder.new_cache(tokens))[0][:, -1]
-            assert 0 < (cast - expected).abs().max() < 0.1
-            assert_close(FastDecoder(ours.decoder, tokens, rows=2)(ids), cast, rtol=0.05, atol=0.05)
-
-
 def test_dropout_is_off_in_either_mode():
     torch.manual_seed(0)
     ours = Captioner(CaptionerConfig.tiny(decoder=DecoderConfig.tiny(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)))
@@ -450,10 +334,8 @@ def test_its_own_generator_draws_from_the_exact_probabilities():
 
 def test_several_draws_leave_the_image_where_it_is(early, monkeypatch):
     ours, _, images = early
-    seen = []
-    for owner, name in ((FastDecoder, "__init__"), (type(ours.decoder), "new_cache")):
-        original = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, original=original, **options: seen.append(len(args[-1])) or original(*args, **options))
+    seen, original = [], BertDecoder.new_cache
+    monkeypatch.setattr(BertDecoder, "new_cache", lambda decoder, tokens: seen.append(len(tokens)) or original(decoder, tokens))
     out = generate(ours, image_tokens=images, do_sample=True, num_return_sequences=5, max_length=9, output_attentions=True)
     assert out.sequences.shape[:2] == (8, 5) and seen == [8, 8]  # once for the search, once for the attention
 
