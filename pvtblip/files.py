@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'MARK', 'Size', 'Count', 'Share', 'read_text', 'parse_json', 'read_json', 'read_toml', 'printable',
            'tolerant', 'whole_file', 'write_whole', 'is_ours', 'write_json', 'save_figure', 'refuse_outputs',
-           'only_writer', 'Within', 'check_value', 'settings_of', 'check_settings', 'part_of', 'setting_names', 'meant',
-           'from_plain', 'reason', 'StopAtSignal', 'outlive_signals']
+           'only_writer', 'Within', 'short', 'check_value', 'settings_of', 'check_settings', 'part_of', 'setting_names',
+           'meant', 'from_plain', 'reason', 'StopAtSignal', 'outlive_signals']
 
 # %% ../nbs/00a_files.ipynb #616798b7
 import codecs, difflib, json, os, re, reprlib, signal, sys, textwrap, threading, tomllib, types, typing, unicodedata
@@ -267,8 +267,14 @@ def _wanted(hint):
         return f"a list{number}, each {_wanted(parts[0])}"
     return _TYPES.get(kind, 'a table of settings')
 
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = _shown.maxlong = 60
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 60
+
+def short(
+    value, # anything
+) -> str: # one line
+    "A value as an error shows it: as Python writes it, the middle left out where it is long."
+    return printable(_repr.repr(value))
 
 def check_value(
     name:str, # what the error calls it
@@ -276,7 +282,7 @@ def check_value(
     hint,     # its type, as in an annotation
 ):
     "ValueError where a value is not of the type, or outside the bounds, that an annotation states."
-    if not _fits(value, hint): raise ValueError(f"{name} is {printable(_shown.repr(value))}; it must be {_wanted(hint)}")
+    if not _fits(value, hint): raise ValueError(f"{name} is {short(value)}; it must be {_wanted(hint)}")
 
 def settings_of(
     cls, # a dataclass
@@ -331,7 +337,7 @@ def from_plain(
     "A config from plain values; ValueError for a name that no setting has (with the one that was meant) and for a value that its annotation does not allow."
     root, known, made = root or cls, {f.name: hint for f, hint in settings_of(cls)}, {}
     for name, value in values.items():
-        if name not in known: raise ValueError(f"{file}: no setting is called {_shown.repr(above + name)}{meant(above + name, root)}")
+        if name not in known: raise ValueError(f"{file}: no setting is called {short(above + name)}{meant(above + name, root)}")
         part = part_of(known[name])
         if part and isinstance(value, dict): value = from_plain(part, value, file, f'{above}{name}.', root)
         else: check_value(f"{file}: {above}{name}", value, known[name])
@@ -345,11 +351,11 @@ def from_plain(
 # %% ../nbs/00a_files.ipynb #65746e36
 def reason(
     error:BaseException, # of a library
-) -> str: # one line of at most 100 letters, for the brackets in an error of ours
+) -> str: # one line of at most 120 letters, for the brackets in an error of ours
     "What an exception says, or its type where that says more."
     text = ' '.join(printable(str(error).strip().partition('\n')[0]).split())
     if not text or isinstance(error, (KeyError, AttributeError, TypeError, IndexError)): text = f"{type(error).__name__} {text}".strip()
-    return textwrap.shorten(text, 100, placeholder=' …')
+    return textwrap.shorten(text, 120, placeholder=' …')
 
 # %% ../nbs/00a_files.ipynb #7bb587dc
 class StopAtSignal:
