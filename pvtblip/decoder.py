@@ -8,18 +8,20 @@ __all__ = ['DecoderConfig', 'Embeddings', 'QueryKeyValue', 'AddAndNorm', 'Attent
            'load_whole', 'Captioner']
 
 # %% ../nbs/02_decoder.ipynb #aa71ec46
-import json, os, shutil, tempfile
+import json, math, os, re, shutil, tempfile
 from dataclasses import dataclass, field, asdict, fields, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from huggingface_hub import HfApi, snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from .tokenizer import CaptionTokenizer
-from .pvt_encoder import EncoderConfig, ImageEncoder, attend
+from .files import Share, Size, Within, check_settings, from_plain, printable, read_json, reason, short
+from .tokenizer import CaptionTokenizer, load_tokenizer
+from .pvt_encoder import PVT_CONFIGS, EncoderConfig, ImageEncoder, attend, check_weights, read_weights, weights_in
 
 # %% ../nbs/02_decoder.ipynb #9ec47d41
 def _attend_eagerly(q, k, v, mask=None, is_causal=False):
@@ -34,17 +36,19 @@ def _attend_eagerly(q, k, v, mask=None, is_causal=False):
 @dataclass
 class DecoderConfig:
     "The sizes of a BERT decoder; field names and defaults are those of transformers' `BertConfig`."
-    vocab_size: int = 30522              # BERT's fixed WordPiece vocabulary
-    hidden_size: int = 768               # width D of every token
-    num_hidden_layers: int = 12          # blocks of self-attention, cross-attention, feed-forward
-    num_attention_heads: int = 12        # heads H; D must divide by H
-    intermediate_size: int = 3072        # inner width of the feed-forward, 4 D by custom
-    max_position_embeddings: int = 512   # longest text that has positions
-    type_vocab_size: int = 2             # BERT's sentence A and B; captions use A only, the weights have both
-    hidden_dropout_prob: float = 0.1     # dropout after every sub-layer
-    attention_probs_dropout_prob: float = 0.1 # dropout on attention weights
-    layer_norm_eps: float = 1e-12        # BERT's own, smaller than torch's default
-    initializer_range: float = 0.02      # deviation of fresh weights
+    vocab_size: Size = 30522             # BERT's fixed WordPiece vocabulary
+    hidden_size: Annotated[int, Within(1, 2**16)] = 768     # width D of every token
+    num_hidden_layers: Annotated[int, Within(1, 1000)] = 12 # blocks of self-attention, cross-attention, feed-forward
+    num_attention_heads: Size = 12       # heads H; D must divide by H
+    intermediate_size: Size = 3072       # inner width of the feed-forward, 4 D by custom
+    max_position_embeddings: Size = 512  # longest text that has positions
+    type_vocab_size: Annotated[int, Within(1, 1000)] = 2    # BERT's sentence A and B; captions use A only, the weights have both
+    hidden_dropout_prob: Share = 0.1     # dropout after every sub-layer
+    attention_probs_dropout_prob: Share = 0.1 # dropout on attention weights
+    layer_norm_eps: Share = 1e-12        # BERT's own, smaller than torch's default
+    initializer_range: Share = 0.02      # deviation of fresh weights
+
+    def __post_init__(self): check_settings(self)
 
     @classmethod
     def tiny(cls,
@@ -59,11 +63,14 @@ class DecoderConfig:
         name:str, # a Hugging Face name or a folder with config.json
     ):
         "The sizes that a BERT checkpoint was trained with; raises ValueError where it isn't a BERT that the decoder can compute."
-        saved = _read_config(_checkpoint_folder(name))
+        folder = _checkpoint_folder(name)
+        saved = _read_config(folder)
         for key, needed in dict(model_type='bert', hidden_act='gelu', position_embedding_type='absolute').items():
             found = saved.get(key, None if key == 'model_type' else needed)
-            if found != needed: raise ValueError(f"{name}: config.json says {key} {found!r}; the decoder can only compute {needed!r}")
-        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved})
+            if found != needed: raise ValueError(f"{name}: config.json says {key} {short(found)}; the decoder can only compute {needed!r}")
+        config = from_plain(cls, {f.name: saved[f.name] for f in fields(cls) if f.name in saved}, folder/'config.json')
+        if files := _weight_files(folder): _check_sizes(config, {_our_name(k): v for f in files for k, v in weights_in(f).items()}, folder/'config.json')
+        return config
 
 # %% ../nbs/02_decoder.ipynb #abb6d6cc
 def _checkpoint_folder(name): # a folder, or a name on the hub
@@ -73,12 +80,35 @@ def _checkpoint_folder(name): # a folder, or a name on the hub
     except (OSError, ValueError) as error:
         raise OSError(f"no model at '{name}': give a folder or a Hugging Face name; without network, one that was downloaded before") from error
 
+def _weight_files(folder):
+    "model.safetensors, or the parts that it was divided into."
+    return [folder/'model.safetensors'] if (folder/'model.safetensors').is_file() else sorted(folder.glob('*.safetensors'))
+
 def _read_config(folder):
     "config.json as a dict; raises ValueError naming the file."
     file = folder/'config.json'
     if not file.is_file(): raise ValueError(f"{file}: no such file; a model folder needs config.json and model.safetensors")
-    try: return json.loads(file.read_text())
-    except ValueError as error: raise ValueError(f"{file}: not JSON ({error}); copy or download it again") from error
+    return read_json(file, dict)
+
+def _our_name(key):
+    "A checkpoint's parameter name as the decoder calls it: with `bert.` in front, old LayerNorm names renewed."
+    key = key.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias')
+    return key if key.startswith(('bert.', 'cls.')) else 'bert.' + key
+
+def _check_sizes(config, held, file, above=''):
+    "ValueError where config.json states other sizes than the weights have: a wrong one may fill the memory before anything else is noticed."
+    D, inner = config.hidden_size, config.intermediate_size
+    stated = {'embeddings.word_embeddings.weight': dict(vocab_size=config.vocab_size, hidden_size=D),
+              'embeddings.position_embeddings.weight': dict(max_position_embeddings=config.max_position_embeddings, hidden_size=D),
+              'embeddings.token_type_embeddings.weight': dict(type_vocab_size=config.type_vocab_size, hidden_size=D),
+              'encoder.layer.0.intermediate.dense.weight': dict(intermediate_size=inner, hidden_size=D)}
+    for weight, sizes in stated.items():
+        shape, _ = held.get(f'{above}bert.{weight}', (tuple(sizes.values()), None))
+        for (name, size), real in zip(sizes.items(), shape):
+            if size != real: raise ValueError(f"{file}: {above}{name} is {size}, but the weights beside it have {real}; they belong to different models")
+    layers = {found[1] for name in held if (found := re.match(re.escape(above) + r'bert\.encoder\.layer\.(\d+)\.', name))}
+    if layers and len(layers) != config.num_hidden_layers: raise ValueError(
+        f"{file}: {above}num_hidden_layers is {config.num_hidden_layers}, but the weights beside it have {len(layers)}; they belong to different models")
 
 # %% ../nbs/02_decoder.ipynb #0de5cea3
 class Embeddings(nn.Module):
@@ -325,22 +355,11 @@ class BertDecoder(nn.Module):
         return self.logits(self.hidden_states(input_ids, self.new_cache(image_tokens), attention_mask)[0])
 
 # %% ../nbs/02_decoder.ipynb #75e10812
-def _read_safetensors(file):
-    "All tensors of a file; raises ValueError naming it where it is damaged."
-    try: return load_file(file)
-    except Exception as error: raise ValueError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error
-
-def _our_name(key):
-    "A checkpoint's parameter name as the decoder calls it: with `bert.` in front, old LayerNorm names renewed."
-    key = key.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias')
-    return key if key.startswith(('bert.', 'cls.')) else 'bert.' + key
-
 def _read_bert(name):
     "A checkpoint's tensors under our names, a tied output layer dropped; raises ValueError where there are none or the head is not tied."
-    folder = _checkpoint_folder(name)
-    files = [folder/'model.safetensors'] if (folder/'model.safetensors').is_file() else sorted(folder.glob('*.safetensors'))
+    files = _weight_files(_checkpoint_folder(name))
     if not files: raise ValueError(f"{name}: no .safetensors file; pickled weights are not loaded, convert them first")
-    saved = {_our_name(k): v for f in files for k, v in _read_safetensors(f).items()}
+    saved = {_our_name(k): v for f in files for k, v in read_weights(f).items()}
     bias, weight = (saved.pop(f'cls.predictions.decoder.{part}', None) for part in ('bias', 'weight'))
     if bias is not None: saved.setdefault('cls.predictions.bias', bias)
     if weight is not None and not torch.equal(weight, saved.get('bert.embeddings.word_embeddings.weight', weight)):
@@ -355,6 +374,7 @@ def load_bert_weights(
     "Load any BERT checkpoint into the decoder; raises ValueError where shapes differ or anything but cross-attention and head is missing."
     saved, own = _read_bert(name), decoder.state_dict()
     for k, v in saved.items():
+        if k in own and not v.is_floating_point(): raise ValueError(f"{name}: {k} holds whole numbers where fractions belong; save it as float32")
         if k in own and own[k].shape != v.shape: raise ValueError(
             f"{name}: {k} is {tuple(v.shape)}, the decoder's is {tuple(own[k].shape)}; use DecoderConfig.from_pretrained({str(name)!r})")
     fresh = [k for k in own if k not in saved]
@@ -370,14 +390,15 @@ class CaptionerConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig) # eyes
     decoder: DecoderConfig = field(default_factory=DecoderConfig) # mouth
     prompt: str = 'a picture of'       # every caption begins with it, in training and after
-    max_length: int = 40               # token positions, [CLS] and prompt included; captions are about 12 words
+    max_length: Size = 40              # token positions, [CLS] and prompt included; captions are about 12 words
     output_vocabulary: list[int]|None = None # ids that may be said, or None for all: a small world needs few words, and logits over 30,522 cost most of a small model's time
-    label_smoothing: float = 0.        # share of probability spread over all words in the loss
-    word_dropout: float = 0.           # share of caption words hidden from the decoder in training, so that it looks at the image instead of guessing from the words before
+    label_smoothing: Share = 0.        # share of probability spread over all words in the loss
+    word_dropout: Share = 0.           # share of caption words hidden from the decoder in training, so that it looks at the image instead of guessing from the words before
 
     def __post_init__(self):
-        if isinstance(self.encoder, dict): self.encoder = EncoderConfig(**self.encoder)
-        if isinstance(self.decoder, dict): self.decoder = DecoderConfig(**self.decoder)
+        if isinstance(self.encoder, dict): self.encoder = from_plain(EncoderConfig, self.encoder, 'encoder')
+        if isinstance(self.decoder, dict): self.decoder = from_plain(DecoderConfig, self.decoder, 'decoder')
+        check_settings(self)
 
     @classmethod
     def tiny(cls,
@@ -395,12 +416,31 @@ class CaptionerOutput:
     labels: torch.Tensor     # (M,) what should have been said there, as indices into the logits' last axis
 
 # %% ../nbs/02_decoder.ipynb #9df19c4a
+_WORTH = 1000 # what a weight takes in Python, however small it is, in numbers of four bytes
+
 class _Undrawn(TorchFunctionMode):
     "A context in which modules are made without drawing their random weights: whole files of weights take their place, and drawing them takes longer than reading."
     draws = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
+    makes = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand}
+    def __init__(self,
+        most=math.inf, # numbers in all weights together; before one more is made, ValueError
+    ):
+        super().__init__()
+        self.left = most
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if function in self.draws: return args[0] if args else kwargs['tensor']
-        return function(*args, **(kwargs or {}))
+        if function in self.makes:
+            size = kwargs.get('size', args[0] if args and isinstance(args[0], (tuple, list)) else args)
+            self.left -= _WORTH + math.prod(size)
+            if self.left < 0: raise ValueError("it asks for a larger model than the weights beside it are")
+        return function(*args, **kwargs)
+
+def _most_numbers(config, held):
+    "How many numbers a model may have that is to be filled from a file: up to twice as many it is built, and `load_whole` names what is missing."
+    total = 1_000_000 + 2*sum(_WORTH + math.prod(shape) for shape, _ in held.values())
+    return total if config.name.split('.')[0] in PVT_CONFIGS else max(4*total, 500_000_000)      # timm builds whole models; what lies behind the last stage is dropped
 
 # %% ../nbs/02_decoder.ipynb #1b94c1a8
 def load_whole(
@@ -408,16 +448,17 @@ def load_whole(
     file,            # a .safetensors file with exactly its weights
 ):
     "Load a file whole; raises ValueError naming the first weight that is missing, foreign or of another shape."
-    own, saved = model.state_dict(), _read_safetensors(file)
+    own, held = model.state_dict(), weights_in(file)
     for name in own:
-        if name not in saved: raise ValueError(f"{file}: weight {name} is missing; the file belongs to another model or is damaged")
-        if own[name].shape != saved[name].shape: raise ValueError(
-            f"{file}: weight {name} is {tuple(saved[name].shape)}, config.json asks for {tuple(own[name].shape)}")
-    for name in saved:
-        if name not in own: raise ValueError(f"{file}: foreign weight {name}; the file belongs to another model")
-    model.load_state_dict(saved)
+        if name not in held: raise ValueError(f"{file}: weight {name} is missing; the file belongs to another model or is damaged")
+    for name in held:
+        if name not in own: raise ValueError(f"{file}: foreign weight {printable(name)[:100]}; the file belongs to another model")
+    check_weights(own, held, file)
+    model.load_state_dict(read_weights(file))
 
 # %% ../nbs/02_decoder.ipynb #712c41ed
+_OF_TRANSFORMERS = {'model_type', 'architectures', 'auto_map', 'dtype', 'torch_dtype', 'transformers_version'} # what it adds to a config.json that it saves
+
 class Captioner(nn.Module):
     "Image encoder + decoder + the loss, with the shift in one place (after BLIP, arXiv:2201.12086)."
     def __init__(self,
@@ -509,16 +550,25 @@ class Captioner(nn.Module):
         name, # a folder that `save_pretrained` wrote, or a name on the hub
     ):
         "Load a captioner, in eval mode; raises ValueError naming the file and what is missing, foreign or of another shape in it."
+        # What do the two files state?
         folder = _checkpoint_folder(name)
-        file, saved = folder/'config.json', _read_config(folder)
+        file, weights, saved = folder/'config.json', folder/'model.safetensors', _read_config(folder)
         if saved.pop('library', None) != 'pvtblip': raise ValueError(f"{file}: not a pvtblip model")
-        if not (folder/'model.safetensors').is_file(): raise ValueError(
-            f"{folder/'model.safetensors'}: no such file; a model folder needs config.json and model.safetensors, pickled weights are not loaded")
-        try: config = CaptionerConfig(**saved)
-        except (TypeError, ValueError) as error: raise ValueError(f"{file}: {error}; it is damaged or was written by another version") from error
+        if not weights.is_file(): raise ValueError(
+            f"{weights}: no such file; a model folder needs config.json and model.safetensors, pickled weights are not loaded")
+        config = from_plain(CaptionerConfig, {key: value for key, value in saved.items() if key not in _OF_TRANSFORMERS}, file)
         config.encoder.weights = None                  # the weights come from this folder alone
-        with _Undrawn(): model = cls(config, folder)
-        load_whole(model, folder/'model.safetensors')
+        # Do they agree? This must be known before memory is asked for
+        held = weights_in(weights)
+        _check_sizes(config.decoder, held, file, 'decoder.')
+        # Build and fill
+        try: tokenizer = load_tokenizer(folder)
+        except OSError as error: raise ValueError(f"{folder/'tokenizer.json'}: no such file; a model folder needs its tokenizer's files, too") from error
+        try:
+            with _Undrawn(_most_numbers(config.encoder, held)): model = cls(config, tokenizer)
+        except ValueError as error: raise ValueError(f"{file}: {error}") from error
+        except Exception as error: raise ValueError(f"{file}: no model can be built from it ({reason(error)}); copy or download it again") from error
+        load_whole(model, weights)
         return model.eval()
 
     def push_to_hub(self,

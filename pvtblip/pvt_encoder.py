@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['PVT_CONFIGS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PHOTO_FORMATS', 'DRAFT_MARGIN', 'OverlapPatchEmbed', 'to_map',
            'attend', 'ReducedAttention', 'ConvFeedForward', 'Block', 'Stage', 'initialise_pvt',
-           'PyramidVisionTransformerV2', 'EncoderConfig', 'sincos_positions', 'TimmBackbone', 'load_weights',
-           'make_backbone', 'ImageEncoder', 'to_rgb', 'load_image', 'load_pixels', 'normalise_pixels',
-           'image_transform']
+           'PyramidVisionTransformerV2', 'EncoderConfig', 'sincos_positions', 'TimmBackbone', 'weights_in',
+           'read_weights', 'check_weights', 'load_weights', 'make_backbone', 'ImageEncoder', 'orientation', 'upright',
+           'to_rgb', 'read_photo', 'load_image', 'load_pixels', 'normalise_pixels', 'image_transform']
 
 # %% ../nbs/01_pvt_encoder.ipynb #cbea8a0d
-import io, json
+import io, json, re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+
+from .files import Share, Size, Within, check_settings, check_value, reason
 
 # %% ../nbs/01_pvt_encoder.ipynb #b94eefcd
 class OverlapPatchEmbed(nn.Module):
@@ -181,16 +185,19 @@ def initialise_pvt(module:nn.Module):
     nn.init.zeros_(module.bias)
 
 # %% ../nbs/01_pvt_encoder.ipynb #6647e4b1
+_Depth = Annotated[int, Within(1, 1000)]
+_Ratio = Annotated[float, Within(0, 100, above=True)]
+
 class PyramidVisionTransformerV2(nn.Module):
     "Images to a pyramid of feature maps, as in Wang et al., PVT v2 (arXiv 2106.13797); parameter names as in timm."
     def __init__(self,
-        depths=(2, 2, 2, 2),               # blocks per stage; as many stages as there are entries
-        embed_dims=(32, 64, 160, 256),     # channels per stage
-        num_heads=(1, 2, 5, 8),            # attention heads per stage
-        sr_ratios=(8, 4, 2, 1),            # spatial reduction per stage: more where the map is larger
-        mlp_ratios=(8, 8, 4, 4),           # hidden channels of the feed-forward part, in widths
-        linear:bool=False,                 # the linear variant of the attention
-        drop_path_rate:float=0.,           # stochastic depth, rising from 0 to this rate at the last block
+        depths:list[_Depth]=(2, 2, 2, 2),         # blocks per stage; as many stages as there are entries
+        embed_dims:list[Size]=(32, 64, 160, 256), # channels per stage
+        num_heads:list[Size]=(1, 2, 5, 8),        # attention heads per stage
+        sr_ratios:list[Size]=(8, 4, 2, 1),        # spatial reduction per stage: more where the map is larger
+        mlp_ratios:list[_Ratio]=(8, 8, 4, 4),     # hidden channels of the feed-forward part, in widths
+        linear:bool=False,                        # the linear variant of the attention
+        drop_path_rate:Share=0.,                  # stochastic depth, rising from 0 to this rate at the last block
     ):
         super().__init__()
         per_stage = (depths, embed_dims, num_heads, sr_ratios, mlp_ratios)
@@ -230,9 +237,35 @@ class PyramidVisionTransformerV2(nn.Module):
             maps.append(to_map(tokens, grid))
         return maps  # one (B, C_i, h_i, w_i) per stage
 
+# %% ../nbs/01_pvt_encoder.ipynb #e80873dc
+_OPENS = ("pretrained", "checkpoint", "cache", "feature", "model_", "kwargs_filter", "out_indices", "scriptable", "exportable", "no_jit", "pruned",
+          "device", "dtype")  # how the arguments of timm begin that say where from and in which form, and not what is built
+
+def _check_kwargs(value, name="backbone_kwargs"):
+    "ValueError for what would make timm open a file or an address, and for numbers beyond every backbone."
+    if isinstance(value, dict):
+        for key,part in value.items():
+            if not isinstance(key, str) or key.startswith(_OPENS): raise ValueError(
+                f"backbone_kwargs has {key!r}; these settings say how a backbone is built, and its weights come from a .safetensors file alone")
+            _check_kwargs(part, f"backbone_kwargs.{key}")
+    elif isinstance(value, (list, tuple)):
+        for part in value: _check_kwargs(part, name)
+    elif isinstance(value, str):
+        if not re.fullmatch(r"[\w.,-]*", value): raise ValueError(f"{name} is {value!r}; it must be a plain word, no address and no folder")
+    elif value is not None: check_value(name, value, bool|Annotated[float, Within(-2**16, 2**16)])
+
+def _check_pvt(name, kwargs):
+    "ValueError for an argument that our PVT does not have, or of another type."
+    allowed = get_type_hints(PyramidVisionTransformerV2.__init__, include_extras=True)
+    for key,value in kwargs.items():
+        if key not in allowed: raise ValueError(f"backbone_kwargs has {key!r}; {name} takes {', '.join(allowed)}")
+        check_value(f"backbone_kwargs.{key}", value, allowed[key])
+
 # %% ../nbs/01_pvt_encoder.ipynb #5db47c5e
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # red, green, blue on the scale 0 to 1
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_Level = Annotated[float, Within(-1000, 1000)]
+_Spread = Annotated[float, Within(0.0001, 1000)]
 
 @dataclass
 class EncoderConfig:
@@ -240,21 +273,23 @@ class EncoderConfig:
     name:str = "pvt_v2_b0"            # a name of `PVT_CONFIGS`: our PVT; any other: a timm model. b0 is the smallest
     weights:str|bool|None = None      # None: random; True: pretrained, from the hub through timm; else a .safetensors file
     backbone_kwargs:dict = field(default_factory=dict)  # changes to the backbone: other depths, a drop_path_rate
-    stages:tuple = (3,)               # what the decoder reads, from 0, or -1 for the last (in a ViT: blocks); earlier stages: more tokens
-    image_size:int = 224              # side of the square in pixels; what the published weights were trained with
-    mean:tuple = IMAGENET_MEAN        # subtracted from the pixels, as the published weights expect
-    std:tuple = IMAGENET_STD          # then the pixels are divided by this
+    stages:tuple[Annotated[int, Within(-1000, 1000)], ...] = (3,)  # what the decoder reads, from 0, or -1 for the last (in a ViT: blocks); earlier stages: more tokens
+    image_size:Annotated[int, Within(1, 4096)] = 224  # side of the square in pixels; what the published weights were trained with
+    mean:tuple[_Level, _Level, _Level] = IMAGENET_MEAN  # subtracted from the pixels, as the published weights expect
+    std:tuple[_Spread, _Spread, _Spread] = IMAGENET_STD # then the pixels are divided by this
     freeze_batch_norm:bool = False    # BatchNorm keeps its statistics in training; for pretrained weights that are trained further
-    normaliser:str = "layernorm"      # or "none"; features of a foreign backbone come at any scale
-    position:str = "sincos"           # or "none"; flattened, a map no longer says where a token was
+    normaliser:Literal["layernorm", "none"] = "layernorm"  # features of a foreign backbone come at any scale
+    position:Literal["sincos", "none"] = "sincos"          # flattened, a map no longer says where a token was
 
     def __post_init__(self):
-        self.stages,self.mean,self.std = tuple(self.stages),tuple(self.mean),tuple(self.std)
-        self.backbone_kwargs = json.loads(json.dumps(self.backbone_kwargs))
+        if isinstance(self.weights, Path): self.weights = str(self.weights)
+        check_settings(self)
+        if not re.fullmatch(r"[\w.-]+", self.name): raise ValueError(f"name is {self.name!r}; it must be a plain name of a backbone, no address and no folder")
         if not self.stages or len(set(self.stages)) < len(self.stages):
             raise ValueError(f"stages must name at least one stage, each once, not {self.stages}")
-        for name,allowed in dict(normaliser=("layernorm", "none"), position=("sincos", "none")).items():
-            if getattr(self, name) not in allowed: raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        _check_kwargs(self.backbone_kwargs)
+        if self.name.split(".")[0] in PVT_CONFIGS: _check_pvt(self.name, self.backbone_kwargs)
+        self.backbone_kwargs = json.loads(json.dumps(self.backbone_kwargs))
 
     @classmethod
     def tiny(cls, **changes):
@@ -276,19 +311,29 @@ def sincos_positions(grid:tuple,   # (h, w)
     return torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], dim=2).flatten(0, 1)
 
 # %% ../nbs/01_pvt_encoder.ipynb #08329ee7
+def _timm_model(config, **kwargs):
+    "A model of timm; ValueError where it cannot be made, whatever timm raises."
+    import timm  # here, because it takes seconds and our own PVT does without it
+    try: return timm.create_model(config.name, pretrained=config.weights is True, **kwargs)
+    except Exception as error:
+        raise ValueError(f"{config.name}: timm cannot make this model ({reason(error)}); correct the name or backbone_kwargs") from error
+
 class TimmBackbone(nn.Module):
     "The chosen stages (blocks, in a ViT) of any timm model as maps (B, C, h, w); layers behind the last one are dropped."
     def __init__(self, config:EncoderConfig):
         super().__init__()
-        import timm  # here, because it takes seconds and our own PVT does without it
+        import timm
         kwargs = dict(config.backbone_kwargs)
         known = timm.get_pretrained_cfg(config.name)  # None for a name that timm does not know: create_model says so
         if known is not None and known.fixed_input_size: kwargs.setdefault("img_size", config.image_size)
-        self.model = timm.create_model(config.name, pretrained=config.weights is True, **kwargs)
+        self.model = _timm_model(config, **kwargs)
         if not hasattr(self.model, "forward_intermediates"):
             raise ValueError(f"{config.name}: timm cannot give this model's feature maps; choose another backbone")
-        self.indices = self.model.prune_intermediate_layers(list(config.stages), prune_norm=False, prune_head=True)
-        self.channels = [m.shape[1] for m in self.try_out(config.image_size, config.image_size)]
+        try:
+            self.indices = self.model.prune_intermediate_layers(list(config.stages), prune_norm=False, prune_head=True)
+            self.channels = [m.shape[1] for m in self.try_out(config.image_size, config.image_size)]
+        except Exception as error:
+            raise ValueError(f"{config.name}: gives no maps of the stages {list(config.stages)} at {config.image_size} pixels ({reason(error)})") from error
 
     def try_out(self, height, width):
         "The maps of a black image; the model's mode and running statistics stay as they are."
@@ -305,6 +350,36 @@ class TimmBackbone(nn.Module):
         return self.model.forward_intermediates(pixel_values, indices=self.indices, norm=True, output_fmt="NCHW", intermediates_only=True)
 
 # %% ../nbs/01_pvt_encoder.ipynb #d8791ec6
+def weights_in(
+    file, # .safetensors
+) -> dict: # name -> (shape, type), such as ((768, 768), "F32")
+    "What a file of weights holds, by its header; no weight is read. ValueError naming the file where it is damaged."
+    try:
+        with safe_open(file, "pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name,part in parts.items()}
+    except Exception as error: raise ValueError(f"{file}: not a whole safetensors file ({reason(error)}); copy or download it again") from error
+
+def read_weights(
+    file, # .safetensors
+) -> dict: # name -> tensor
+    "All weights of a file; ValueError naming it where it is damaged."
+    try: return load_file(file)
+    except Exception as error: raise ValueError(f"{file}: not a whole safetensors file ({reason(error)}); copy or download it again") from error
+
+def check_weights(
+    own:dict,  # of `state_dict`
+    held:dict, # of `weights_in`
+    file,      # named in errors
+):
+    "ValueError naming the first weight of a model that a file holds in another shape, or as whole numbers where fractions belong."
+    for name in own.keys() & held.keys():
+        shape,kind = held[name]
+        if tuple(own[name].shape) != shape: raise ValueError(
+            f"{file}: weight {name} is {shape}, the model asks for {tuple(own[name].shape)}; is it another model's file?")
+        if own[name].is_floating_point() != kind.startswith(("F", "BF")): raise ValueError(
+            f"{file}: weight {name} is of type {kind}, the model's is {str(own[name].dtype).removeprefix('torch.')}; save it in that type")
+
 def load_weights(backbone:nn.Module, # a PVT, or a timm model
                  path,               # a .safetensors file with timm's parameter names
                 ):
@@ -312,8 +387,11 @@ def load_weights(backbone:nn.Module, # a PVT, or a timm model
     path = Path(path)
     if path.suffix != ".safetensors": raise ValueError(f"{path}: only .safetensors files are loaded, they cannot run code")
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file of weights")
-    missing = backbone.load_state_dict(load_file(path), strict=False).missing_keys
+    own,held = backbone.state_dict(),weights_in(path)
+    missing = [name for name in own if name not in held]
     if missing: raise ValueError(f"{path}: {len(missing)} weights are missing, first {missing[0]}; is it another model's file?")
+    check_weights(own, held, path)
+    backbone.load_state_dict(read_weights(path), strict=False)
 
 # %% ../nbs/01_pvt_encoder.ipynb #b584bd28
 def make_backbone(config:EncoderConfig) -> tuple:
@@ -330,9 +408,7 @@ def make_backbone(config:EncoderConfig) -> tuple:
         chosen = sorted({stage % count for stage in config.stages})
         cut = {key: value[:chosen[-1]+1] if isinstance(value, list) else value for key,value in settings.items()}
         backbone = PyramidVisionTransformerV2(**cut)
-        if config.weights is True:
-            import timm  # only for its downloads
-            backbone.load_state_dict(timm.create_model(config.name, pretrained=True).state_dict())
+        if config.weights is True: backbone.load_state_dict(_timm_model(config).state_dict())  # timm only for its downloads
     if isinstance(config.weights, (str, Path)): load_weights(getattr(backbone, "model", backbone), config.weights)
     return backbone, chosen
 
@@ -394,9 +470,26 @@ class ImageEncoder(nn.Module):
 # %% ../nbs/01_pvt_encoder.ipynb #83f1b7aa
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: opening one starts Ghostscript
 
+_TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))
+
+def orientation(image:Image.Image) -> int:
+    "How a photo lies, by its EXIF or XMP: 2 to 8; 1, upright, where they do not say or are damaged, which says nothing about the pixels."
+    try: found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception: return 1  # damaged EXIF raises in a dozen ways
+    return found if isinstance(found, int) and found in _TURNS else 1
+
+def upright(image:Image.Image) -> Image.Image:
+    "A photo turned as its EXIF says."
+    image.load()
+    if (found := orientation(image)) == 1: return image
+    turned = image.transpose(_TURNS[found])
+    for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"): turned.info.pop(key, None)  # else it would be turned twice
+    return turned
+
 def to_rgb(image:Image.Image) -> Image.Image:
     "Upright RGB pixels: EXIF rotation applied, 16 bits brought to 8, transparency laid on white."
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode == "F": raise ValueError("floating-point pixels have no fixed white; save it with 8 bits")
     if image.mode.startswith("I"):
         if image.getextrema()[1] > 65535: raise ValueError("32-bit pixels have no fixed white; save it with 8 bits")
@@ -406,27 +499,70 @@ def to_rgb(image:Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-def _read_photo(source, # a file, or the bytes of one
-                read,   # function of the opened PIL image, whose pixels are not yet decoded
-               ):
+# %% ../nbs/01_pvt_encoder.ipynb #ffb8a57b
+_BEGINNINGS = {  # what files begin with that cannot be opened, as patterns; and what to do
+    rb"....ftyp(?=.*avi[fs])": "AVIF; save it as JPEG or PNG",
+    rb"....ftyp(hei|hev|mif1|msf1)": "HEIC, as iPhones write photos; save it as JPEG",
+    rb"....ftyp|\x1aE\xdf\xa3": "a video; save one of its pictures as JPEG",
+    rb"\x00\x00\x00\x0cJXL |\xff\x0a": "JPEG XL; save it as JPEG or PNG",
+    rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000; save it as JPEG or PNG",
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*": "damaged at its beginning; copy or download it again",
+    rb"%!PS|%PDF|8BPS|\s*<(\?xml|svg)": "a drawing or document (PDF, EPS, SVG, PSD); save it as PNG",
+    rb"\s*<": "a web page, perhaps a server's error; download the photo again",
+    rb"PK\x03\x04|\x1f\x8b": "an archive; unpack it",
+    rb"version https://git-lfs": "a pointer of Git LFS; fetch the photo with git lfs pull"}
+
+def _what_it_is(head):
+    "Of a file that is no photo, by its first bytes: what it is instead, and what to do."
+    return next((f": {what}" for pattern,what in _BEGINNINGS.items() if re.match(pattern, head, re.S)), f"; these are read: {', '.join(PHOTO_FORMATS)}")
+
+_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # parts of a PNG that say something about the picture and hold none of it
+
+def _without_notes(stream):
+    "A PNG's content without its texts and colour profile, or None where it has none or is no PNG."
+    stream.seek(0)
+    kept,dropped = [stream.read(8)],False
+    if kept[0] != b"\x89PNG\r\n\x1a\n": return None
+    while len(head := stream.read(8)) == 8:
+        length = int.from_bytes(head[:4], "big") + 4             # of what follows, with its checksum
+        if head[4:] not in _NOTES: kept += [head, stream.read(length)]
+        else: dropped = bool(stream.seek(length, io.SEEK_CUR))
+    return b"".join(kept) if dropped else None
+
+def _opened(stream, read):
+    "What `read` makes of the image in a stream; DecompressionBombError where it has too many pixels."
+    stream.seek(0)
+    with Image.open(stream, formats=PHOTO_FORMATS) as image:
+        if Image.MAX_IMAGE_PIXELS and image.width*image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+        return read(image)
+
+def read_photo(
+    source, # a file, or the bytes of one
+    read,   # function of the opened PIL image, whose pixels are not yet decoded
+):
     "What `read` makes of a photo; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."
     path, held = ("photo", source) if isinstance(source, bytes) else (Path(source), None)
     if held is None and not path.is_file(): raise FileNotFoundError(f"{path}: no such image file")
     if (path.stat().st_size if held is None else len(held)) == 0: raise ValueError(f"{path}: the file is empty (0 bytes)")
-    try:
-        with Image.open(path if held is None else io.BytesIO(held), formats=PHOTO_FORMATS) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width*image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-            return read(image)
-    except UnidentifiedImageError: raise ValueError(f"{path}: not an image; these are read: {', '.join(PHOTO_FORMATS)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
-    except Exception as error:  # a decoder meets damaged bytes in many ways; all mean the same here
-        raise ValueError(f"{path}: damaged or unreadable image ({error})") from error
+    with (open(path, "rb") if held is None else io.BytesIO(held)) as stream:
+        try:
+            try: return _opened(stream, read)
+            except ValueError:                                   # Pillow unpacks at most 1 MB of text or profile
+                plain = _without_notes(stream)
+                if plain is None: raise
+                return _opened(io.BytesIO(plain), read)
+        except UnidentifiedImageError:
+            stream.seek(0)
+            raise ValueError(f"{path}: not an image that can be read{_what_it_is(stream.read(64))}") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
+        except Exception as error:  # a decoder meets damaged bytes in many ways; all mean the same here
+            raise ValueError(f"{path}: damaged or unreadable image ({reason(error)})") from error
 
 def load_image(source) -> Image.Image:  # a path, or a PIL image in any mode
     "Any photo as upright RGB; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."
-    return to_rgb(source) if isinstance(source, Image.Image) else _read_photo(source, to_rgb)
+    return to_rgb(source) if isinstance(source, Image.Image) else read_photo(source, to_rgb)
 
 # %% ../nbs/01_pvt_encoder.ipynb #ff262c60
 DRAFT_MARGIN = 1.5  # a reduced JPEG has at least this many times the side that is needed; at 1.0 it would differ nearly twice as much from the full decode (12_loading)
@@ -437,7 +573,7 @@ def _square_pixels(image, size):
     draft = image.draft(None, (int(DRAFT_MARGIN*size),)*2)       # None for what is no JPEG; nothing is decoded yet
     if image.size != whole:                                      # 375 rows halved are 187.5, kept in 188: the box says where the photo ends
         return _bytes(to_rgb(image.resize((size, size), Image.Resampling.BICUBIC, box=draft[1]))).contiguous()
-    plain = image.format == "JPEG" and image.mode == "RGB" and (image.info.keys().isdisjoint(("exif", "xmp")) or image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+    plain = image.format == "JPEG" and image.mode == "RGB" and (image.info.keys().isdisjoint(("exif", "xmp")) or orientation(image) == 1)
     return _resized(_bytes(image if plain else to_rgb(image)), size)  # to_rgb would copy it twice
 
 def _bytes(image): return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # RGB to (3, h, w) uint8, channels last in memory: so torch resizes it twice as fast
@@ -453,7 +589,7 @@ def load_pixels(
 ) -> torch.Tensor: # (3, size, size) uint8
     "Any photo as an upright RGB square, squashed; raises as `load_image` does."
     if isinstance(source, Image.Image): return _resized(_bytes(to_rgb(source)), size)
-    return _read_photo(source, partial(_square_pixels, size=size))
+    return read_photo(source, partial(_square_pixels, size=size))
 
 # %% ../nbs/01_pvt_encoder.ipynb #6b109353
 def normalise_pixels(config:EncoderConfig):

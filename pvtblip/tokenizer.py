@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, BertTokenizerFast
 
+from .files import Size, check_value, read_json, reason, short
+
 # %% ../nbs/00_tokenizer.ipynb #7dd37db4
 def check_wordpiece(
     tokenizer, # any Hugging Face tokenizer
@@ -34,16 +36,25 @@ def check_wordpiece(
     return tokenizer
 
 # %% ../nbs/00_tokenizer.ipynb #34f77858
+_JSON_FILES = 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json' # what transformers reads beside vocab.txt
+
 def load_tokenizer(
     name_or_path=None, # Hugging Face name or folder; None: the bundled vocabulary of bert-base-uncased, no network needed
 ): # Hugging Face tokenizer, checked by `check_wordpiece`
-    "Load a WordPiece tokenizer; raises OSError if there is none, ValueError if it is of another kind (vocabulary: BERT, arXiv:1810.04805)."
+    "Load a WordPiece tokenizer, never code that lies beside it; raises OSError if there is none, ValueError if it is damaged or of another kind (vocabulary: BERT, arXiv:1810.04805)."
     if name_or_path is None: return check_wordpiece(BertTokenizerFast.from_pretrained((files('pvtblip')/'vocab.txt').parent))
-    try: tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-    except (OSError, ValueError) as error:
+    folder = Path(name_or_path)
+    present = [name for name in (*_JSON_FILES, 'vocab.txt') if (folder/name).is_file()]
+    for name in present:                                               # so that an error names the file and the line
+        if name in _JSON_FILES: read_json(folder/name, dict)
+    try:
+        tokenizer = check_wordpiece(AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False))
+        tokenizer(['a dog'], add_special_tokens=False, split_special_tokens=True, verbose=False) # some settings are looked at only here
+        return tokenizer
+    except Exception as error:                                         # damaged files make transformers and tokenizers fail in any way
+        if present: raise ValueError(f"{folder}: no tokenizer can be made of {' and '.join(present)} ({reason(error)}); copy or download them again") from error
         raise OSError(f"no tokenizer at '{name_or_path}': give a folder or a Hugging Face name; "
                       "without network leave the name out and take the bundled vocabulary") from error
-    return check_wordpiece(tokenizer)
 
 # %% ../nbs/00_tokenizer.ipynb #509b56e1
 def collapse_whitespace(
@@ -81,6 +92,8 @@ class CaptionTokenizer:
         max_length:int=40, # most positions in a row: [CLS], prompt, caption and [SEP] together
     ):
         "Raises ValueError for a prompt that leaves no room for a word and [SEP], or that the vocabulary cannot write."
+        check_value('prompt', prompt, str)
+        check_value('max_length', max_length, Size)
         is_object = hasattr(tokenizer, 'get_vocab')
         self.tokenizer = check_wordpiece(tokenizer) if is_object else load_tokenizer(tokenizer)
         self.prompt, self.max_length, self.vocab_size = prompt, max_length, len(self.tokenizer)
@@ -88,7 +101,7 @@ class CaptionTokenizer:
         self.prompt_ids = [self.cls_token_id, *self._encode([prompt])[0]]
         self.prompt_length = len(self.prompt_ids)
         if self.tokenizer.unk_token_id in self.prompt_ids:
-            raise ValueError(f"the prompt '{prompt}' has words that the vocabulary cannot write; choose other words")
+            raise ValueError(f"the prompt {short(prompt)} has words that the vocabulary cannot write; choose other words")
         if self.prompt_length > max_length - 2:
             raise ValueError(f"the prompt takes {self.prompt_length} of max_length={max_length} positions, "
                              f"a word and [SEP] need 2 more; shorten the prompt or raise max_length")
@@ -100,7 +113,7 @@ class CaptionTokenizer:
         "WordPiece ids of each text, no special tokens; '[SEP]' typed in a text is text."
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise ValueError(f"caption {i} is {type(text).__name__}, not text: {text!r}; drop it or write it as a string")
+                raise ValueError(f"caption {i} is {type(text).__name__}, not text: {short(text)}; drop it or write it as a string")
         return self.tokenizer([collapse_whitespace(text) for text in texts], add_special_tokens=False,
             split_special_tokens=True, padding=False, truncation=False, verbose=False)['input_ids']
 
@@ -111,7 +124,7 @@ class CaptionTokenizer:
         "A batch of [CLS] prompt caption [SEP], padded right; labels not shifted; a cut caption has no [SEP]; ValueError for no text."
         if captions is None: return self._prompt_batch(batch_size)
         if isinstance(captions, str) or not len(captions):
-            raise ValueError(f"captions must be a list of at least one text, not {captions!r}; put it into a list")
+            raise ValueError(f"captions must be a list of at least one text, not {short(captions)}; put it into a list")
         room = self.max_length - self.prompt_length
         rows = [self.prompt_ids + [*ids, self.sep_token_id][:room] for ids in self._encode(list(captions))]
         lengths = torch.tensor([len(row) for row in rows])                         # (N,)
@@ -169,4 +182,5 @@ class CaptionTokenizer:
         tokenizer = load_tokenizer(name_or_path)
         saved = {name: tokenizer.init_kwargs['caption_'+name] for name in ('prompt', 'max_length')
                  if 'caption_'+name in tokenizer.init_kwargs}
-        return cls(tokenizer, **saved)
+        try: return cls(tokenizer, **saved)
+        except ValueError as error: raise ValueError(f"{name_or_path}/tokenizer_config.json: {error}") from error

@@ -1,6 +1,6 @@
 "The decoder and the captioner: what a notebook cell cannot hold (many sizes, random splits, damaged files, a fake hub)."
-import json, math, stat
-from dataclasses import asdict, replace
+import functools, json, math, stat
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -360,7 +360,8 @@ def change_weights(folder, change):
 @pytest.mark.parametrize('change, message', [
     (lambda w: w.pop('decoder.cls.predictions.bias'), 'weight decoder.cls.predictions.bias is missing'),
     (lambda w: w.update(stranger=torch.zeros(1)), 'foreign weight stranger'),
-    (lambda w: w.update({'decoder.cls.predictions.bias': torch.zeros(5)}), r'weight decoder.cls.predictions.bias is \(5,\), config.json asks for \(30522,\)')])
+    (lambda w: w.update({'decoder.cls.predictions.bias': torch.zeros(5)}), r'weight decoder.cls.predictions.bias is \(5,\), the model asks for \(30522,\)'),
+    (lambda w: w.update({'decoder.cls.predictions.bias': w['decoder.cls.predictions.bias'].int()}), "weight decoder.cls.predictions.bias is of type I32, the model's is float32")])
 def test_wrong_weights_name_file_and_weight(folder, change, message):
     change_weights(folder, change)
     with pytest.raises(ValueError, match='model.safetensors: ' + message): Captioner.from_pretrained(folder)
@@ -383,12 +384,88 @@ def test_pickle_only_folder_is_refused(folder):
     torch.save(weights, folder/'pytorch_model.bin')
     with pytest.raises(ValueError, match='pickled weights are not loaded'): Captioner.from_pretrained(folder)
 
-@pytest.mark.parametrize('text, message', [('{', 'not JSON'), ('{"model_type": "bert"}', 'not a pvtblip model'), ('{"library": "pvtblip", "colour": 1}', 'colour')])
+@pytest.mark.parametrize('text, message', [('{', 'not JSON'), ('{"model_type": "bert"}', 'not a pvtblip model'), ('{"library": "pvtblip", "colour": 1}', 'colour'),
+    ('[]', 'where an object'), ('5', 'holds 5'), ('null', 'null'), ('', 'not JSON'), ('[' * 100_000, 'nested'), ('{"a":' * 100_000, 'nested'), ('9' * 5000, 'digits'), ('\x00', 'not JSON')])
 def test_wrong_config_is_refused(folder, text, message):
     (folder/'config.json').write_text(text)
-    with pytest.raises(ValueError, match='config.json: .*' + message): Captioner.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r'config.json(:\d+)?: .*' + message) as error: Captioner.from_pretrained(folder)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 250 + len(str(folder))
     (folder/'config.json').unlink()
     with pytest.raises(ValueError, match='config.json: no such file'): Captioner.from_pretrained(folder)
+
+def changed(folder, changes):
+    "config.json with some settings changed: {'decoder.hidden_size': 1}."
+    config = json.loads((folder/'config.json').read_text())
+    for name, value in changes.items():
+        *parts, last = name.split('.')
+        functools.reduce(dict.__getitem__, parts, config)[last] = value
+    (folder/'config.json').write_text(json.dumps(config))
+
+WRONG = ['x', 1.5, -1, 0, 10**30, math.nan, -math.inf, True, None, [], {}, [[]], {'a': 1}, 'x' * 200_000]
+SETTINGS = [f'{part.name}.{f.name}' for part in fields(CaptionerConfig)[:2] for f in fields(part.default_factory)] + [f.name for f in fields(CaptionerConfig)]
+PASSES = {'encoder.weights', 'encoder.mean', 'output_vocabulary', 'prompt'} # what may be odd, and still makes a model
+
+def test_wrong_settings_are_one_value_error_that_names_them(folder):
+    whole = (folder/'config.json').read_text()
+    for name in SETTINGS:
+        for value in WRONG:
+            (folder/'config.json').write_text(whole)
+            changed(folder, {name: value})
+            try: model = Captioner.from_pretrained(folder)
+            except ValueError as error:
+                text = str(error)
+                assert str(folder) in text and (name.rpartition('.')[2] in text or 'model.safetensors: weight' in text) and '\n' not in text and len(text) < 280 + 2*len(str(folder)), (name, value, text)
+            else: assert name in PASSES or value in (True, 0, 1.5), (name, value, model.config)
+
+@pytest.mark.parametrize('changes', [{'decoder.num_hidden_layers': 1_000_000}, {'decoder.num_hidden_layers': 999}, {'decoder.num_hidden_layers': 1}, {'decoder.hidden_size': 65536},
+    {'decoder.intermediate_size': 2**20}, {'decoder.vocab_size': 2**20}, {'decoder.max_position_embeddings': 2**20}, {'decoder.type_vocab_size': 999}, {'decoder.vocab_size': 30521},
+    {'encoder.backbone_kwargs': dict(depths=[1000, 1000, 1000])}, {'encoder.backbone_kwargs': dict(embed_dims=[65536, 65536, 65536])},
+    {'encoder.backbone_kwargs': dict(depths=[999]*3, embed_dims=[4]*3, num_heads=[1]*3, sr_ratios=[1]*3, mlp_ratios=[1]*3)},
+    {'encoder.name': 'vit_giant_patch14_dinov2', 'encoder.backbone_kwargs': {}},
+    {'encoder.name': 'vit_tiny_patch16_224', 'encoder.backbone_kwargs': dict(depth=60_000, embed_dim=65_000)}])
+def test_a_config_that_asks_for_too_much_is_refused_before_memory_is(folder, changes, monkeypatch):
+    changed(folder, changes)
+    made = []
+    monkeypatch.setattr(torch.nn.Parameter, '__init__', lambda self, *args, **kwargs: made.append(self.numel()), raising=False)
+    with pytest.raises(ValueError, match='config.json: ') as error: Captioner.from_pretrained(folder)
+    assert sum(made) < 10**9 and len(made) < 10_000
+    if all(name.startswith('decoder') for name in changes): assert not made and next(iter(changes)) in str(error.value)
+
+@pytest.mark.parametrize('changes', [{'encoder.backbone_kwargs': dict(checkpoint_path='x.pth')}, {'encoder.name': 'hf-hub:some/body'}, {'encoder.name': 'no_such_model'},
+    {'encoder.name': 'resnet18', 'encoder.backbone_kwargs': dict(colour='red')}, {'decoder.num_attention_heads': 7}, {'max_length': 65}, {'prompt': 'word ' * 60}, {'prompt': '😀'},
+    {'output_vocabulary': [30522]}, {'output_vocabulary': [-1]}, {'encoder.stages': [7]}, {'encoder.stages': [1, 1]}])
+def test_settings_that_make_no_model_name_the_file(folder, changes):
+    changed(folder, changes)
+    with pytest.raises(ValueError, match='config.json: ') as error: Captioner.from_pretrained(folder)
+    assert '\n' not in str(error.value)
+
+def test_what_transformers_writes_into_a_config_is_left_alone(folder, captioner):
+    changed(folder, dict(model_type='pvtblip', architectures=['X'], auto_map={'AutoModel': 'x.X'}, dtype='float32', torch_dtype='float32', transformers_version='5.23.0'))
+    assert Captioner.from_pretrained(folder).config == captioner.config
+
+@pytest.mark.parametrize('name, content', [('tokenizer.json', '{'), ('tokenizer.json', '{}'), ('tokenizer.json', '[' * 100_000), ('tokenizer_config.json', '[]'), ('tokenizer_config.json', '{"cls_token": 5}'),
+    ('tokenizer.json', None)])
+def test_a_damaged_tokenizer_in_a_model_folder_is_one_value_error(folder, name, content):
+    if content is None:
+        for file in ('tokenizer.json', 'tokenizer_config.json', 'vocab.txt'): (folder/file).unlink()
+    else: (folder/name).write_text(content)
+    with pytest.raises(ValueError, match=f'{folder}.*{name}') as error: Captioner.from_pretrained(folder)
+    assert '\n' not in str(error.value)
+
+def test_another_vocabulary_is_refused(folder):
+    other = json.loads((folder/'tokenizer.json').read_text())
+    other['model']['vocab'].popitem()
+    (folder/'tokenizer.json').write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r'config.json: the tokenizer has 30521 tokens, the decoder 30522'): Captioner.from_pretrained(folder)
+
+@pytest.mark.parametrize('change, message', [(dict(num_hidden_layers=1_000_000), 'num_hidden_layers is 1000000; it must be'), (dict(num_hidden_layers=3), 'num_hidden_layers is 3, but the weights beside it have 2'),
+    (dict(hidden_size=65536), 'hidden_size is 65536, but the weights beside it have 64'), (dict(vocab_size='many'), "vocab_size is 'many'"), (dict(layer_norm_eps=None), 'layer_norm_eps is None'),
+    (dict(max_position_embeddings=1000), 'max_position_embeddings is 1000, but'), (dict(hidden_act=[1] * 10**5), 'hidden_act')])
+def test_a_bert_that_states_other_sizes_is_refused(tmp_path, change, message):
+    saved(BertModel(BertConfig(**asdict(small()))), tmp_path)
+    (tmp_path/'config.json').write_text(json.dumps(json.loads((tmp_path/'config.json').read_text()) | change))
+    with pytest.raises(ValueError, match=f'{tmp_path}.*{message}') as error: DecoderConfig.from_pretrained(tmp_path)
+    assert len(str(error.value)) < 250 + len(str(tmp_path))
 
 def test_unknown_name_is_one_sentence(monkeypatch):
     def offline(*args, **kwargs): raise OSError('no network')

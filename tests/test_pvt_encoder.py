@@ -5,7 +5,10 @@ import json
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import warnings
+import zlib
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pvtblip.pvt_encoder import (PVT_CONFIGS, EncoderConfig, ImageEncoder, PyramidVisionTransformerV2, image_transform,
-                                 load_image, sincos_positions)
+                                 load_image, load_pixels, orientation, sincos_positions)
 
 slow = pytest.mark.slow
 
@@ -212,7 +215,67 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_a_name_that_nobody_knows():
-    with pytest.raises(RuntimeError, match="no_such_model"): ImageEncoder(EncoderConfig("no_such_model"), 64)
+    with pytest.raises(ValueError, match="no_such_model: timm cannot make this model"): ImageEncoder(EncoderConfig("no_such_model"), 64)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:someone/model", "hf_hub:someone/model", "local-dir:/tmp/model", "timm/resnet18", "../resnet18", "https://example.org/x", "", "a b"])
+def test_a_name_that_is_an_address_or_a_folder_is_refused(name):
+    with pytest.raises(ValueError, match="name is .*; it must be a plain name"): EncoderConfig(name)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "pvt_v2_b0"])
+@pytest.mark.parametrize("kwargs", [dict(checkpoint_path="PICKLE"), dict(pretrained=True), dict(pretrained_cfg=dict(file="PICKLE")), dict(pretrained_cfg_overlay=dict(file="PICKLE")),
+    dict(pretrained_cfg="a1_in1k"), dict(features_only=True), dict(cache_dir="x"), dict(scriptable=True), dict(model_name="resnet50"), dict(feature_cfg={}), dict(out_indices=[0]),
+    dict(block=dict(checkpoint_path="PICKLE")), dict(act_layer="PICKLE"), dict(act_layer="https://example.org/x"), dict(depth=10**9), dict(depths=[1, 10**6]), dict(p=float("nan")),
+    dict(p=float("inf")), dict(p=object()), {"checkpoint_path": None}])
+def test_a_backbone_opens_nothing(name, kwargs, tmp_path, monkeypatch):
+    def opened(*args, **kwargs): raise AssertionError("a pickle was opened")
+    monkeypatch.setattr(torch, "load", opened)
+    torch.save({}, tmp_path/"pickle.pth")
+    place = lambda value: {k: place(v) for k, v in value.items()} if isinstance(value, dict) else str(tmp_path/"pickle.pth") if value == "PICKLE" else value
+    with pytest.raises(ValueError, match="backbone_kwargs") as error: EncoderConfig(name, backbone_kwargs=place(kwargs))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("kwargs, message", [(dict(depths=[1.5, 1]), "backbone_kwargs.depths is"), (dict(depths="2222"), "depths"), (dict(embed_dims=[0, 1]), "embed_dims"),
+    (dict(linear="yes"), "linear is 'yes'; it must be true or false"), (dict(drop_path_rate=2), "from 0 to 1"), (dict(pad_type="same"), "'pad_type'; pvt_v2_b0 takes depths"),
+    (dict(mlp_ratios=[-1]), "mlp_ratios")])
+def test_our_pvt_looks_at_its_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message): EncoderConfig(backbone_kwargs=kwargs)
+
+
+def test_what_timm_objects_to_is_one_sentence():
+    for config in (EncoderConfig("resnet18", backbone_kwargs=dict(colour="red"), image_size=32), EncoderConfig("resnet18", stages=(99,), image_size=32)):
+        with pytest.raises(ValueError, match=f"^{config.name}: ") as error: ImageEncoder(config, 64)
+        assert "\n" not in str(error.value)
+
+
+WRONG = ("x", 1.5, -1, 10**30, float("nan"), float("inf"), True, None, [], {}, [[]], [None], "x" * 10**6)
+
+def test_every_field_refuses_what_it_cannot_be():
+    "In each field, every value of another type is a ValueError that names it; what passes is of the field's type."
+    for f in fields(EncoderConfig):
+        for value in WRONG:
+            try: made = getattr(EncoderConfig(**{f.name: value}), f.name)
+            except ValueError as error: assert f.name in str(error) and "\n" not in str(error) and len(str(error)) < 250, error
+            else: assert (f.name, value) in [("name", "x"), ("weights", "x"), ("weights", True), ("weights", None), ("backbone_kwargs", {}), ("freeze_batch_norm", True)], (f.name, value, made)
+
+
+def test_damaged_and_foreign_weights_are_one_value_error(tmp_path):
+    torch.manual_seed(0)
+    model, path = timm.create_model("pvt_v2_b0"), tmp_path/"w.safetensors"
+    save_file(model.state_dict(), path)
+    whole, name = path.read_bytes(), next(iter(model.state_dict()))
+    header = int.from_bytes(whole[:8], "little")
+    damaged = [whole[:9], whole[:-1], whole[:header//2], b"", b"\xff" * 99, (2**62).to_bytes(8, "little") + whole[8:], whole[:8] + b"[" * header + whole[8+header:],
+               whole.replace(b'"shape":[32]', b'"shape":[9999999999999999999]', 1), whole.replace(b'"F32"', b'"F99"', 1)]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="w.safetensors: not a whole safetensors file") as error: ImageEncoder(EncoderConfig(weights=str(path)), 64)
+        assert "\n" not in str(error.value)
+    for change, message in ((torch.zeros(3), r"is \(3,\), the model asks for"), (torch.zeros_like(model.state_dict()[name], dtype=torch.int8), "is of type I8, the model's is float32")):
+        save_file(model.state_dict() | {name: change}, path)
+        with pytest.raises(ValueError, match=f"w.safetensors: weight {name} {message}"): ImageEncoder(EncoderConfig(weights=str(path)), 64)
 
 
 def test_our_own_pvt_does_without_timm():
@@ -269,6 +332,76 @@ def test_exif_rotation(orientation, stored, photo, tmp_path):
     close(load_image(tmp_path/"a.jpg"), photo)
 
 
+def exif_of(orientation):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010f] = orientation, "camera"
+    return exif.tobytes()
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbagegarbage", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 12, exif_of(6)[:-9] + b"\xff" * 9, exif_of(0), exif_of(9), exif_of(65535)])
+def test_exif_that_cannot_be_read_turns_nothing(exif, photo, tmp_path):
+    photo.save(tmp_path/"a.jpg", exif=exif, quality=95)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(tmp_path/"a.jpg") as opened: lies = orientation(opened)
+        assert lies in (1, 6)
+        close(load_image(tmp_path/"a.jpg"), photo if lies == 1 else photo.rotate(-90, expand=True))
+        torch.testing.assert_close(load_pixels(tmp_path/"a.jpg", 32).float(), load_pixels(load_image(tmp_path/"a.jpg"), 32).float(), atol=2, rtol=0)
+
+
+def test_any_damage_to_exif_leaves_the_photo_readable(photo, tmp_path):
+    photo.save(tmp_path/"a.jpg", exif=exif_of(6))
+    whole, rng = (tmp_path/"a.jpg").read_bytes(), np.random.default_rng(0)
+    start = whole.index(b"Exif") + 6
+    for _ in range(200):
+        mangled = bytearray(whole)
+        for place in rng.integers(start, start + len(exif_of(6)) - 6, 3): mangled[place] = rng.choice([0, 255, rng.integers(256)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert sorted(load_image(bytes(mangled)).size) == [40, 60]
+
+
+def test_a_photo_is_turned_once(photo, tmp_path):
+    for name in ("a.jpg", "a.png", "a.webp", "a.tif"):
+        photo.save(tmp_path/name, exif=exif_of(6))
+        once = load_image(tmp_path/name)
+        assert once.size == (40, 60) and load_image(once).size == once.size and orientation(once) == 1, name
+
+
+@pytest.mark.parametrize("after", (False, True))
+def test_large_notes_in_a_png_are_left_out(after, photo, tmp_path):
+    "Texts and colour profiles that unpack to megabytes, before or behind the pixels; the pixels stay exactly as they are."
+    exif, long = exif_of(6), b"\0" * 70_000_000
+    photo.save(tmp_path/"a.png", exif=exif)
+    plain = (tmp_path/"a.png").read_bytes()
+    place = plain.index(b"IEND") - 4 if after else plain.index(b"IDAT") - 4
+    for kind, content in ((b"zTXt", b"Comment\0\0" + zlib.compress(long)), (b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(long)), (b"iCCP", b"profile\0\0" + zlib.compress(long))):
+        note = len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+        (tmp_path/"big.png").write_bytes(plain[:place] + note + plain[place:])
+        tracemalloc.start()
+        assert load_image(tmp_path/"big.png").tobytes() == load_image(tmp_path/"a.png").tobytes() and load_image(tmp_path/"big.png").size == (40, 60)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        tracemalloc.stop()
+        assert torch.equal(load_pixels(tmp_path/"big.png", 32), load_pixels(tmp_path/"a.png", 32))
+        (tmp_path/"half.png").write_bytes((plain[:place] + note + plain[place:])[:-60])
+        if not after:
+            with pytest.raises(ValueError, match="half.png: damaged"): load_image(tmp_path/"half.png")
+
+
+def test_large_notes_do_not_hide_a_bomb(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path/"bomb.png")
+    plain = (tmp_path/"bomb.png").read_bytes()
+    content = b"Comment\0\0" + zlib.compress(b"\0" * 2_000_000)
+    note = len(content).to_bytes(4, "big") + b"zTXt" + content + zlib.crc32(b"zTXt" + content).to_bytes(4, "big")
+    (tmp_path/"bomb.png").write_bytes(plain[:33] + note + plain[33:])
+    with pytest.raises(ValueError, match="bomb.png: more than"): load_image(tmp_path/"bomb.png")
+
+
+def test_the_content_decides_and_not_the_name(photo, tmp_path):
+    for name, kind in (("a.png", "JPEG"), ("a.jfif", "JPEG"), ("a.jpe", "JPEG"), ("a", "PNG"), ("a.jpg", "WEBP"), ("a.heic", "JPEG")):
+        photo.save(tmp_path/name, format=kind)
+        close(load_image(tmp_path/name), photo)
+
+
 def test_transparency_becomes_white(photo, tmp_path):
     hidden = np.dstack([np.asarray(photo), np.full((40, 60), 255, np.uint8)])
     hidden[:, :30, 3] = 0                                                      # the red half is there, but invisible
@@ -291,7 +424,11 @@ def test_damaged_files_are_named(photo, tmp_path):
     photo.save(tmp_path/"whole.png")
     files = {"empty.jpg": (b"", "empty"), "text.jpg": (b"not a picture", "not an image"), "page.png": (b"<html></html>", "not an image"),
              "half.jpg": (whole[:len(whole)//2], "damaged"), "half.png": ((tmp_path/"whole.png").read_bytes()[:90], "damaged"),
-             "drawing.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image")}
+             "drawing.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+             "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, as iPhones write photos; save it as JPEG"), "new.png": (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1", "AVIF; save it"),
+             "new.jpg": (b"\0\0\0\x1cftypmif1\0\0\0\0avifmif1", "AVIF; save it"), "film.jpg": (b"\0\0\0\x18ftypisom\0\0\2\0", "a video"), "pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+             "error.jpg": (b"\n<!DOCTYPE html>\n<html>", "a web page"), "crlf.png": ((tmp_path/"whole.png").read_bytes().replace(b"\r\n", b"\n", 1), "damaged at its beginning; copy"),
+             "first.png": ((tmp_path/"whole.png").read_bytes()[:20], "damaged"), "first.jpg": (whole[:4], "damaged"), "a.zip": (b"PK\3\4", "an archive")}
     for name, (content, message) in files.items():
         (tmp_path/name).write_bytes(content)
         with pytest.raises(ValueError, match=message) as error: load_image(tmp_path/name)

@@ -1,5 +1,6 @@
 "What a notebook cell cannot test of pvtblip.tokenizer: random texts, fresh processes, folders on disk, a foreign tokenizer.json."
 import hashlib
+import json
 import pickle
 import subprocess
 import sys
@@ -169,3 +170,51 @@ def test_import_loads_no_model():
     code = "import sys, pvtblip.tokenizer as t; t.CaptionTokenizer(); print([m for m in sys.modules if '.modeling_bert' in m])"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'
+
+
+# --- folders of strangers ---
+
+@pytest.mark.parametrize('bert', (False, True))
+def test_code_beside_a_tokenizer_never_runs(bert, tmp_path):
+    "Neither where transformers knows the class itself, nor where only the code beside it could make it; and nobody is asked."
+    TOKENIZER.save_pretrained(tmp_path)
+    config = json.loads((tmp_path/'tokenizer_config.json').read_text()) | dict(auto_map=dict(AutoTokenizer=['mine.Mine', 'mine.Mine']))
+    if not bert: config['tokenizer_class'] = 'Mine'
+    (tmp_path/'tokenizer_config.json').write_text(json.dumps(config))
+    (tmp_path/'mine.py').write_text(f"from pathlib import Path\nPath({str(tmp_path/'ran')!r}).write_text('')\n"
+                                    "from transformers import BertTokenizerFast\nclass Mine(BertTokenizerFast): pass\n")
+    code = f"from pvtblip.tokenizer import load_tokenizer\ntry: print(len(load_tokenizer({str(tmp_path)!r})))\nexcept ValueError as error: print(error)"
+    done = subprocess.run([sys.executable, '-c', code], input='y\n' * 9, capture_output=True, text=True, timeout=120)
+    assert not (tmp_path/'ran').exists() and '[y/N]' not in done.stdout + done.stderr
+    assert '30522' in done.stdout or str(tmp_path) in done.stdout, done.stderr
+
+
+FOREIGN = [None, [], {}, 5, -1, 1e400, '', 'x', [None], {'a': {}}, True, '9' * 5_000]
+
+@pytest.mark.parametrize('name', ['tokenizer.json', 'tokenizer_config.json'])
+def test_a_damaged_tokenizer_is_one_value_error_that_names_the_folder(name, tmp_path):
+    (tmp_path/'vocab.txt').write_text('\n'.join('[PAD] [UNK] [CLS] [SEP] [MASK] a picture of dog ##s'.split()))      # small, so that it is read in no time
+    CaptionTokenizer(BertTokenizerFast.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    whole, refused = json.loads((tmp_path/name).read_text()), 0
+    texts = [json.dumps(whole | {key: value}) for key in whole for value in FOREIGN] + ['[]', '5', '{', '[' * 100_000, '', '{"a": ' * 50 + '1' + '}' * 50, '\x00']
+    texts += [json.dumps({k: v for k, v in whole.items() if k != key}) for key in whole]
+    if name == 'tokenizer.json': texts += [json.dumps(whole | dict(model=whole['model'] | {key: value})) for key in whole['model'] for value in FOREIGN]
+    for text in texts:
+        (tmp_path/name).write_text(text)
+        try: assert CaptionTokenizer.from_pretrained(tmp_path).vocab_size > 1
+        except ValueError as error:
+            refused += 1
+            assert str(tmp_path) in str(error) and '\n' not in str(error) and len(str(error)) < 250 + len(str(tmp_path)), text[:99]
+    assert refused > 5
+
+
+@pytest.mark.parametrize('content', [b'', b'\xff\xfe[\x00P\x00', b'\x00' * 99, b'[PAD]\n[UNK]\n', b'dog\n' * 99, bytes(range(256))])
+def test_a_damaged_vocabulary_is_one_value_error(content, tmp_path):
+    (tmp_path/'vocab.txt').write_bytes(content)
+    with pytest.raises(ValueError, match=str(tmp_path)) as error: CaptionTokenizer.from_pretrained(tmp_path)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('wrong', [dict(prompt=5), dict(prompt=None), dict(max_length='9'), dict(max_length=0), dict(max_length=10**30), dict(max_length=True), dict(prompt='dog ' * 30_000)])
+def test_prompt_and_length_are_looked_at(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))): CaptionTokenizer(**wrong)
