@@ -210,10 +210,12 @@ def only_writer(
 ):
     "A context in which no other process writes there; OSError where one does."
     place = Path(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place.with_name(f'.{place.name}.lock'), timeout=patience)
-    try: lock.acquire()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except Timeout: raise OSError(f"{place}: another process is writing it; wait for it, or give another place") from None
+    except OSError as error: raise OSError(f"{place}: cannot be written ({error.strerror or error}); make room, or give another place") from error
     try: yield
     finally: lock.release()
 
