@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .confidence import caption_confidence
 from .data import read_captions
-from .files import save_figure, write_whole
+from .files import only_writer, save_figure, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderConfig
 from .evaluation import (METRICS, check_clip, clip_score, coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
                                 gap_of, plot_best_and_worst, read_hypotheses, read_references, shuffled_losses)
@@ -156,29 +156,31 @@ def demo(
     "Train a captioner on drawn shapes from nothing and measure what it says of scenes and of colour-kind pairs that it has never seen."
     out = Path(out)
     refuse_model(out)
-    torch.manual_seed(seed)
-    model = Captioner(demo_config()).to(best_device())
-    world = dict(transform=image_transform(model.config.encoder), seed=seed+1, captions_per_image=2, length=12_800)
-    dataset = EasyFirst(ShapesDataset(max_objects=1, **world), ShapesDataset(max_objects=2, **world))
-    config = TrainingConfig(max_steps=max_steps, batch_size=32, learning_rate=3e-3, seed=seed, logging_steps=50, eval_steps=max(1, max_steps//5),
-                            mixed_precision=fast_precision(), dataloader_num_workers=1)
-    log(f"A captioner of {sum(p.numel() for p in model.parameters()):,} weights that knows {len(model.output_ids)} words and has seen nothing yet.")
-    def look(model, step):
-        scenes, captions = caption_scenes(model, 'unseen_scenes', 100, seed)
-        share = score_captions(captions, scenes)['statements_true']
-        log(f"step {step:5}: {share:6.1%} of its statements about unseen scenes are true; it says: {captions[0]!r}")
-        return dict(statements_true=share)
-    start = time.perf_counter()
-    history = train(model, dataset, config, evaluate=look, progress=progress)
-    seconds = time.perf_counter() - start
-    scores = {split: score_scenes(model, split, scenes, seed) for split in ('unseen_scenes', 'unseen_pairs')}
-    report = dict(statements_true=scores['unseen_scenes']['statements_true'], statements_true_unseen_pairs=scores['unseen_pairs']['statements_true'],
-                  train_seconds=seconds, scenes=scenes, scores=scores, config=asdict(config), history=history)
-    model.save_pretrained(out)
-    save_demo_pictures(model, history, out, seed)
-    for file in {out/'report.json', *([json_file] if json_file else [])}: write_whole(file, json.dumps(report, indent=2))
-    log(describe_demo(report, out))
-    return report
+    with only_writer(out/'model.safetensors'):
+        refuse_model(out)                                                # somebody else may just have ended
+        torch.manual_seed(seed)
+        model = Captioner(demo_config()).to(best_device())
+        world = dict(transform=image_transform(model.config.encoder), seed=seed+1, captions_per_image=2, length=12_800)
+        dataset = EasyFirst(ShapesDataset(max_objects=1, **world), ShapesDataset(max_objects=2, **world))
+        config = TrainingConfig(max_steps=max_steps, batch_size=32, learning_rate=3e-3, seed=seed, logging_steps=50, eval_steps=max(1, max_steps//5),
+                                mixed_precision=fast_precision(), dataloader_num_workers=1)
+        log(f"A captioner of {sum(p.numel() for p in model.parameters()):,} weights that knows {len(model.output_ids)} words and has seen nothing yet.")
+        def look(model, step):
+            scenes, captions = caption_scenes(model, 'unseen_scenes', 100, seed)
+            share = score_captions(captions, scenes)['statements_true']
+            log(f"step {step:5}: {share:6.1%} of its statements about unseen scenes are true; it says: {captions[0]!r}")
+            return dict(statements_true=share)
+        start = time.perf_counter()
+        history = train(model, dataset, config, evaluate=look, progress=progress)
+        seconds = time.perf_counter() - start
+        scores = {split: score_scenes(model, split, scenes, seed) for split in ('unseen_scenes', 'unseen_pairs')}
+        report = dict(statements_true=scores['unseen_scenes']['statements_true'], statements_true_unseen_pairs=scores['unseen_pairs']['statements_true'],
+                      train_seconds=seconds, scenes=scenes, scores=scores, config=asdict(config), history=history)
+        model.save_pretrained(out)
+        save_demo_pictures(model, history, out, seed)
+        for file in {out/'report.json', *([json_file] if json_file else [])}: write_whole(file, json.dumps(report, indent=2))
+        log(describe_demo(report, out))
+        return report
 
 # %% ../nbs/09_app.ipynb #fe970a6b
 def refuse_suffix(file, suffix, option):

