@@ -8,14 +8,15 @@ __all__ = ['MEASURES', 'caption_confidence', 'auroc', 'kept_share', 'plot_kept_s
            'calibrate']
 
 # %% ../nbs/18_confidence.ipynb #1e2a5cdf
-import json, math
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch, torch.nn.functional as F
 
-from .files import write_whole
-from .pipeline import fingerprint, load_model
+from .evaluation import read_entries
+from .files import MARK, is_ours, printable, read_json, refuse_outputs, save_figure, write_json
+from .pipeline import fingerprint, load_model, model_files
 
 # %% ../nbs/18_confidence.ipynb #5f0aa6da
 MEASURES = ('mean', 'sum', 'min')
@@ -41,6 +42,10 @@ def caption_confidence(
     ended = (words == tokenizer.sep_token_id).cumsum(-1)
     real = (ended == 0) | ((ended == 1) & (words == tokenizer.sep_token_id))
     return _confidence(output.token_logprobs, real, measure)
+
+def _is_number(value):
+    "Whether a value of a JSON file is a number that can be reckoned with."
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e30
 
 # %% ../nbs/18_confidence.ipynb #797310e4
 def _paired(confidences, scores):
@@ -98,7 +103,8 @@ def plot_kept_share(
     for label, by, style in (('judge who knows', scores, 'k:'), ('surest first', confidences, 'C0-')): ax.plot(*kept_share(by, scores), style, label=label)
     ax.axhline(scores.mean().item(), color='k', lw=.8, ls='--', label='coin')
     if threshold is not None: ax.axvline((confidences >= threshold).double().mean().item(), color='C1', lw=1, label='threshold')
-    ax.set(xlabel='share of captions kept', ylabel=name, xlim=(0, 1), ylim=(min(0, scores.min().item()), max(1, scores.max().item())*1.02))
+    ax.set_ylabel(name, parse_math=False)
+    ax.set(xlabel='share of captions kept', xlim=(0, 1), ylim=(min(0, scores.min().item()), max(1, scores.max().item())*1.02))
     ax.legend(fontsize=7)
     return ax
 
@@ -135,7 +141,8 @@ def plot_reliability(
         x, y, number = _bins(probabilities, correct, bins)
         ax.plot([0, 1], [0, 1], 'k:', lw=1); ax.plot(x, y, 'C0', lw=1)
         ax.scatter(x, y, s=4 + 200*number/number.sum(), color='C0')
-        ax.set(title=f'{name}, ECE {calibration_error(probabilities, correct, bins):.2f}', xlabel='stated', xlim=(0, 1), ylim=(0, 1))
+        ax.set_title(f'{name}, ECE {calibration_error(probabilities, correct, bins):.2f}', parse_math=False)
+        ax.set(xlabel='stated', xlim=(0, 1), ylim=(0, 1))
     axes[0, 0].set_ylabel('share that is right')
     return figure
 
@@ -204,7 +211,7 @@ class Calibration:
         folder, # of the model; made if it is not there
     ):
         "Write confidence.json, whole or not at all."
-        write_whole(Path(folder)/'confidence.json', json.dumps(dict(library='pvtblip', **asdict(self)), indent=1))
+        write_json(Path(folder)/'confidence.json', asdict(self))
 
 # %% ../nbs/18_confidence.ipynb #af225a95
 def fit_confidence(
@@ -226,21 +233,19 @@ def load_confidence(
 ) -> Calibration:
     "Read confidence.json; raises FileNotFoundError where there is none, ValueError naming what is wrong in it."
     file = Path(folder)/'confidence.json'
-    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; this model's confidence has not been calibrated; pvtblip evaluate --json REPORT and then pvtblip calibrate REPORT make the file (in Python: fit_confidence)")
-    try: saved = json.loads(file.read_text())
-    except ValueError as error: raise ValueError(f"{file}: not JSON ({error}); copy it again or calibrate anew") from error
-    if not isinstance(saved, dict) or saved.pop('library', None) != 'pvtblip': raise ValueError(f"{file}: not a calibration of pvtblip")
+    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; this model's confidence has not been calibrated; pvtblip evaluate --json REPORT and then pvtblip calibrate REPORT make the file")
+    saved = read_json(file, dict)
+    if MARK not in {saved.pop(name, None) for name in ('written_by', 'library')}: raise ValueError(f"{file}: not a calibration of pvtblip; remove it, and calibrate anew")
     if saved.keys() | {'model'} != {f.name for f in fields(Calibration)}: raise ValueError(
-        f"{file}: has {', '.join(sorted(saved))}; a calibration has {', '.join(sorted(f.name for f in fields(Calibration)))}")
+        f"{file}: has {', '.join(map(printable, sorted(saved))):.80}; a calibration has {', '.join(sorted(f.name for f in fields(Calibration)))}")
     if problem := _unusable(saved): raise ValueError(f"{file}: {problem}; calibrate anew")
     return Calibration(**saved)
 
 def _unusable(saved):
     "What is wrong with a calibration's values, or None."
-    number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if saved['measure'] not in MEASURES: return f"measure {saved['measure']!r} is unknown"
-    if not number(saved['slope']) or not number(saved['intercept']) or saved['slope'] <= 0: return "slope and intercept must be finite numbers, the slope above 0"
-    good = lambda row: isinstance(row, list) and len(row) == 3 and all(map(number, row)) and 0 <= row[2] <= row[1] and row[1] >= 1 and row[1:] == [int(n) for n in row[1:]]
+    if not _is_number(saved['slope']) or not _is_number(saved['intercept']) or saved['slope'] <= 0: return "slope and intercept must be finite numbers, the slope above 0"
+    good = lambda row: isinstance(row, list) and len(row) == 3 and all(map(_is_number, row)) and 0 <= row[2] <= row[1] and row[1] >= 1 and row[1:] == [int(n) for n in row[1:]]
     if not isinstance(saved['kept'], list) or not saved['kept'] or not all(map(good, saved['kept'])): return "kept must be a list of [confidence, captions, right ones]"
 
 # %% ../nbs/18_confidence.ipynb #b4f893ea
@@ -277,11 +282,15 @@ class Judge:
 # %% ../nbs/18_confidence.ipynb #3b1554ca
 def _said(file):
     "Entries of `pvtblip caption --json`, or lines of JSON; broken photos left out."
-    text = Path(file).read_text(encoding='utf-8')
-    try: entries = json.loads(text) if text.lstrip().startswith('[') else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error: raise ValueError(f"{file}: not JSON ({error}); give what pvtblip caption --json wrote") from error
-    good = [entry for entry in entries if isinstance(entry, dict) and 'error' not in entry]
-    if not all({'image', 'caption', 'tokens'} <= entry.keys() for entry in good): raise ValueError(f"{file}: an entry lacks image, caption or tokens; give what pvtblip caption --json wrote")
+    remedy, (entries, _) = 'give what pvtblip caption --json wrote', read_entries(file)
+    if isinstance(entries, dict): entries = [entries]                                        # a file of one line
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries): raise ValueError(f"{file}: no list of captions; {remedy}")
+    good = [entry for entry in entries if 'error' not in entry]
+    for entry in good:
+        if not {'image', 'caption', 'tokens'} <= entry.keys(): raise ValueError(f"{file}: an entry lacks image, caption or tokens; {remedy}")
+        if not isinstance(entry['image'], str) or not isinstance(entry['tokens'], list) or not entry['tokens'] or not all(
+            isinstance(token, dict) and _is_number(token.get('logprob')) for token in entry['tokens']):
+            raise ValueError(f"{file}: the entry of {entry['image']!r:.60} has no tokens with a logprob each; {remedy}")
     return good
 
 def _confidences_of(file, report, captions, measure):
@@ -291,8 +300,8 @@ def _confidences_of(file, report, captions, measure):
         name = next((name for name in (entry['image'], Path(entry['image']).name, Path(entry['image']).stem) if name in report['images']), None)
         if name is None: continue
         if name in found: raise ValueError(f"{captions}: {name} is captioned twice; keep one of them")
-        if entry['caption'] != report['captions'][name]: raise ValueError(
-            f"{captions}: says {entry['caption']!r} of {name}, {file} scored {report['captions'][name]!r}; use the same model and the same beams for both")
+        if entry['caption'] != report['captions'].get(name): raise ValueError(
+            f"{captions}: says {entry['caption']!r} of {name}, {file} scored {report['captions'].get(name)!r}; use the same model and the same beams for both")
         logprobs = torch.tensor([token['logprob'] for token in entry['tokens']])
         found[name] = _confidence(logprobs, torch.ones_like(logprobs, dtype=torch.bool), measure).item()
     return found
@@ -305,17 +314,31 @@ def confidences_and_scores(
     measure='mean', # of the captions' tokens
 ) -> tuple: # (ids, confidences, scores), one a photo
     "Confidence and score of every photo, for `plot_kept_share` and `fit_confidence`; raises ValueError where the two files do not belong together."
-    if not Path(report).is_file(): raise FileNotFoundError(f"{report}: no such file; give what pvtblip evaluate --json wrote")
-    try: read = json.loads(Path(report).read_text(encoding='utf-8'))
-    except ValueError as error: raise ValueError(f"{report}: not JSON ({error})") from error
-    if not isinstance(read, dict) or not {'images', 'captions'} <= read.keys() or not read['images']: raise ValueError(f"{report}: has no images with scores; give what pvtblip evaluate --json wrote")
+    read = _read_report(report)
     found = read.get('confidences') if captions is None else _confidences_of(report, read, captions, measure)
     if found is None: raise ValueError(f"{report}: has no confidences; run pvtblip evaluate --json anew, or give the file of pvtblip caption --json on the same photos, too")
-    if missing := [name for name in read['images'] if name not in found]: raise ValueError(f"{captions or report}: no confidence for {len(missing)} of {len(read['images'])} photos, {missing[0]!r} the first")
-    known = next(iter(read['images'].values()))
-    if metric not in known: raise ValueError(f"{report}: has no {metric}; it has {', '.join(known)}")
-    ids = list(read['images'])
-    return ids, [found[name] for name in ids], [read['images'][name][metric] for name in ids]
+    if not isinstance(found, dict): raise ValueError(f"{report}: its confidences are no object {{id: number}}; run pvtblip evaluate --json anew")
+    if missing := [name for name in read['images'] if name not in found]: raise ValueError(f"{captions or report}: no confidence for {len(missing)} of {len(read['images'])} photos, {missing[0]!r:.60} the first")
+    ids, images = list(read['images']), read['images']
+    known = {name for scores in images.values() for name in scores}
+    if metric not in known: raise ValueError(f"{report}: has no {printable(metric)}; it has {', '.join(map(printable, images[ids[0]])):.120}")
+    for what, value in ((f'{metric} of {name!r:.60}', images[name].get(metric)) for name in ids):
+        if not _is_number(value): raise ValueError(f"{report}: the {printable(what)} is {_shown(value)}, not a number; run pvtblip evaluate --json anew")
+    for name in ids:
+        if not _is_number(found[name]): raise ValueError(f"{captions or report}: the confidence of {name!r:.60} is {_shown(found[name])}, not a number; run pvtblip evaluate --json anew")
+    return ids, [found[name] for name in ids], [images[name][metric] for name in ids]
+
+def _shown(value): return 'missing' if value is None else f'{value!r:.30}'
+
+def _read_report(file):
+    "The report of `pvtblip evaluate`; ValueError where a part of it is missing or of another kind."
+    if not Path(file).is_file(): raise FileNotFoundError(f"{file}: no such file; give what pvtblip evaluate --json wrote")
+    read = read_json(file, dict)
+    parts = [read.get(name) for name in ('images', 'captions')]
+    if not all(isinstance(part, dict) and part for part in parts): raise ValueError(f"{file}: has no images with scores; give what pvtblip evaluate --json wrote")
+    odd = next((name for name, scores in parts[0].items() if not isinstance(scores, dict)), None)
+    if odd is not None: raise ValueError(f"{file}: the scores of {odd!r:.60} are {_shown(parts[0][odd])}; give what pvtblip evaluate --json wrote")
+    return read
 
 # %% ../nbs/18_confidence.ipynb #f35d354b
 def _right(report, scores, metric, least):
@@ -329,7 +352,9 @@ def _right(report, scores, metric, least):
 def _good(text):
     "(metric, least score) of METRIC=NUMBER."
     metric, equals, least = text.partition('=')
-    try: return metric, float(least)
+    try:
+        if not equals or not math.isfinite(float(least)): raise ValueError
+        return metric, float(least)
     except ValueError: raise ValueError(f"{text!r} is not METRIC=NUMBER; write the score from which a caption counts as right, as CIDEr=0.5") from None
 
 def calibration_table(
@@ -355,14 +380,14 @@ def calibrate(
     out=print,       # gets the table
 ) -> Calibration:
     "Calibrate a model's confidence on the scores of its captions; raises ValueError and FileNotFoundError, before anything is written, where that cannot be."
-    from pvtblip.app import refuse_suffix
-    from pvtblip.files import save_figure
-    refuse_suffix(plot, '.png', '--plot')
+    confidence = Path(model)/'confidence.json'
+    refuse_outputs({'--plot': plot}, [report, *model_files(model)], {'--plot': '.png'})
     metric, least = _good(good)
     if not (Path(model)/'config.json').is_file(): raise FileNotFoundError(f"{model}: no config.json in it; give the folder of the model that {report} is about")
+    if confidence.exists() and not is_ours(confidence): load_confidence(model)    # an earlier version's has no mark; what is none is left alone
     _, confidences, scores = confidences_and_scores(report, metric=metric)
     correct = _right(report, scores, metric, least)
-    mark, noted = fingerprint(load_model(model, 'cpu')), json.loads(Path(report).read_text(encoding='utf-8')).get('model')
+    mark, noted = fingerprint(load_model(model, 'cpu')), read_json(report, dict).get('model')
     if noted and noted != mark: raise ValueError(f"{report}: is about another model than {model}, or about other weights; evaluate this one")
     calibration = replace(fit_confidence(confidences, correct), model=mark)
     calibration.save(model)

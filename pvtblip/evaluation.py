@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'has_coco_code', 'coco_code', 'ptb_tokenize', 'Scores', 'coco_scores', 'cider_score',
-           'confidence_intervals', 'compare', 'read_references', 'read_hypotheses', 'odd_characters',
-           'describe_problems', 'pair_captions', 'words_said', 'diversity', 'shuffled_losses', 'shuffled_gap', 'gap_of',
-           'pointing_test', 'pointing_hits', 'check_clip', 'clip_score', 'plot_best_and_worst']
+           'confidence_intervals', 'compare', 'read_entries', 'read_references', 'read_hypotheses', 'by_reference',
+           'odd_characters', 'describe_problems', 'pair_captions', 'words_said', 'diversity', 'shuffled_losses',
+           'shuffled_gap', 'gap_of', 'pointing_test', 'pointing_hits', 'check_clip', 'clip_score',
+           'plot_best_and_worst']
 
 # %% ../nbs/07_evaluation.ipynb #a1e97cc6
 import json, re, subprocess, unicodedata
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch, torch.nn.functional as F
 
+from .data import read_captions
+from .files import MARK, parse_json, read_text
 from .generation import attention_map, cross_attention
 from .pvt_encoder import load_image
 from .tokenizer import collapse_whitespace
@@ -232,31 +236,30 @@ def _interval(
     return dict(low=float(low), high=float(high), p_value=float(min(1, 2*tail)))
 
 # %% ../nbs/07_evaluation.ipynb #fab62789
-def _load_json(file):
-    "A JSON document, or one JSON value a line; (document, ids that stand twice in an object); ValueError naming file and line."
-    doubled = []
-    def whole(pairs):
+def read_entries(
+    file, # JSON, or a JSON value a line
+) -> tuple: # the document, of lines a list of their values; keys that stand twice in an object (the first counts)
+    "Captions as JSON holds them; FileNotFoundError, or ValueError naming file and line."
+    text, doubled = read_text(file), []
+    def first_counts(pairs):
         seen = {}
         for key, value in pairs:
             if key in seen: doubled.append(key)
             else: seen[key] = value
         return seen
-    if not Path(file).is_file(): raise FileNotFoundError(f"{file}: no such file")
-    try: text = Path(file).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as error: raise ValueError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    try: return json.loads(text, object_pairs_hook=whole), doubled
-    except json.JSONDecodeError as error:
-        if error.msg != 'Extra data': raise ValueError(f"{file}:{error.lineno}: not JSON ({error.msg}, column {error.colno}); correct this place") from error
-    return [_json_line(file, number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()], []   # splitlines would break at U+2028
+    lines = [(number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]  # splitlines would break at U+2028
+    if len(lines) < 2 or not _is_json(lines[0][1]): return parse_json(text, file, pairs=first_counts), doubled
+    return [json.loads(line) if _is_json(line) else parse_json(line, file, number) for number, line in lines], doubled
 
-def _json_line(file, number, line):
-    try: return json.loads(line)
-    except json.JSONDecodeError as error: raise ValueError(f"{file}:{number}: not JSON ({error.msg}, column {error.colno}); correct this place") from error
+def _is_json(text):
+    try: json.loads(text)
+    except (ValueError, RecursionError): return False
+    return True
 
 # %% ../nbs/07_evaluation.ipynb #72d9ae73
 def _text(file, name, caption):
     "The caption; ValueError where it is no string."
-    if not isinstance(caption, str): raise ValueError(f"{file}: the caption of {name!r} is {json.dumps(caption)[:40]}, not a string")
+    if not isinstance(caption, str): raise ValueError(f"{file}: the caption of {name!r:.60} is {json.dumps(caption)[:40]}, not a string; put it in quotes")
     return caption
 
 def _field(file, entry, number, *names):
@@ -266,41 +269,81 @@ def _field(file, entry, number, *names):
             if name in entry: return entry[name]
     raise ValueError(f"{file}: entry {number} is {json.dumps(entry)[:60]}; it needs {' or '.join(map(repr, names))}")
 
+def _id(file, entry, number, *names):
+    "The id or the file of an entry as a string; pandas writes 7 as 7.0."
+    value = _field(file, entry, number, *names)
+    if isinstance(value, float) and value.is_integer(): value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, str)): raise ValueError(
+        f"{file}: entry {number} has the id {json.dumps(value)[:40]}; write a whole number or a string")
+    return str(value)
+
 # %% ../nbs/07_evaluation.ipynb #4c1bbaee
 def read_references(
-    file, # COCO annotations {"annotations": [{"image_id", "caption"}]} or {file: [captions]}
-) -> tuple[dict, list]: # {id: [captions]}, ids as strings; ids that stand twice
+    file, # captions in any form that `read_captions` reads, or COCO's annotations without their images
+) -> tuple[dict, list, dict]: # {id: [captions]}, ids as strings; ids that two photos have; {id: file}
     "Reference captions; ValueError or FileNotFoundError naming the place."
-    data, doubled = _load_json(file)
-    if not isinstance(data, dict): raise ValueError(f"{file}: a list where references should be; give COCO's annotation file or {{file: [captions]}}")
-    references = {}
-    if isinstance(data.get('annotations'), list):
-        for number, entry in enumerate(data['annotations'], 1):
-            name = str(_field(file, entry, number, 'image_id'))
-            references.setdefault(name, []).append(_text(file, name, _field(file, entry, number, 'caption')))
-        return references, []
-    for name, captions in data.items():
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(captions, list): raise ValueError(f"{file}: {name!r} has {json.dumps(captions)[:40]} where its captions should be; write [caption, ...]")
-        references[name] = [_text(file, name, caption) for caption in captions]
-    return references, doubled
+    if (alone := _annotations_alone(file)) is not None: return alone, [], {}
+    references, doubled, files = {}, [], {}
+    for record in read_captions(file):
+        name = str(record.file if record.image_id is None else record.image_id)
+        if name in references: doubled.append(name)
+        references.setdefault(name, []).extend(record.captions)
+        files[name] = record.file
+    return references, doubled, files
+
+def _annotations_alone(file):
+    "{id: [captions]} of {'annotations': [{'image_id', 'caption'}]} without 'images'; None for any other file."
+    text = read_text(file)
+    if not text.lstrip().startswith('{') or '"annotations"' not in text: return None
+    data, references = read_entries(file)[0], {}
+    if not isinstance(data, dict) or not isinstance(data.get('annotations'), list) or data.get('images'): return None
+    for number, entry in enumerate(data['annotations'], 1):
+        name = _id(file, entry, number, 'image_id')
+        references.setdefault(name, []).append(_text(file, name, _field(file, entry, number, 'caption')))
+    return references
 
 # %% ../nbs/07_evaluation.ipynb #86d73774
 def read_hypotheses(
-    file, # COCO results [{"image_id", "caption"}], {file: caption}, or what `pvtblip caption --json` prints
-) -> tuple[dict, list]: # {id: caption}, ids as strings; ids that stand twice (the first counts)
+    file, # COCO results [{"image_id", "caption"}], {file: caption}, what `pvtblip caption` wrote as JSON, a report of `pvtblip evaluate`
+) -> tuple[dict, list]: # {id or file: caption, None where captioning failed}; ids that stand twice (the first counts)
     "Captions to score; ValueError or FileNotFoundError naming the place."
-    data, doubled = _load_json(file)
-    if isinstance(data, dict):
+    neither = ValueError(f"{file}: neither COCO's results [{{image_id, caption}}] nor {{file: caption}} nor what pvtblip caption --jsonl wrote; give one of these")
+    if read_text(file).lstrip()[:1] not in ('[', '{'): raise neither
+    data, doubled = read_entries(file)
+    if isinstance(data, dict) and data.get('written_by') == MARK: data = data.get('captions', {})       # our own report
+    if isinstance(data, dict) and not {'image', 'image_id'} & data.keys():
         lone = lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value
         return {name: _text(file, name, lone(caption)) for name, caption in data.items()}, doubled
-    if not isinstance(data, list): raise ValueError(f"{file}: neither COCO's results [{{image_id, caption}}] nor {{file: caption}}")
     hypotheses, doubled = {}, []
-    for number, entry in enumerate(data, 1):
-        name = str(_field(file, entry, number, 'image_id', 'image'))
+    for number, entry in enumerate([data] if isinstance(data, dict) else data, 1):                      # one line is an object, too
+        name = _id(file, entry, number, 'image_id', 'image')
         if name in hypotheses: doubled.append(name)
-        else: hypotheses[name] = '' if 'error' in entry else _text(file, name, _field(file, entry, number, 'caption'))
+        else: hypotheses[name] = None if 'error' in entry else _text(file, name, _field(file, entry, number, 'caption'))
     return hypotheses, doubled
+
+# %% ../nbs/07_evaluation.ipynb #ec57d550
+def by_reference(
+    references, # {id: [captions]}
+    files,      # {id: file}, where the references name the photos
+    hypotheses, # {id or path: caption}
+) -> tuple[dict, list, list]: # {id: caption}; paths that may be of several photos; paths paired by their last part alone
+    "Call captions as their references are called: by the id, by a path that ends as the other does, or by a file name that no second photo has."
+    parts, places = lambda path: path.replace('\\', '/').removeprefix('./').split('/'), defaultdict(list)
+    for name in references: places[parts(files.get(name, name))[-1]].append((name, parts(files.get(name, name))))
+    exact = {name: [name] for name in hypotheses if name in references}
+    ends, loose, unclear = defaultdict(list), defaultdict(list), []
+    for path in hypotheses.keys() - exact.keys():
+        own = parts(path)
+        near = [(min(len(own), len(other)), name) for name, other in places[own[-1]] if all(a == b for a, b in zip(own[::-1], other[::-1]))]
+        best = [name for length, name in near if length == max(near)[0]]
+        if len(best) == 1: ends[best[0]].append(path)
+        elif best or len(places[own[-1]]) > 1: unclear.append(path)
+        elif places[own[-1]]: loose[places[own[-1]][0][0]].append(path)
+    claims = {**loose, **ends, **exact}                                                    # the surer way wins
+    nobodys = {*unclear, *(path for paths in claims.values() if len(paths) > 1 for path in paths)}
+    found = {paths[0]: name for name, paths in claims.items() if len(paths) == 1}
+    alone = [path for path, name in found.items() if path in loose.get(name, ())]
+    return {found.get(path, path): said for path, said in hypotheses.items() if path not in nobodys}, sorted(nobodys), sorted(alone)
 
 # %% ../nbs/07_evaluation.ipynb #8b26e584
 def odd_characters(
@@ -312,46 +355,57 @@ def odd_characters(
 
 def _says_nothing(caption): return not any(c.isalnum() for c in caption)
 
+_TOKENS = re.compile(r'\[(CLS|SEP|PAD|UNK|MASK|BOS|EOS|unused\d+)\]|</?s>|<(pad|unk|mask|bos|eos|start|end)>|<\|\w+\|>|(^|\s)##\w|[\u0120\u2581]')
+
+def _has_tokens(caption): return bool(_TOKENS.search(caption))
+
 # %% ../nbs/07_evaluation.ipynb #5da1c972
-def _problems(references, hypotheses, doubled):
+def _problems(references, hypotheses, doubled, unclear):
     "{problem: [ids]} of what would falsify the scores; only problems that there are."
     problems = {
         'ids that stand twice': doubled,
+        'captions that may be of several photos': unclear,
+        'photos that could not be captioned': [name for name, said in hypotheses.items() if said is None],
         'references without a caption': [name for name in references if name not in hypotheses],
         'captions without references': [name for name in hypotheses if name not in references],
-        'captions that say nothing': [name for name, said in hypotheses.items() if _says_nothing(said)],
+        'captions that say nothing': [name for name, said in hypotheses.items() if said is not None and _says_nothing(said)],
         'references that say nothing': [name for name, own in references.items() if not own or any(map(_says_nothing, own))],
-        'images with another script': [], 'images with control characters': []}
+        'images with another script': [], 'images with control characters': [], 'images with special tokens': []}
     for name in references.keys() | hypotheses.keys():
-        foreign, control = odd_characters(' '.join([hypotheses.get(name, ''), *references.get(name, [])]))
+        text = ' '.join([hypotheses.get(name) or '', *references.get(name, [])])
+        foreign, control = odd_characters(text)
         if foreign: problems['images with another script'].append(name)
         if control: problems['images with control characters'].append(name)
+        if _has_tokens(text): problems['images with special tokens'].append(name)
     return {problem: sorted(set(names)) for problem, names in problems.items() if names}
 
-def _some(names): return ', '.join(map(repr, list(names)[:3])) + (', …' if len(names) > 3 else '')
+def _some(names, number=3): return ', '.join(f'{name!r:.50}' for name in list(names)[:number]) + (', …' if len(names) > number else '')
 
 def describe_problems(
     problems, # {problem: [ids]}
 ) -> str: # one line, each problem counted and its first ids named
     "What `pair_captions` found, in words."
-    return '; '.join(f"{problem}: {len(names)} ({_some(names)})" for problem, names in problems.items())
+    return '; '.join(f"{problem}: {len(names)} ({_some(names, 3 if len(problems) < 3 else 1)})" for problem, names in problems.items())
 
 # %% ../nbs/07_evaluation.ipynb #fc81dfc7
 def pair_captions(
     references, # {id: [captions]}
-    hypotheses, # {id: caption}
+    hypotheses, # {id: caption}, None where captioning failed
     go_on=False, # score what can be paired instead of raising
     doubled=(),  # ids that stood twice where they were read
+    unclear=(),  # captions that `by_reference` could not place
 ) -> tuple[dict, dict, dict]: # references and hypotheses of the same ids, in one order; {problem: [ids]}
     "Pair captions by id and look for what would falsify the scores; ValueError that counts and names it, unless asked to go on."
-    problems = _problems(references, hypotheses, doubled)
+    problems = _problems(references, hypotheses, doubled, unclear)
     clean = lambda caption: collapse_whitespace(''.join(' ' if odd_characters(c)[1] else c for c in caption))
     own = {name: kept for name, captions in references.items() if (kept := [clean(caption) for caption in captions if not _says_nothing(caption)])}
-    both = [name for name in references if name in own and name in hypotheses]
-    if not both: raise ValueError(f"no caption can be paired with references: of {len(hypotheses)} ids of captions ({_some(hypotheses)}) "
-                                  f"none is among the {len(references)} ids of references ({_some(references)}); are they of the same split?")
+    said = {name: caption for name, caption in hypotheses.items() if caption is not None}
+    both = [name for name in references if name in own and name in said]
+    if not said: raise ValueError(f"no captions to score: {describe_problems(problems)}; give captions of the references' photos")
+    if not both: raise ValueError(f"no caption can be paired with references: of {len(said)} ids of captions ({_some(said, 1)}) "
+                                  f"none is among the {len(references)} ids of references ({_some(references, 1)}); are they of the same split?")
     if problems and not go_on: raise ValueError(describe_problems(problems) + f"; correct them, or go on (--go-on) with the {len(both)} images that can be paired")
-    return {name: own[name] for name in both}, {name: clean(hypotheses[name]) for name in both}, problems
+    return {name: own[name] for name in both}, {name: clean(said[name]) for name in both}, problems
 
 # %% ../nbs/07_evaluation.ipynb #698c08cc
 def words_said(
@@ -496,6 +550,7 @@ def plot_best_and_worst(
     for side, colour, names, places in (('best', 'tab:green', order[:number], axes[:rows].flat), ('worst', 'tab:red', order[number:][-number:], axes[rows:].flat)):
         for name, ax in zip(names, places):
             ax.imshow(images(name))
-            ax.set_title(f'{side} · {metric} {scores.images[name][metric]:.2f}', fontsize=8, color=colour)
-            ax.text(0, -0.04, fill(hypotheses[name], 30) + '\n' + fill(f'({references[name][0]})', 30), fontsize=7, va='top', transform=ax.transAxes)
+            ax.set_title(f'{side} · {metric} {scores.images[name][metric]:.2f}', fontsize=8, color=colour, parse_math=False)
+            text = fill(hypotheses[name], 30) + '\n' + fill(f'({references[name][0]})', 30)
+            ax.text(0, -0.04, text, fontsize=7, va='top', transform=ax.transAxes, parse_math=False)  # $\\foo$ is no formula
     return figure

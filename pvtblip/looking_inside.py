@@ -149,7 +149,7 @@ def plot_word_maps(
     photo, words = load_image(photo), words[:max_words]
     figure, axes = plt.subplots(1, len(words)+1, figsize=(1.05*(len(words)+1), 1.3), squeeze=False, layout='constrained', dpi=80)
     for ax, word in zip(axes[0], ['', *words]):
-        ax.imshow(photo); ax.axis('off'); ax.set_title(word, fontsize=7)
+        ax.imshow(photo); ax.axis('off'); ax.set_title(word, fontsize=7, parse_math=False)
     for ax, seen in zip(axes[0, 1:], maps): ax.imshow(seen.numpy(), cmap='magma', alpha=0.6, vmin=0, vmax=maps.max().item())
     return figure
 

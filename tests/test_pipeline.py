@@ -1,5 +1,6 @@
 "Many photos: every kind of input, killed and continued runs, several processes, one line a photo whatever it is."
 import io, json, os, random, shutil, signal, subprocess, sys, tarfile, time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from PIL import Image
 from pvtblip.confidence import Calibration
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.generation import GenerationConfig, generate, generate_caption, process_image
-from pvtblip.pipeline import (CaptionedBatch, LineWriter, Photo, caption_batches, caption_files, caption_many, check_inputs, count_photos, cut_half_line, default_workers,
-                              fingerprint, gather_parts, json_line, list_photos, photos_in_list)
+from pvtblip.pipeline import (MAX_WORKERS, CaptionedBatch, LineWriter, Photo, caption_batches, caption_files, caption_many, check_inputs, count_photos, cut_half_line, default_workers,
+                              describe_skipped, fingerprint, gather_parts, json_line, list_photos, photos_in_list)
 from pvtblip.files import only_writer
 from pvtblip.shapes import make_scene
 from pvtblip.tokenizer import CaptionTokenizer
@@ -278,11 +279,53 @@ def test_what_a_folder_gives(tmp_path):
     place = photos(tmp_path/'photos', 3)
     (place/'album'/'x.jpg').mkdir(parents=True)                                   # a folder, whatever it is called
     shutil.copy(place/'00.jpg', place/'album/x.jpg/inner.JPEG')
-    for name in ('notes.md', '.hidden.jpg', 'captions.json'): shutil.copy(place/'00.jpg', place/name)
-    os.symlink(place, place/'album/loop')
+    for name in ('notes.md', '.hidden.jpg', 'captions.json', 'a.HEIC', 'b.heic', 'c.avif', 'README', 'd.jfif', 'e.JPE'): shutil.copy(place/'00.jpg', place/name)
+    for link in ('loop', 'x.jpg/loop'): os.symlink(place, place/'album'/link)
     os.symlink('self.jpg', place/'self.jpg')
-    names = [photo.name for photo in list_photos(check_inputs([f'{place}//']))]
-    assert names == [str(place/name) for name in ('00.jpg', '01.jpg', '02.jpg', 'self.jpg', 'album/x.jpg/inner.JPEG')]
+    skipped = Counter()
+    names = [photo.name for photo in list_photos(check_inputs([f'{place}//']), skipped)]
+    assert names == [str(place/name) for name in ('00.jpg', '01.jpg', '02.jpg', 'd.jfif', 'e.JPE', 'self.jpg', 'album/x.jpg/inner.JPEG')]
+    assert skipped == {'.heic': 2, '.avif': 1, '.md': 1, '.json': 1, 'file without a suffix': 1, 'linked folder': 2}
+    line = describe_skipped(skipped)
+    assert '\n' not in line and all(part in line for part in ('2 .heic', '2 linked folders', '1 .avif', '.jfif', 'give a linked folder by its own name')) and describe_skipped(Counter()) == ''
+
+
+def test_what_is_left_out_in_a_folder_is_said_once(folder, model, tmp_path):
+    place = shutil.copytree(folder, tmp_path/'photos')
+    shutil.copy(place/'00.jpg', place/'other.jfif')
+    for name in ('a.heic', 'b.heic'): (place/name).touch()
+    for call in (lambda log: caption_files([place], model, out=lambda line: None, num_workers=0, log=log), lambda log: caption_many([place], model, tmp_path/'out.jsonl', **QUIET | dict(log=log))):
+        said = []
+        assert call(said.append) == 0 and sum('2 .heic' in line for line in said) == 1
+    assert len(entries(tmp_path/'out.jsonl')) == 25
+    (tmp_path/'heic').mkdir()
+    (tmp_path/'heic/a.heic').touch()
+    with pytest.raises(ValueError, match='no photos .*1 .heic'): caption_files([tmp_path/'heic'], model)
+
+
+@pytest.mark.parametrize('content, says', [('photos/00.jpg\n'.encode('utf-16'), 'UTF-16'), ('photos/00.jpg\n'.encode('utf-16-le'), ':1: not a list of photos but something else'), ('\u72ac\n'.encode('utf-16'), 'UTF-16'),
+    (b'PK\x03\x04\n\0', ':2: not a list of photos but a zip archive'), (b'\xff\xd8\xff\xe0\0', 'a picture')])
+def test_lists_that_are_none(content, says, model, tmp_path):
+    (tmp_path/'list.txt').write_bytes(content)
+    for call in (lambda: caption_many([tmp_path/'list.txt'], model, tmp_path/'out.jsonl', **QUIET), lambda: caption_files([tmp_path/'list.txt'], model)):
+        with pytest.raises(ValueError, match=f'list.txt.*{says}'): call()
+    done = run('-', '--model', model, input=content)
+    assert done.returncode == 1 and done.stderr.count(b'error: standard input') == 1 and b'Traceback' not in done.stderr, done.stderr
+
+
+def test_numbers_that_no_machine_stands(folder, model, captioner, tmp_path):
+    from pvtblip import cli
+    from pvtblip.pipeline import MAX_BATCH
+    assert (cli.BATCH['max'], cli.WORKERS['max']) == (MAX_BATCH, MAX_WORKERS)
+    for wrong in (dict(num_workers=10**11), dict(num_workers=-1), dict(batch_size=0), dict(batch_size=10**20)):
+        name = next(iter(wrong))
+        with pytest.raises(ValueError, match=f'{name} is'): caption_many([folder], model, tmp_path/'out.jsonl', **QUIET | wrong)
+        with pytest.raises(ValueError, match=f'{name} is'): caption_files([folder], model, **wrong)
+        with pytest.raises(ValueError, match=f'{name} is'): next(caption_batches([], captioner, GenerationConfig(), **wrong))
+    for option in (['--workers', 10**11], ['--batch-size', '1e20'], ['--batch-size', 10**20], ['--seed', -1], ['--seed', 10**22], ['--num-beams', 10**9]):
+        done = run(folder, '--model', model, *option)
+        assert done.returncode == 2 and option[0].encode() in done.stderr and b'Traceback' not in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -318,6 +361,14 @@ def test_any_name_survives_lists_and_json(names):
     found = [photo.name for photo in photos_in_list([name + b'\n' for name in names])]
     assert [json.loads(json_line(dict(image=name)))['image'] for name in found] == found == [str(Path(os.fsdecode(name))) for name in names]
     for name in found: json_line(dict(image=name)).decode('utf-8')
+
+
+def test_json_steers_no_terminal_and_keeps_the_names():
+    from pvtblip.pipeline import json_text
+    for name in ('\x1b[2J', '\x07', '\x7f', '\x9b31m', 'a\u202eb', 'a\u2028b', '\udc9b', 'é 犬 😀'):
+        text = json_text(dict(image=name))
+        assert json.loads(text)['image'] == name and not set(text) & set('\x1b\x07\x7f\x9b\u202e\u2028\udc9b')
+    assert '犬 😀' in json_text(dict(image='犬 😀'))
 
 
 # photos that are none -------------------------------------------------------------------------------------------------------------
@@ -365,6 +416,7 @@ def test_one_of_each_kind(model, tmp_path):
     text = run(tmp_path/'zoo', '--model', model)                                  # and as text: a line of error for each, the other ones on stdout
     assert text.returncode == 1 and text.stderr.count(b'error: ') == sum(says is not None for says in kinds.values())
     assert b'15 caf\xe9.jpg\t' in text.stdout and b'Traceback' not in text.stderr
+    assert b'14 line\\nbreak\\t.jpg\t' in text.stdout and len(text.stdout.splitlines()) == sum(says is None for says in kinds.values())
     array = json.loads(run(tmp_path/'zoo', '--model', model, '--json').stdout.decode('utf-8'))
     assert [entry['image'] for entry in array] == list(kinds)
 
@@ -432,11 +484,38 @@ def test_another_run_is_refused(folder, model, tmp_path):
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize('note', ['[]', '5', 'null', '', '{"model": "0', '['*100_000, '\xff'])
+def test_a_note_that_is_damaged(note, folder, model, tmp_path):
+    out = tmp_path/'out.jsonl'
+    caption_many([folder], model, out, **QUIET)
+    before = out.read_bytes()
+    Path(f'{out}.run.json').write_bytes(note.encode('latin-1'))
+    with pytest.raises(ValueError, match='out.jsonl.run.json: damaged, .* give another file'): caption_many([folder], model, out, **QUIET)
+    assert out.read_bytes() == before and Path(f'{out}.run.json').read_bytes() == note.encode('latin-1')
+
+
+def test_notes_of_others_are_left_alone(folder, model, tmp_path):
+    out, note = tmp_path/'out.jsonl', tmp_path/'out.jsonl.run.json'
+    note.write_text('{"my": "notes"}')
+    with pytest.raises(ValueError, match='pvtblip did not write it'): caption_many([folder], model, out, **QUIET)
+    assert note.read_text() == '{"my": "notes"}'
+    (tmp_path/'list.jsonl.run.json.txt').write_text('')
+    with pytest.raises(ValueError, match='is read by this command'): caption_many([note, folder], model, out, **QUIET)
+    note.unlink()
+    for one in (folder/'00.jpg', model/'config.json'):
+        with pytest.raises(ValueError, match='is read by this command'): caption_many([folder/'00.jpg'], model, one, **QUIET)
+    caption_many([folder], model, out, **QUIET)
+    facts = json.loads(note.read_text())
+    assert facts.pop('written_by') == 'pvtblip'
+    note.write_text(json.dumps(facts))                                            # an earlier version's note: the same run all the same
+    assert caption_many([folder], model, out, **QUIET) == 0
+
+
 def test_a_line_that_is_none_is_named(folder, model, tmp_path):
     out = tmp_path/'out.jsonl'
     caption_many([folder], model, out, **QUIET)
     lines = out.read_bytes().splitlines(keepends=True)
-    for wrong in (b'\0'*40, b'[]', b'{"image": 3}', b'{"caption": "a ring"}', b'{"image": "\xff"}', b''):
+    for wrong in (b'\0'*40, b'[]', b'{"image": 3}', b'{"caption": "a ring"}', b'{"image": "\xff"}', b'', b'['*100_000):
         out.write_bytes(b''.join(lines[:2]) + wrong + b'\n')
         with pytest.raises(ValueError, match='out.jsonl:3: not a line'): caption_many([folder], model, out, **QUIET)
         assert out.read_bytes().endswith(wrong + b'\n')
@@ -448,7 +527,7 @@ def test_a_file_that_another_process_writes_is_refused(folder, model, tmp_path):
     holder = subprocess.Popen([sys.executable, '-c', script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b'held\n'
     done = run(folder, '--model', model, '--jsonl', out)
-    assert done.returncode == 1 and done.stderr.decode().strip() == f'error: {out}: another process is writing it; wait for it, or give another file'
+    assert done.returncode == 1 and done.stderr.decode().strip() == f'error: {out}: another process is writing it; wait for it, or give another place'
     holder.kill()
     holder.wait()
     with only_writer(out, patience=0): pass                                       # the lock dies with its holder
@@ -467,7 +546,7 @@ def test_cut_half_line(tmp_path_factory, content, more):
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
 def test_a_full_disk_is_named():
     writer = LineWriter('/dev/full', seconds=1e9)
-    with pytest.raises(OSError, match='/dev/full: No space left'):
+    with pytest.raises(OSError, match='/dev/full: No space left.*make room'):
         writer.__enter__().append([b'{}\n'])
 
 
