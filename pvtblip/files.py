@@ -60,18 +60,20 @@ MAX_DEPTH = 100 # levels of brackets; the deepest file that anybody writes by ha
 
 def _too_deep(value):
     "Whether lists and tables lie in each other more than `MAX_DEPTH` deep."
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_DEPTH):
-        inner = (item for item in level if isinstance(item, (dict, list)))
-        level = [part for item in inner for part in (item.values() if isinstance(item, dict) else item) if isinstance(part, (dict, list))]
         if not level: return False
-    return True
+        level = [part for item in level for part in (item.values() if isinstance(item, dict) else item) if isinstance(part, (dict, list))]
+    return bool(level)
 
 def _parsed(parse, kind, text, where, line):
     "What a parser makes of `text`; ValueError where:line for all that it can object to."
-    deep = ValueError(f"{where}:{line}: nested more than {MAX_DEPTH} levels deep; this is not a file that anybody needs")
-    try: value = parse(text)
-    except RecursionError: raise deep from None
+    try:
+        value = parse(text)
+        if _too_deep(value): raise RecursionError
+        return value
+    except RecursionError:
+        raise ValueError(f"{where}:{line}: nested more than {MAX_DEPTH} levels deep; this is not a file that anybody needs") from None
     except json.JSONDecodeError as error:
         at = error.lineno + line - 1
         raise ValueError(f"{where}:{at}: not JSON ({error.msg}, column {error.colno}); correct this place") from None
@@ -80,8 +82,6 @@ def _parsed(parse, kind, text, where, line):
         number = re.search(rf'\d{{{sys.get_int_max_str_digits() + 1}}}', text)
         at = line + (text.count('\n', 0, number.start()) if number else 0)
         raise ValueError(f"{where}:{at}: not {kind} that can be read ({str(error).partition(';')[0]}); correct it") from None
-    if _too_deep(value): raise deep
-    return value
 
 def parse_json(
     text:str,         # one JSON value
