@@ -1,9 +1,13 @@
 """What the cells of 06_data do not reach: every malformed file, random captions, worker processes."""
+import bz2
 import csv
+import gzip
 import io
 import json
 import pickle
 import random
+import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pvtblip.data import BrokenImage, CaptionDataset, Collate, Record, SeededBatchSampler, read_captions, split_by_name
+from pvtblip.data import BrokenImage, CaptionDataset, Collate, Record, SeededBatchSampler, clean_captions, read_captions, similar_files, split_by_name
 from pvtblip.pvt_encoder import load_image
 from pvtblip.tokenizer import CaptionTokenizer, collapse_whitespace
 
@@ -53,7 +57,7 @@ def write_bar(rows):
 WRITERS = dict(json=write_json, lines=write_lines, list=write_list, token=write_token, comma=write_comma, bar=write_bar)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
 quotes = st.text(st.sampled_from('"\',|#\t 0a\u2028\r'), min_size=1, max_size=12)
-one_caption = st.one_of(words, quotes, st.just('"Go", says, a "sign"'), st.just("x#3\ty| 2| z")).filter(collapse_whitespace)
+one_caption = st.one_of(words, quotes, st.just('"Go", says, a "sign"'), st.just("x#3\ty| 2| z")).filter(lambda text: (collapse_whitespace(text) or "[")[0] not in "[(")
 names = st.text(st.sampled_from("abcXYZ019_-. é漢"), min_size=1, max_size=12).map(lambda name: f"p{name.strip()}.jpg")
 folders = st.dictionaries(names, st.lists(one_caption, min_size=1, max_size=6), min_size=1, max_size=5)
 
@@ -62,7 +66,7 @@ folders = st.dictionaries(names, st.lists(one_caption, min_size=1, max_size=6), 
 @given(rows=folders, bom=st.booleans(), windows=st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_random_captions_come_back_from_each_format(tmp_path_factory, form, rows, bom, windows):
-    in_a_line = {file: [c if form in ("json", "lines", "list") else c.replace("\n", " ") for c in captions] for file, captions in rows.items()}
+    in_a_line = {file: [c if form in ("json", "lines", "list") else re.sub("[\r\n]", " ", c) for c in captions] for file, captions in rows.items()}
     text = WRITERS[form](in_a_line.items())
     path = tmp_path_factory.mktemp("captions") / "anything.dat"  # the name says nothing about the format
     path.write_bytes(("\ufeff" * bom + (text.replace("\n", "\r\n") if windows else text)).encode())
@@ -162,8 +166,8 @@ def test_what_the_csv_module_writes_comes_back(tmp_path_factory, rows, delimiter
     assert read_captions(path) == [Record(file, tuple(captions), first[file]) for file, captions in wanted.items()]
 
 
-def test_a_caption_of_ten_thousand_words(tmp_path):
-    long = " ".join(f"word{i}" for i in range(40_000))  # 350,000 characters, more than the csv module's default for a field
+def test_a_caption_of_a_thousand_words(tmp_path):
+    long = " ".join(f"word{i}" for i in range(1_100))  # 9,800 characters; more than 10,000 are refused
     for form in WRITERS:
         (tmp_path / "c").write_text(WRITERS[form]([("a.jpg", [long, long.replace("7", ","), "short"])]))
         assert read_captions(tmp_path / "c")[0].captions == (long, long.replace("7", ","), "short")
@@ -186,7 +190,7 @@ def test_columns_name_fields_with_other_names(tmp_path):
     path.write_text('{"photo": "a.jpg", "says": "one", "file": 3, "part": "x"}')
     columns = dict(file="photo", caption="says", split="part")
     assert read_captions(path, columns=columns) == [Record("a.jpg", ("one",), 1, "x")]
-    with pytest.raises(ValueError, match="c:1: no field sais"): read_captions(path, columns=columns | dict(caption="sais"))
+    with pytest.raises(ValueError, match="c:1: no field 'sais', which columns calls the caption"): read_captions(path, columns=columns | dict(caption="sais"))
     with pytest.raises(ValueError, match="columns has photo; it may hold file, caption, split, image_id"): read_captions(path, columns=dict(photo="file"))
 
 
@@ -202,6 +206,126 @@ def test_commas_without_quotes(tmp_path):
     assert read_captions(path) == [Record("a.jpg", ("A dog, a cat, and a hat", '"Go" says a sign, loudly'), 2), Record("b,c.jpg", ("x",), 4)]
 
 
+# ---------------------------------------------------------------- lists in a cell, photos without captions, ids, line ends
+
+two = ["it's a \"dog\"", "a café, a cat\\ [sic]"]
+PRINTED = {"json": json.dumps(two), "json as it is": json.dumps(two, ensure_ascii=False), "python": repr(two), "tuple": repr(tuple(two)), "numpy": f"[{two[0]!r}\n {two[1]!r}]",
+           "array": f"array([{two[0]!r},\n       {two[1]!r}], dtype=object)", "spaces": f"  {two!r} "}
+
+
+@pytest.mark.parametrize("form", PRINTED)
+def test_a_list_in_a_cell_is_a_list_of_captions(tmp_path, form):
+    path, cell = tmp_path / "c", PRINTED[form]
+    table = io.StringIO(newline="")
+    csv.writer(table, lineterminator="\n").writerows([("image", "caption"), ("a.jpg", cell), ("b.jpg", "x")])
+    for text in (table.getvalue(), json.dumps({"a.jpg": [cell], "b.jpg": ["x"]}), json.dumps([dict(file="a.jpg", text=cell), dict(file="b.jpg", text=["x"])])):
+        path.write_text(text, encoding="utf-8")
+        assert [(record.file, record.captions) for record in read_captions(path)] == [("a.jpg", tuple(two)), ("b.jpg", ("x",))]
+
+
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"])).filter(lambda text: text.strip() and not re.search(r"[<\[]", text)), min_size=1, max_size=5))
+@settings(max_examples=300, deadline=None)
+def test_what_python_and_json_print_of_any_texts_comes_back(texts):
+    wanted = [collapse_whitespace(text) for text in texts]
+    for printed in (repr(texts), json.dumps(texts), repr(tuple(texts)), f"[{' '.join(map(repr, texts))}]"): assert clean_captions(printed) == wanted
+
+
+@pytest.mark.parametrize("caption", ["[a dog] barks", "a dog [barks]", "(two) dogs", '("Go" says a sign)', "[a dog]", "[]x", "array of (two) dogs", "arrays", "(\"Go\")", "3 < 5"])
+def test_brackets_that_are_words_stay(caption): assert clean_captions(caption) == [caption]
+
+
+def test_a_long_cell_costs_no_time():
+    "Patterns that go back over what they have read would need years here"
+    for text in ("['" + "\\" * 99_999 + "]", "[" + "'a' " * 49_000 + "x]", "[" + " " * 190_000 + "'a' 'b]", "array(" + "(" * 190_000 + ")", "[" * 200_000, "['a'" + " " * 190_000 + "x]"):
+        start = time.perf_counter()
+        try: clean_captions(text)
+        except ValueError: pass
+        assert time.perf_counter() - start < 3
+
+
+def test_ten_megabytes_are_refused_at_once(tmp_path):
+    path, start = tmp_path / "c", time.perf_counter()
+    for text in ("image,caption\na.jpg,{}\n", '{{"a.jpg": ["{}"]}}', "a.jpg#0\t{}\n", '{{"file": "a.jpg", "text": "{}"}}\n{{}}', "{}\n", "image_name| comment_number| comment\na.jpg| 0| {}\n"):
+        path.write_text(text.format("word " * 2_000_000))
+        with pytest.raises(ValueError): read_captions(path)
+    assert time.perf_counter() - start < 20
+
+
+UNLABELLED = {
+    "mapping": '{"a.jpg": ["x"],\n "b.jpg": [],\n "c.jpg": ["z"]}',
+    "coco": '{"images": [{"id": 1, "file_name": "a.jpg"},\n{"id": 2, "file_name": "b.jpg"}, {"id": 3, "file_name": "c.jpg"}],\n "annotations": [{"image_id": 3, "caption": "z"}, {"image_id": 1, "caption": "x"}]}',
+    "karpathy": '{"images": [{"filename": "a.jpg", "sentences": [{"raw": "x"}]},\n{"filename": "b.jpg", "sentences": []}, {"filename": "c.jpg", "sentences": [{"raw": "z"}]}]}',
+    "lines": '{"file": "a.jpg", "text": "x"}\n{"file": "b.jpg", "text": null}\n{"file": "c.jpg", "text": ["z"]}',
+    "table": "image,caption_0,caption_1,note\na.jpg,x,,\nb.jpg,,,\nc.jpg,,z,\n",
+    "printed": "image,caption\na.jpg,x\nb.jpg,[]\nc.jpg,z\n",
+}
+
+
+@pytest.mark.parametrize("form", UNLABELLED)
+def test_a_photo_without_captions_is_left_out_and_said(tmp_path, form):
+    (tmp_path / "c").write_text(UNLABELLED[form])
+    said = []
+    assert [(record.file, record.captions) for record in read_captions(tmp_path / "c", log=said.append)] == [("a.jpg", ("x",)), ("c.jpg", ("z",))]
+    line = UNLABELLED[form].split("b.jpg")[0].count("\n") + 1
+    assert said == [f"{tmp_path / 'c'}:{line}: no captions for 'b.jpg'; 1 of 3 photos have none and are left out"]
+    with pytest.warns(UserWarning, match="no captions for 'b.jpg'"): read_captions(tmp_path / "c")
+
+
+@pytest.mark.parametrize("number, other", [(7, "7"), (7, 7.0), ("7", 7), (7.0, 7), ("000007", 7), ("7.0", 7), ("x7", "x7")])
+def test_coco_ids_are_compared_as_numbers(tmp_path, number, other):
+    (tmp_path / "c").write_text(json.dumps(dict(images=[dict(id=number, file_name="a.jpg")], annotations=[dict(image_id=other, caption="x")])))
+    assert read_captions(tmp_path / "c") == [Record("a.jpg", ("x",), 1, None, "x7" if other == "x7" else 7)]
+
+
+def test_coco_annotations_that_name_their_photos_need_no_images(tmp_path):
+    (tmp_path / "c").write_text('{"annotations": [{"image_id": 1, "file_name": "a.jpg", "caption": "x"},\n{"image_id": 1, "file_name": "a.jpg", "caption": "y"}]}')
+    assert read_captions(tmp_path / "c") == [Record("a.jpg", ("x", "y"), 1, None, 1)]
+
+
+@pytest.mark.parametrize("folder, file", [("", "a.jpg"), (".", "a.jpg"), ("./", "a.jpg"), ("val2014/", "val2014/a.jpg"), ("val2014", "val2014/a.jpg")])
+def test_karpathys_folder_may_be_empty(tmp_path, folder, file):
+    (tmp_path / "c").write_text(json.dumps(dict(images=[dict(filepath=folder, filename="a.jpg", sentences=[dict(raw="x")])])))
+    assert [record.file for record in read_captions(tmp_path / "c")] == [file]
+
+
+def test_sentences_as_tables_keep_them(tmp_path):
+    "The datasets library turns a list of objects into an object of lists"
+    (tmp_path / "c").write_text(json.dumps([dict(filename="a.jpg", sentences=dict(raw=["x", "y"], tokens=[["x"], ["y"]])), dict(filename="b.jpg", sentences=[dict(caption="z")])]))
+    assert [record.captions for record in read_captions(tmp_path / "c")] == [("x", "y"), ("z",)]
+
+
+@pytest.mark.parametrize("text", ["a.jpg#0\tA dog\nb.jpg#0\tA cat\n", "image,caption\na.jpg,A dog\nb.jpg,A cat\n", '{"file": "a.jpg", "text": "A dog"}\n{"file": "b.jpg", "text": "A cat"}\n',
+                                  "image_name| comment_number| comment\na.jpg| 0| A dog\nb.jpg| 0| A cat\n"])
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_line_ends_of_every_system(tmp_path, text, end):
+    for last in ("", end, "\n"):  # some programs add a line feed at the end
+        (tmp_path / "c").write_bytes((text[:-1].replace("\n", end) + last).encode())
+        assert [(record.file, record.captions, record.line) for record in read_captions(tmp_path / "c")] == [
+            ("a.jpg", ("A dog",), text.split("a.jpg")[0].count("\n") + 1), ("b.jpg", ("A cat",), text.split("b.jpg")[0].count("\n") + 1)]
+
+
+def test_one_object_over_several_lines_is_one_photo(tmp_path):
+    (tmp_path / "c").write_text('\n{\n "file": "a.jpg",\n "captions": ["x", "y"]\n}\n')
+    assert read_captions(tmp_path / "c") == [Record("a.jpg", ("x", "y"), 2)]
+
+
+@pytest.mark.parametrize("there, named", [("a.jpg", "a.JPG"), ("A.jpg", "a.jpg"), ("a.jpg", "a.jpeg"), ("é.jpg", "e\u0301.jpg"), ("x/a.jpg", "x/A.jpg")])
+def test_a_file_with_almost_the_same_name_is_named(tmp_path, there, named):
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).touch()
+    (tmp_path / "c").write_text(json.dumps({named: ["x"]}))
+    with pytest.raises(FileNotFoundError, match=f"'{there}' is there: write the name as the file has it"): read_captions(tmp_path / "c", tmp_path)
+    assert similar_files(tmp_path, [named, "other.jpg", "nowhere/a.jpg"]) == {named: there}
+
+
+def test_errors_obey_no_terminal_and_stay_short(tmp_path):
+    path = tmp_path / "c\x1b[2J\n"
+    for text in ('{"\\u001b[31m/../x": ["y"]}', '{"' + "x" * 5_000 + '": ["y", null]}', "\x1b[31m,caption\nx\n", 'image,caption,\x1b[2J\nx\n', '{"file": "a", "text": "x", "split": {"' + "k" * 999 + '": 1}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError) as caught: read_captions(path)
+        assert not re.search(r"[\x00-\x1f]", str(caught.value)) and len(str(caught.value)) < len(str(path)) + 350
+
+
 # ---------------------------------------------------------------- every malformed file says where
 
 MALFORMED = {  # content: (line, words of the message)
@@ -214,24 +338,27 @@ MALFORMED = {  # content: (line, words of the message)
     '{"a.jpg": ["x"]\n "b.jpg": ["y"]}': (2, "not JSON (Expecting ',' delimiter"),
     '{"a.jpg": ["x"]}\n{"b.jpg": ["y"]}': (2, "not JSON (Extra data"),
     '{"a.jpg": ["x\ny"]}': (1, "not JSON (Invalid control character"),
-    '{"a.jpg":' * 100_000: (1, "not JSON (maximum recursion depth"),
-    '{"a.jpg": [' + "9" * 5_000 + "]}": (1, "not JSON (Exceeds the limit"),
-    '{"a.jpg": ["x"],\n "b.jpg": []}': (2, "no captions for 'b.jpg'"),
+    '{"a.jpg":' * 100_000: (1, "nested more than 100 levels deep"),
+    '{"a.jpg": ' + "[" * 150 + "]" * 150 + "}": (1, "nested more than 100 levels deep"),
+    '{"file": "a.jpg", "text": "x"}\n{"file": "b.jpg", "text": ' + "[" * 100_000: (2, "nested more than 100 levels deep"),
+    '{"a.jpg": ["x"],\n "b.jpg": [' + "9" * 5_000 + "]}": (2, "not JSON that can be read (Exceeds the limit"),
+    '{"file": "a.jpg", "text": "x"}\n{"file": "b.jpg", "text": ' + "9" * 5_000 + "}": (2, "not JSON that can be read (Exceeds the limit"),
+    '{"a.jpg": []}': (1, "no captions in this file"),
     '{"a.jpg": ["x"],\n "b.jpg": "y"}': (2, "'b.jpg' has a str where its list"),
     '{"images": [{"id": 1}],\n "annotations": []}': (1, "an entry of 'images' has no 'file_name'"),
-    '{"images": [{"id": 1, "file_name": "a.jpg"}],\n "annotations": []}': (1, "no captions for 'a.jpg'"),
+    '{"images": [{"id": 1, "file_name": "a.jpg"}],\n "annotations": []}': (1, "no captions in this file"),
     '{"images": [{"id": 1, "file_name": "a.jpg"},\n{"id": 1, "file_name": "b.jpg"}],\n "annotations": []}': (2, "id 1 stands here again"),
     '{"images": [{"id": 1, "file_name": "a.jpg"},\n{"id": 2, "file_name": "a.jpg"}],\n "annotations": []}': (2, "file_name 'a.jpg' stands here again"),
     '{"images": [{"id": 1, "file_name": "a.jpg"}],\n "annotations": [\n{"image_id": 2, "caption": "x"}]}': (3, "image_id 2, which 'images' does not list"),
     '{"images": [{"id": 1, "file_name": "a.jpg"}],\n "annotations": [\n{"image_id": 1, "bbox": []}]}': (3, "instances_*.json"),
     '{"images": [{"id": 1, "file_name": "a.jpg"}],\n "annotations": [\n{"image_id": 1, "caption": " "}]}': (3, "a caption of 'a.jpg' is empty"),
-    '{"images": [{"filename": "a.jpg", "split": "val"}]}': (1, "no field caption"),
+    '{"images": [{"filename": "a.jpg", "split": "val"}]}': (1, "no field for the caption, among 'filename', 'split'; call one of them 'caption'"),
     '{"images": [{"filename": "a.jpg", "split": 3, "sentences": [{"raw": "x"}]}]}': (1, "'split' of 'a.jpg' is 3"),
-    '{"images": [{"filename": "a.jpg", "sentences": []}]}': (1, "no captions for 'a.jpg'"),
+    '{"images": [{"filename": "a.jpg", "sentences": []}]}': (1, "no captions in this file"),
     '{"images": [{"filename": "a.jpg", "sentences": [{"tokens": ["x"]}]}]}': (1, "is {\"tokens\": [\"x\"]}, not a string"),
     '{"file": "a.jpg", "text": "x"}\n\n{"file": "b.jpg", "text": "y"': (3, "not JSON"),
     '{"file": "a.jpg", "text": "x"}\n["b.jpg"]': (2, "where an object should be"),
-    '{"file": "a.jpg", "text": "x"}\n{"file": "b.jpg"}': (2, "no field caption"),
+    '{"file": "a.jpg", "text": "x"}\n{"file": "b.jpg"}': (2, "no field for the caption"),
     '{"file": "a.jpg", "text": "x"}\n{"file": 7, "text": "y"}': (2, "'file' is 7, not the name of a photo"),
     '{"file": "a.jpg", "text": "x", "split": "a"}\n{"file": "a.jpg", "text": "y", "split": "b"}': (2, "'a.jpg' has split 'b'"),
     '{"file": "a.jpg", "text": "x", "image_id": [1]}': (1, "the id of 'a.jpg' is [1]"),
@@ -264,12 +391,32 @@ MALFORMED = {  # content: (line, words of the message)
     "\nimage:caption\na.jpg:A dog\n": (2, "which seems to be separated by ':'; commas, tabs, semicolons, bars are read"),
     "image caption\na.jpg A dog\n": (1, "which seems to be separated by ' '"),
     "photo,caption\na.jpg,A dog\n": (1, "a table whose first line names the columns"),
-    "image,caption,caption\na.jpg,A dog,x\n": (1, "unknown format"),
+    "image,caption,caption\na.jpg,A dog,x\n": (1, "2 columns are called 'caption'; rename them, as caption_0, caption_1"),
+    "image,image,text\na.jpg,a.jpg,x\n": (1, "2 columns are called 'image'"),
     "image,caption,split\na.jpg,A dog,train\na.jpg,A cat,val\n": (3, "'a.jpg' has split 'val' and id None here, 'train' and None on line 2"),
-    "image,caption_0,caption_1\na.jpg,,\n": (2, "no captions for 'a.jpg'"),
+    "image,caption_0,caption_1\na.jpg,,\n": (1, "no captions in this file"),
     'file,text\n"a\nb.jpg",x\n': (2, "is no file name"),
     "image,caption\n,A dog\n": (2, "no photo is named"),
-    "image,caption\na.jpg,\n": (2, "a caption of 'a.jpg' is empty"),
+    "image,caption\na.jpg,\n": (1, "no captions in this file"),
+    "image,caption\na.jpg, \n": (2, "a caption of 'a.jpg' is empty"),
+    "image,caption\na.jpg," + "x" * 10_001 + "\n": (2, "a caption of 'a.jpg' has 10,001 characters, more than 10,000; shorten it"),
+    "image,caption\na.jpg,[" + "x" * 200_001 + "]\n": (2, "has 200,003 characters"),
+    "x" * 20_000 + "\n": (1, "unknown format"),
+    'image,caption\na.jpg,"[\'x\', nan]"\n': (2, "looks like a printed list, and cannot be read as one"),
+    'image,caption\na.jpg,"[\'x\' ... \'y\']"\n': (2, "looks like a printed list"),
+    'image,caption\na.jpg,"[\'x\', \'\']"\n': (2, "a caption of 'a.jpg' is empty"),
+    'image,caption\na.jpg,"[[\'x\']]"\n': (2, "looks like a printed list"),
+    "image,caption\na.jpg,[CLS] a dog [SEP]\n": (2, "holds '[CLS]', a token of a vocabulary and no word; remove the token"),
+    "image,caption\na.jpg,<start> a dog <end>\n": (2, "holds '<start>'"),
+    '{"a.jpg": ["a dog </s>"]}': (1, "holds '</s>'"),
+    '{"annotations": [{"image_id": 1, "caption": "x"}]}': (1, "no list 'images' says which photos these are; give COCO's whole"),
+    '{"images": [],\n "annotations": [{"image_id": 1, "caption": "x"}]}': (2, "no list 'images' says which photos these are"),
+    '{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": "1", "file_name": "b.jpg"}], "annotations": []}': (1, "id 1 stands here again"),
+    '{"images": [{"id": 1.5, "file_name": "a.jpg"}], "annotations": []}': (1, "an entry of 'images' has no 'id'"),
+    '{"file": "a.jpg", "text": "x", "split": "\\ud800"}': (1, "the split of 'a.jpg' is '\\ud800'; give a short name"),
+    '{"file": "a.jpg", "text": "x", "image_id": "\\u001b"}': (1, "the id of 'a.jpg' is '\\x1b'"),
+    '{"file": "a.jpg", "text": {"bbox": [1]}}': (1, 'a caption of \'a.jpg\' is {"bbox": [1]}, not a string; write a string, or a list of strings'),
+    "a.jpg#0\tA dog\rb.jpg#0\tA cat\na.jpg#1\tx\n": (1, "two captions, with a carriage return between them"),
     "image_name| comment_number| comment\na.jpg| A dog\n": (2, "write name| number| caption"),
     "image_name| comment_number| comment\na.jpg| 0| \n": (2, "a caption of 'a.jpg' is empty"),
 }
@@ -284,13 +431,23 @@ def test_malformed_text_names_file_and_line(tmp_path, content):
     message = str(caught.value)
     assert message.startswith(f"{path}:{line}: ") and words in message
     assert "\n" not in message and "; " in message  # one line, and what to do
+    assert len(message) < len(str(path)) + 270
 
 
-@pytest.mark.parametrize("content, line", [(b"a.jpg#0\tok\n\na.jpg#1\tcaf\xe9\n", 3), ('{"a.jpg": ["x"]}'.encode("utf-16"), 1), (b"\xef\xbb\xbf\xff", 1)])
+@pytest.mark.parametrize("content, line", [(b"a.jpg#0\tok\n\na.jpg#1\tcaf\xe9\n", 3), (b"\xef\xbb\xbfok\n\xff", 2)])
 def test_not_utf8_names_the_line_of_the_bad_byte(tmp_path, content, line):
     path = tmp_path / "captions.dat"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"captions.dat:{line}: not UTF-8"): read_captions(path)
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"a.jpg": ["x"]}'.encode("utf-16"), "UTF-16; save it as UTF-8"), ("image,caption\n".encode("utf-16-le"), "UTF-16"), ("image,caption\n".encode("utf-16-be"), "UTF-16"),
+    (b"PAR1\x15\x04\xff", "a parquet file; save it as CSV or JSON lines"), (gzip.compress(b"image,caption\n"), "a gzip archive; unpack it first"),
+    (b"PK\x03\x04\x14\x00\xff", "a zip archive or an Excel file"), (pickle.dumps({"a.jpg": [b"\xff"]}), "a pickle"), (bz2.compress(b"x" * 99), "a bzip2 archive")])
+def test_a_file_that_is_no_text_is_named_as_what_it_is(tmp_path, content, words):
+    (tmp_path / "c.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"c.csv: not text but {words}"): read_captions(tmp_path / "c.csv")
 
 
 starts = ["image,caption\n", "file\ttext\tsplit\n", "image_name| comment_number| comment\n", "a#0\tb\n", '{"images": [', '{"file": "a", "text": "b"}\n',
