@@ -17,6 +17,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .files import Share, Size, Within, check_settings, from_plain, printable, read_json, reason, short
@@ -533,17 +534,24 @@ class Captioner(nn.Module):
     def save_pretrained(self,
         folder, # made if it is not there
     ):
-        "Write config.json, model.safetensors and the vocabulary; each file is written whole or not at all."
+        "Write config.json, the vocabulary and, last, model.safetensors: where that is, all is there. OSError in one line where there is no room."
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                self._write(Path(temporary))
+                for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == 'model.safetensors'): os.replace(file, folder/file.name)
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, 'strerror', None) or error
+            raise OSError(f"{folder}: the model cannot be written ({why}); make room, or choose another folder") from error
+
+    def _write(self, folder):
+        "The files of a model."
         config = replace(self.config, encoder=replace(self.config.encoder, weights=None))   # all weights are in the folder
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            temporary = Path(temporary)
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, temporary/'model.safetensors', metadata={'format': 'pt'})
-            (temporary/'config.json').write_text(json.dumps(dict(library='pvtblip', **asdict(config)), indent=2))
-            shutil.copymode(temporary/'config.json', temporary/'model.safetensors')         # safetensors writes for the owner alone
-            self.tokenizer.save_pretrained(temporary)
-            for file in list(temporary.iterdir()): os.replace(file, folder/file.name)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder/'model.safetensors', metadata={'format': 'pt'})
+        (folder/'config.json').write_text(json.dumps(dict(library='pvtblip', **asdict(config)), indent=2))
+        shutil.copymode(folder/'config.json', folder/'model.safetensors')                   # safetensors writes for the owner alone
+        self.tokenizer.save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls,

@@ -9,7 +9,7 @@ __all__ = ['GenerationConfig', 'text_ids', 'keep_top_k', 'keep_top_p', 'keep_min
            'settled', 'stream_caption', 'cross_attention', 'attention_map']
 
 # %% ../nbs/04_generation.ipynb #ea91c18e
-import math, re
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
