@@ -13,13 +13,14 @@ import itertools, os, random
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from .data import BrokenImage, CaptionDataset, Collate, hold_out, take_split
-from .files import MARK, only_writer, outlive_signals, refuse_outputs, write_json, write_whole
+from .files import MARK, Within, check_settings, check_value, only_writer, outlive_signals, refuse_outputs, write_json, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights, load_whole
 from .evaluation import cider_score, has_coco_code
 from .generation import generate
@@ -29,7 +30,7 @@ from .pvt_encoder import EncoderConfig
 from .reward import CiderReward, RewardMeter, caption_rows, reward_loader
 from .sources import ShardDataset, Source, open_source
 from .tokenizer import CaptionTokenizer
-from .training import TrainingConfig, by_first, check_bounds, only_run, processes, refuse_damaged, saved_states, whole_tensor
+from .training import Steps, TrainingConfig, by_first, only_run, processes, refuse_damaged, saved_states, whole_tensor
 
 # %% ../nbs/14_photo_training.ipynb #0415b059
 def refuse_model(folder): # where a model is to be written
@@ -70,14 +71,14 @@ class DataConfig:
     images: str|None = None                # folder of the photos, where the captions are in a file
     split: str|None = None                 # trained on; not set: train (and restval) where the source has splits, else all but a few photos
     validation_split: str|None = None      # held out; not set: val where the source has splits, else 2 % by a hash of the file name
-    limit: int|None = None                 # use this many photos only
-    captions_per_image: int|None = None    # not set: the most frequent number, at most 5
+    limit: Steps|None = None               # use this many photos only
+    captions_per_image: Annotated[int, Within(1, 1000)]|None = None # not set: the most frequent number, at most 5
     strict: bool = False                   # stop at the first broken photo instead of skipping it
     like_lengths: bool = True              # captions of like length in one batch: less padding
     cache: str|None = None                 # folder for decoded photos: each is decoded once, for all epochs and runs
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig) # how photos are varied
 
-    def __post_init__(self): check_bounds(self, dict(limit=(1, 10**12), captions_per_image=(1, 1000)))
+    def __post_init__(self): check_settings(self)
 
 @dataclass
 class PhotoRun:
@@ -87,15 +88,15 @@ class PhotoRun:
     self_critical: bool = False            # learn from the model's own captions, rewarded by CIDEr, instead of people's
     freeze_encoder: bool = False           # leave the backbone's weights as they are
     all_words: bool = False                # let the model say all tokens instead of those of the captions
-    epochs: float = 5.                     # passes over the photos; 0: training.max_steps counts
+    epochs: Annotated[float, Within(0, 1e6)] = 5. # passes over the photos; 0: training.max_steps counts
     data: DataConfig = field(default_factory=DataConfig)                # what is read
     captioner: CaptionerConfig = field(default_factory=captioner_config) # what is trained
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(save_steps=100, eval_steps=100, dataloader_num_workers=1)) # how
     practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
 
     def __post_init__(self):
-        check_bounds(self, dict(epochs=(0., 1e6)))
-        check_bounds(self.captioner.encoder, dict(image_size=(1, 4096)))
+        check_settings(self)
+        check_value('captioner.encoder.image_size', self.captioner.encoder.image_size, Annotated[int, Within(1, 4096)])
 
     @property
     def vocabulary(self):

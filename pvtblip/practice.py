@@ -13,6 +13,7 @@ import copy, difflib, functools, json, math, os, random, signal, statistics, sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -24,11 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
 from .data import Collate
-from .files import StopAtSignal, write_whole
+from .files import Count, StopAtSignal, Within, check_settings, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderLayer
 from .evaluation import gap_of, shuffled_losses
 from .pvt_encoder import Block
-from .training import (Callback, TrainingConfig, check_bounds, check_state, make_accelerator, newest_state, read_facts, read_tensors,
+from .training import (Callback, TrainingConfig, check_state, make_accelerator, newest_state, read_facts, read_tensors,
                               saved_states, split_like, train)
 
 # %% ../nbs/13_practice.ipynb #ad65b489
@@ -278,12 +279,12 @@ def checkpoint_gradients(
 @dataclass
 class LoraSettings:
     "Low-rank adapters on the decoder's projections; names are those of peft's `LoraConfig`."
-    r: int = 0                          # rank of the learnt product; 0: no LoRA; 8 is a good start
-    lora_alpha: float = 16.             # the product is scaled by lora_alpha / r
-    lora_dropout: float = 0.            # dropout on what goes into it
+    r: Annotated[int, Within(0, 4096)] = 0 # rank of the learnt product; 0: no LoRA; 8 is a good start
+    lora_alpha: Annotated[float, Within(0, 1e6, above=True)] = 16. # the product is scaled by lora_alpha / r
+    lora_dropout: Annotated[float, Within(0, 0.99)] = 0. # dropout on what goes into it
     whole_cross_attention: bool = True  # train the cross-attention as it is: BERT brings none, and low rank on random weights learns little
 
-    def __post_init__(self): check_bounds(self, dict(r=(0, 4096), lora_alpha=(1e-6, 1e6), lora_dropout=(0., 0.99)))
+    def __post_init__(self): check_settings(self)
 
 def add_lora(
     model, # a Captioner, changed in place
@@ -317,18 +318,18 @@ def merge_lora(
 @dataclass
 class PracticeConfig:
     "Which pieces go around the loop."
-    save_minutes: float = 10.              # a state every so many minutes: what a kill costs at most; 0: only by `save_steps`
+    save_minutes: Annotated[float, Within(0, 1e6)] = 10. # a state every so many minutes: what a kill costs at most; 0: only by `save_steps`
     stop_on_signal: bool = True            # at SIGTERM or Ctrl-C finish the step, write a state, exit
     metric_for_best_model: str|None = None # a measure of `evaluate`: its best state is kept and is the model in the end; not set: the last
     greater_is_better: bool = False        # True for scores such as CIDEr, False for losses
-    early_stopping_patience: int = 0       # evaluations without a better one that end the run; 0: never, as the rate's descent often still helps
-    ema_decay: float = 0.                  # average of the weights, evaluated and saved in their place; 0: none; 0.999 suits runs of thousands of steps
+    early_stopping_patience: Count = 0     # evaluations without a better one that end the run; 0: never, as the rate's descent often still helps
+    ema_decay: Annotated[float, Within(0, 0.999999999)] = 0. # average of the weights, evaluated and saved in their place; 0: none; 0.999 suits runs of thousands of steps
     gradient_checkpointing: bool = False   # less memory for a second forward pass: for batches that do not fit otherwise
     lora: LoraSettings = field(default_factory=LoraSettings) # adapters instead of the decoder's own weights
     log_with: str|None = None              # 'tensorboard', 'wandb', ...: any tracker of Accelerate; not set: none
 
     def __post_init__(self):
-        check_bounds(self, dict(save_minutes=(0., 1e6), early_stopping_patience=(0, 10**9), ema_decay=(0., 1 - 1e-9)))
+        check_settings(self)
         if self.early_stopping_patience and not self.metric_for_best_model: raise ValueError("early_stopping_patience needs metric_for_best_model, such as 'validation_loss'")
 
 @dataclass

@@ -278,12 +278,12 @@ def test_what_lies_in_the_folder_is_not_written_over(capsys, data, tmp_path):
 
 
 @pytest.mark.parametrize('option, value, says', [('--seed', 10**22, 'training.seed is 1'), ('--batch-size', 10**20, 'training.batch_size is 1'), ('--workers', 10**11, 'dataloader_num_workers'),
-    ('--epochs', 'nan', 'epochs is nan'), ('--epochs', 'inf', 'epochs is inf'), ('--epochs', '1e300', 'epochs is 1e+300'), ('--max-steps', 10**15, 'max_steps'), ('--learning-rate', '-1', 'learning_rate is -1'),
+    ('--set', 'epochs=nan', 'epochs is nan'), ('--epochs', 'inf', 'epochs is inf'), ('--epochs', '1e300', 'epochs is 1e+300'), ('--max-steps', 10**15, 'max_steps'), ('--learning-rate', '-1', 'learning_rate is -1'),
     ('--learning-rate', 'inf', 'learning_rate is inf'), ('--accumulate', 10**12, 'gradient_accumulation_steps'), ('--image-size', 10**6, 'image_size is 1000000'), ('--limit', 10**30, 'limit'),
-    ('--captions-per-image', 10**9, 'captions_per_image'), ('--save-every', 10**12, 'save_steps'), ('--set', 'data.limit=-5', 'limit is -5'), ('--set', 'data.captions_per_image=0', 'captions_per_image is 0'),
+    ('--captions-per-image', 10**9, 'captions_per_image'), ('--set', 'training.save_steps=1000000000000', 'save_steps is 1000000000000'), ('--set', 'data.limit=-5', 'limit is -5'), ('--set', 'data.captions_per_image=0', 'captions_per_image is 0'),
     ('--set', 'training.eval_steps=-1', 'eval_steps is -1'), ('--set', 'practice.save_minutes=nan', 'save_minutes is nan'), ('--set', 'training.warmup_ratio=inf', 'warmup_ratio is inf')])
 def test_numbers_out_of_bounds_are_refused_before_anything_is_made(capsys, data, tmp_path, option, value, says):
-    refused(capsys, *train(data, tmp_path/'out', option, value), says=[says.removeprefix('training.'), 'number from'])
+    refused(capsys, *train(data, tmp_path/'out', option, value), says=[says, 'must be a', 'number'])
     assert not (tmp_path/'out').exists()
 
 

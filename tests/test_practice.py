@@ -220,12 +220,12 @@ def test_where_the_best_state_is_damaged_the_newest_is_taken_and_told(tmp_path, 
     assert len(lines) == 2 and "checkpoint-1: not a whole training state" in lines[0] and "the newest is taken in its place" in lines[0]
     assert lines[1] == "the model is that of step 3, the newest, since the best one is damaged"
     with pytest.warns(UserWarning, match="the newest is taken"): assert load_best(tmp_path, make_model(seed=1)) == 3
-    for state in saved_states(tmp_path): damage(state / "state.json", "gone")
+    for state in saved_states(tmp_path): damage(state / "state.safetensors", "gone")
     with pytest.raises(ValueError, match="every training state is damaged"): load_best(tmp_path, model, log=lines.append)
 
 
 def test_numbers_out_of_bounds():
-    for kind, change, message in ((LoraSettings, dict(r=10**9), "r is 1000000000; give a whole number from 0 to 4,096"), (LoraSettings, dict(lora_alpha=float("nan")), "lora_alpha is nan"),
+    for kind, change, message in ((LoraSettings, dict(r=10**9), "r is 1000000000; it must be a whole number from 0 to 4,096"), (LoraSettings, dict(lora_alpha=float("nan")), "lora_alpha is nan"),
                                   (LoraSettings, dict(lora_dropout=1.0), "lora_dropout"), (PracticeConfig, dict(save_minutes=float("inf")), "save_minutes is inf"),
                                   (PracticeConfig, dict(save_minutes=float("nan")), "save_minutes is nan"), (PracticeConfig, dict(ema_decay=1.0), "ema_decay is 1.0"),
                                   (PracticeConfig, dict(early_stopping_patience=-1), "early_stopping_patience is -1"),
