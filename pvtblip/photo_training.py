@@ -12,13 +12,14 @@ __all__ = ['refuse_model', 'captioner_config', 'words_of', 'DataConfig', 'PhotoR
 import itertools, json, os, random
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from .data import BrokenImage, CaptionDataset, Collate, hold_out, take_split
-from .files import outlive_signals, write_whole
+from .files import Size, Within, outlive_signals, write_whole
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights, load_whole
 from .evaluation import cider_score, has_coco_code
 from .generation import generate
@@ -68,8 +69,8 @@ class DataConfig:
     images: str|None = None                # folder of the photos, where the captions are in a file
     split: str|None = None                 # trained on; not set: train (and restval) where the source has splits, else all but a few photos
     validation_split: str|None = None      # held out; not set: val where the source has splits, else 2 % by a hash of the file name
-    limit: int|None = None                 # use this many photos only
-    captions_per_image: int|None = None    # not set: the most frequent number, at most 5
+    limit: Annotated[int, Within(1, 10**9)]|None = None # use this many photos only
+    captions_per_image: Size|None = None   # not set: the most frequent number, at most 5
     strict: bool = False                   # stop at the first broken photo instead of skipping it
     like_lengths: bool = True              # captions of like length in one batch: less padding
     cache: str|None = None                 # folder for decoded photos: each is decoded once, for all epochs and runs
@@ -83,7 +84,7 @@ class PhotoRun:
     self_critical: bool = False            # learn from the model's own captions, rewarded by CIDEr, instead of people's
     freeze_encoder: bool = False           # leave the backbone's weights as they are
     all_words: bool = False                # let the model say all tokens instead of those of the captions
-    epochs: float = 5.                     # passes over the photos; 0: training.max_steps counts
+    epochs: Annotated[float, Within(0, 10**6)] = 5. # passes over the photos; 0: training.max_steps counts
     data: DataConfig = field(default_factory=DataConfig)                # what is read
     captioner: CaptionerConfig = field(default_factory=captioner_config) # what is trained
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(save_steps=100, eval_steps=100, dataloader_num_workers=1)) # how

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -25,39 +26,34 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .data import Collate, SeededBatchSampler
-from .files import outlive_signals
+from .files import Count, Share, Size, Within, check_settings, outlive_signals
 
 # %% ../nbs/03_training.ipynb #a905d47d
+_Steps = Annotated[int, Within(1, 10**9)]
+_Rate = Annotated[float, Within(0, 1000, above=True)]
+
 @dataclass
 class TrainingConfig:
     "How a captioner is trained; names are those of transformers' `TrainingArguments` where it has them."
-    max_steps: int = 1000                  # optimizer steps, the whole run
-    batch_size: int = 32                   # images a step and process; each brings all its captions
-    gradient_accumulation_steps: int = 1   # batches added up before a step, where memory is short
-    learning_rate: float = 3e-4            # the highest, reached after the warm-up
-    encoder_lr_scale: float = 1.           # the backbone's rate is this share of it: trained eyes need less than a fresh decoder
-    warmup_ratio: float = 0.05             # share of the steps in which the rate rises
-    weight_decay: float = 0.05             # on matrices only: biases and norms have no need of it
-    adam_beta2: float = 0.98               # memory of the squared gradient, about 50 steps: short runs
-    max_grad_norm: float = 1.              # longer gradients are shortened to this
-    mixed_precision: str = 'no'            # 'no', 'bf16' or 'fp16' (GPU only)
+    max_steps: _Steps = 1000               # optimizer steps, the whole run
+    batch_size: Size = 32                  # images a step and process; each brings all its captions
+    gradient_accumulation_steps: Size = 1  # batches added up before a step, where memory is short
+    learning_rate: _Rate = 3e-4            # the highest, reached after the warm-up
+    encoder_lr_scale: _Rate = 1.           # the backbone's rate is this share of it: trained eyes need less than a fresh decoder
+    warmup_ratio: Share = 0.05             # share of the steps in which the rate rises
+    weight_decay: Annotated[float, Within(0, 100)] = 0.05     # on matrices only: biases and norms have no need of it
+    adam_beta2: Annotated[float, Within(0, 0.999999)] = 0.98  # memory of the squared gradient, about 50 steps: short runs
+    max_grad_norm: Annotated[float, Within(0, 10**9, above=True)] = 1. # longer gradients are shortened to this
+    mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no'     # 'fp16': GPU only
     torch_compile: bool = False            # compile the model first: minutes once, then faster steps; the numbers differ in the last digits
-    seed: int = 0                          # order of the data, choice of captions, dropout
-    dataloader_num_workers: int = 0        # processes that read photos ahead
-    logging_steps: int = 10                # loss and speed are noted every so many steps
-    eval_steps: int = 0                    # `evaluate` is called every so many steps; 0: never
-    save_steps: int = 0                    # a training state is written every so many steps; 0: never
-    save_total_limit: int = 2              # older states are removed, except the best
+    seed: Annotated[int, Within(0, 2**32 - 1)] = 0            # order of the data, choice of captions, dropout
+    dataloader_num_workers: Annotated[int, Within(0, 256)] = 0 # processes that read photos ahead
+    logging_steps: _Steps = 10             # loss and speed are noted every so many steps
+    eval_steps: Count = 0                  # `evaluate` is called every so many steps; 0: never
+    save_steps: Count = 0                  # a training state is written every so many steps; 0: never
+    save_total_limit: Size = 2             # older states are removed, except the best
 
-    def __post_init__(self):
-        if self.mixed_precision not in ('no', 'bf16', 'fp16'): raise ValueError(
-            f"mixed_precision is {self.mixed_precision!r}; choose 'no', 'bf16' or 'fp16'")
-        for name in ('max_steps', 'batch_size', 'gradient_accumulation_steps', 'logging_steps', 'save_total_limit'):
-            if getattr(self, name) < 1: raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ('learning_rate', 'encoder_lr_scale', 'max_grad_norm'):
-            if not getattr(self, name) > 0: raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ('warmup_ratio', 'weight_decay', 'eval_steps', 'save_steps', 'dataloader_num_workers'):
-            if not getattr(self, name) >= 0: raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+    def __post_init__(self): check_settings(self)
 
 # %% ../nbs/03_training.ipynb #31e3160e
 def learning_rate_factor(

@@ -457,7 +457,8 @@ def test_every_trained_weight_is_in_one_group():
 
 def test_what_a_config_cannot_be():
     for change, message in ((dict(max_steps=0), "max_steps is 0"), (dict(learning_rate=-1), "learning_rate is -1"), (dict(learning_rate=math.nan), "learning_rate is nan"),
-                            (dict(save_steps=-1), "save_steps is -1"), (dict(mixed_precision="bfloat16"), "choose 'no', 'bf16' or 'fp16'")):
+                            (dict(save_steps=-1), "save_steps is -1"), (dict(mixed_precision="bfloat16"), "must be 'no' or 'bf16' or 'fp16'"), (dict(max_grad_norm=math.inf), "max_grad_norm is inf"),
+                            (dict(seed=2**32), "seed is 4294967296"), (dict(batch_size="8"), "batch_size is '8'"), (dict(adam_beta2=1), "adam_beta2 is 1"), (dict(torch_compile=1), "torch_compile is 1")):
         with pytest.raises(ValueError, match=message): TrainingConfig(**change)
 
 
