@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from .data import BrokenImage, Record, SeededBatchSampler
+from .files import Share, Within, check_settings
 from .pvt_encoder import EncoderConfig, load_pixels, normalise_pixels
 from .tokenizer import CaptionTokenizer
 
@@ -51,15 +53,13 @@ def swap_sides(
 @dataclass
 class AugmentationConfig:
     "How training photos are varied; off unless asked for. Plain values: JSON with `dataclasses.asdict`, back with `**`."
-    flip: float = 0.                      # chance of a mirrored photo; its captions exchange left and right, or it stays as it is. English captions only
-    crop_scale: float = 1.                # smallest share of the area that a random crop keeps; 1: whole photos, since captions count and a crop cuts things off
-    colour_jitter: float = 0.             # brightness, contrast and saturation change by up to this share; colour names suffer slowly
-    hue: float = 0.                       # shift of the hue, in turns of the colour wheel, up to 0.5; colour names suffer at once
+    flip: Share = 0.                      # chance of a mirrored photo; its captions exchange left and right, or it stays as it is. English captions only
+    crop_scale: Annotated[float, Within(0.01, 1)] = 1. # smallest share of the area that a random crop keeps; 1: whole photos, since captions count and a crop cuts things off
+    colour_jitter: Share = 0.             # brightness, contrast and saturation change by up to this share; colour names suffer slowly
+    hue: Annotated[float, Within(0, 0.5)] = 0. # shift of the hue, in turns of the colour wheel, up to 0.5; colour names suffer at once
     regardless_of_captions: bool = False  # True: crop photos whose captions name places, recolour those whose captions name colours
 
-    def __post_init__(self):
-        for name, low, high in (("flip", 0, 1), ("crop_scale", 0.01, 1), ("colour_jitter", 0, 1), ("hue", 0, 0.5)):
-            if not low <= getattr(self, name) <= high: raise ValueError(f"{name} is {getattr(self, name)}; give a number from {low} to {high}")
+    def __post_init__(self): check_settings(self)
 
     def decode_size(self,
         image_size: int,  # what the encoder reads, pixels

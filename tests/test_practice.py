@@ -1,6 +1,8 @@
 """What a notebook cell cannot do for the pieces around the loop: real signals, several processes, a wheel without peft, odd config files."""
 import copy
+import datetime
 import json
+import math
 import os
 import random
 import signal
@@ -17,6 +19,9 @@ from test_training import CONFIG, UNEQUAL, damage, fit, make_data, make_model, n
 from torch.testing import assert_close
 
 from pvtblip.data import BrokenImage, Collate
+from pvtblip.files import printable, setting_names
+from pvtblip.generation import GenerationConfig
+from pvtblip.photo_training import PhotoRun
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.practice import (HeldOutLoss, KeepBest, LoraSettings, PracticeConfig, RunConfig, StopOnSignal, HeldOutCaptions, WeightAverage, add_lora,
                               change_config, checkpoint_gradients, dry_run, from_plain, load_best, measures, merge_lora, read_config, run_training,
@@ -357,7 +362,7 @@ class Tree:
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
-trees = st.builds(Tree, st.builds(Part, st.integers(-2**60, 2**60), st.floats(allow_nan=False), st.lists(texts)), texts, st.none() | st.integers(-9, 9), st.booleans(),
+trees = st.builds(Tree, st.builds(Part, st.integers(-2**60, 2**60), st.floats(allow_nan=False, allow_infinity=False), st.lists(texts)), texts, st.none() | st.integers(-9, 9), st.booleans(),
                   st.lists(st.integers(-9, 9)).map(tuple), st.dictionaries(texts, st.lists(st.floats(allow_nan=False, allow_infinity=False)) | texts | st.booleans()))
 
 
@@ -384,18 +389,48 @@ def test_real_configs_round_trip(tmp_path):
     ("[training]\nlearning_rat = 1.0", "no setting is called 'training.learning_rat'; did you mean training.learning_rate"),
     ("learning_rate = 1.0", "no setting is called 'learning_rate'; did you mean training.learning_rate?"),
     ("[practise]\nema_decay = 0.9", "no setting is called 'practise'"),
-    ("[training]\nmax_steps = true", "training.max_steps is True; it must be of type int"),
-    ("[training]\nmax_steps = 1.5", "training.max_steps is 1.5; it must be of type int"),
-    ("[practice]\nlora = 4", "practice.lora is 4; it must be of type LoraSettings"),
+    ("[training]\nmax_steps = true", "training.max_steps is True; it must be a whole number from 1"),
+    ("[training]\nmax_steps = 1.5", "training.max_steps is 1.5; it must be a whole number"),
+    ("[practice]\nlora = 4", "practice.lora is 4; it must be a table of settings"),
     ("[practice.lora]\nr = -1", "practice.lora.r is -1"),
     ("[practice]\nearly_stopping_patience = 3", "early_stopping_patience needs metric_for_best_model"),
     ("[captioner.decoder]\nhidden_sise = 4", "did you mean captioner.decoder.hidden_size"),
-    ("[training\n", "cannot be read as toml"), ("a = 1\na = 2", "cannot be read as toml")])
+    ("[training\n", "not TOML"), ("a = 1\na = 2", "not TOML"),
+    ("[training]\nlearning_rate = nan", "training.learning_rate is nan; it must be a number above 0"), ("[training]\nlearning_rate = inf", "learning_rate is inf"),
+    ("[training]\nlearning_rate = 2000-01-01", "learning_rate is datetime.date(2000, 1, 1)"), ("[training]\nseed = 1e22", "seed is 1e+22"), ("[training]\nseed = -1", "seed is -1"),
+    ("[training]\ndataloader_num_workers = 100000000000", "dataloader_num_workers is 100000000000"), ("[training]\nbatch_size = [1]", "batch_size is [1]"),
+    ("[captioner.decoder]\nnum_hidden_layers = 1000000", "num_hidden_layers is 1000000; it must be a whole number from 1 to 1,000"), ("[captioner.encoder]\nstages = [[1]]", "stages is [[1]]"),
+    ("[captioner.encoder]\nbackbone_kwargs = {checkpoint_path = 'x'}", "backbone_kwargs has 'checkpoint_path'"), ("x = " + "[" * 101 + "]" * 101, "nested more than 100"), ("x = " + "[" * 50_000, "nested"),
+    ("x = " + "9" * 5000, "not TOML")])
 def test_what_a_config_file_cannot_say(tmp_path, text, message):
     file = tmp_path / "run.toml"
     file.write_text(text)
     with pytest.raises(ValueError) as caught: read_config(RunConfig, file)
     assert message in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tree", [RunConfig(), GenerationConfig(), PhotoRun()])
+def test_every_setting_refuses_what_it_cannot_be(tree):
+    "A value is refused with one line that names the setting, or the tree that comes of it can be written and read again."
+    values = ["x", 1.5, -1, 0, 4300, 2**63, 10**30, -10**9, math.nan, math.inf, True, None, [], [0, 0], [[]], [[[]]], {}, {"a": 1}, datetime.date(2000, 1, 1), datetime.datetime(2000, 1, 1),
+              datetime.time(), "x" * 200_000, "\x1b[2J", object()]
+    for name in setting_names(type(tree)):
+        accepted = 0
+        for value in values:
+            try: config = change_config(tree, {name: value})
+            except ValueError as error:
+                text = str(error)
+                assert name in text and len(text) < 250 and printable(text) == text, (name, value, text)
+            else:
+                accepted += 1
+                assert json.loads(json.dumps(asdict(config))) and config == change_config(config, {}), (name, value)
+        assert accepted < 12, name
+
+
+def test_half_a_letter_is_refused_before_it_is_written(tmp_path):
+    config = change_config(RunConfig(), {"captioner.prompt": "a \udcff"})
+    with pytest.raises(ValueError, match="captioner.prompt is .*udcff.*TOML cannot say"): write_config(config, tmp_path / "run.toml")
+    assert not (tmp_path / "run.toml").exists()
 
 
 def test_settings_from_flags():

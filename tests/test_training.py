@@ -631,7 +631,8 @@ def test_every_trained_weight_is_in_one_group():
 
 def test_what_a_config_cannot_be():
     for change, message in ((dict(max_steps=0), "max_steps is 0"), (dict(learning_rate=-1), "learning_rate is -1"), (dict(learning_rate=math.nan), "learning_rate is nan"),
-                            (dict(save_steps=-1), "save_steps is -1"), (dict(mixed_precision="bfloat16"), "choose 'no', 'bf16' or 'fp16'"),
+                            (dict(save_steps=-1), "save_steps is -1"), (dict(mixed_precision="bfloat16"), "must be 'no' or 'bf16' or 'fp16'"), (dict(seed=2**32), "seed is 4294967296"),
+                            (dict(batch_size="8"), "batch_size is '8'"), (dict(torch_compile=1), "torch_compile is 1"),
                             (dict(seed=10**22), "seed is 10000000000000000000000; it must be a whole number"),
                             (dict(seed=10**4000), "seed is 1000"), (dict(batch_size=10**20), "batch_size is 1"), (dict(batch_size=1e3), "batch_size is 1000.0; it must be a whole number"),
                             (dict(dataloader_num_workers=10**11), "from 0 to 512"), (dict(max_steps=10**12), "max_steps"), (dict(max_steps=True), "max_steps is True"),
@@ -641,7 +642,7 @@ def test_what_a_config_cannot_be():
                             (dict(weight_decay=math.nan), "weight_decay is nan"), (dict(encoder_lr_scale=math.inf), "encoder_lr_scale"), (dict(max_grad_norm=0.0), "max_grad_norm is 0.0; it must be a number above 0")):
         with pytest.raises(ValueError, match=message) as caught: TrainingConfig(**change)
         assert len(str(caught.value)) < 250
-    TrainingConfig(eval_steps=0, max_grad_norm=1e9, seed=-1, dataloader_num_workers=512, learning_rate=1)
+    TrainingConfig(eval_steps=0, max_grad_norm=1e9, seed=1, dataloader_num_workers=512, learning_rate=1)
 
 
 def test_seeds_of_steps_and_processes_differ():
