@@ -1,10 +1,17 @@
 """What the cells of 11_sources do not reach: several processes, damaged archives, a folder of 1,000 photos with every kind of fault."""
+import gzip
+import http.server
 import io
 import json
 import os
 import pickle
+import re
+import subprocess
 import sys
 import tarfile
+import threading
+import time
+import tracemalloc
 
 import pytest
 import torch
@@ -13,11 +20,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pvtblip.data import BrokenImage, CaptionDataset, Collate, Record
-from pvtblip.sources import ShardDataset, check_data, contact_sheet, find_shards, open_photo, open_source, photo_problem, read_hub_dataset
+from pvtblip.sources import (MAX_PHOTO_BYTES, MAX_TEXT_BYTES, ShardDataset, check_data, contact_sheet, find_shards, is_photo, open_photo, open_source, photo_problem,
+                             read_hub_dataset, read_shard)
 from pvtblip.tokenizer import CaptionTokenizer
 
 datasets = pytest.importorskip("datasets")
-webdataset = pytest.importorskip("webdataset")
 
 
 def tiny_load(image):
@@ -150,7 +157,7 @@ def test_json_captions_foreign_files_and_faulty_samples(tmp_path):
     assert [item["captions"] for item in items[:2]] == [items[0]["captions"], ["three", "three"]] and sorted(items[0]["captions"]) == ["one", "two"]
     reasons = {item.file: item.reason for item in items[2:]}
     assert all(isinstance(item, BrokenImage) for item in items[2:]) and len(items) == 10
-    for name, words in (("2", "None, not a string"), ("3", "Expecting"), ("4", "is no object"), ("5", "no captions"), ("6", "no captions"), ("7", "no photo"), ("8", "not an image"), ("9", "utf-8")):
+    for name, words in (("2", "no captions"), ("3", "3.json:1: not JSON (Expecting"), ("4", "is no object"), ("5", "no captions"), ("6", "no captions"), ("7", "no photo"), ("8", "not an image"), ("9", "9.txt:1: not UTF-8 (byte 0xe9)")):
         assert any(f"/{name}" in file and words in reason for file, reason in reasons.items()), (name, reasons)
     assert not (tmp_path / "executed").exists()
     with pytest.raises(ValueError, match="a.tar/"): list(ShardDataset([path], tiny_load, batch_size=20, passes=1, strict=True))
@@ -184,12 +191,193 @@ def test_shard_errors_come_before_work_starts(shards, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="runs a command"): open_source("pipe:touch executed")
     (tmp_path / "x.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="x.tar"): ShardDataset([str(tmp_path / "x.tar")], tiny_load, 1)
-    for name, extra in (("webdataset", lambda: find_shards("a.tar")), ("datasets", lambda: read_hub_dataset("owner/name"))):
-        monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ValueError, match=rf"needs the package {name}; install it with: pip install 'pvtblip\[{name}\]'"): extra()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"needs the package datasets; install it with: pip install 'pvtblip\[datasets\]'"): read_hub_dataset("owner/name")
+
+
+# ---------------------------------------------------------------- addresses, sizes, names and lines in shards
+
+FOREIGN = ["pipe:touch {}/executed", "PIPE:touch {}/executed; echo .tar", " pipe:touch {}/executed; echo .tar", "PiPe:touch {}/executed #.tar", "{{pipe:touch {}/executed,b}}.tar", "a.tar::pipe:touch {}/executed",
+           "${{X:-pipe:touch {}/executed}}.tar", "gs://bucket/a.tar", "S3://bucket/{{000..127}}.tar", "hf://datasets/a.tar", "ftp://host/a.tar", "sftp://host/a.tar", "ais://bucket/a.tar", "htcp://host/a.tar",
+           "file://host/a.tar", "http:///a.tar", "https:a.tar", "http://[a.tar", "\tpipe:touch {}/executed", "data:application/x-tar,a.tar"]
+
+
+@pytest.mark.parametrize("source", FOREIGN)
+def test_foreign_addresses_are_refused_at_once(tmp_path, source):
+    source, start = source.format(tmp_path), time.perf_counter()
+    (tmp_path / "a.tar").write_bytes(b"")
+    ways = [lambda: open_source(source), lambda: find_shards(source), lambda: check_data(source, progress=False)]
+    if "{" not in source and "::" not in source: ways += [lambda: list(read_shard(source)), lambda: ShardDataset([source], tiny_load, 1)]
+    for open_it in ways:
+        with pytest.raises(ValueError) as caught: open_it()
+        assert "which is refused; give files or http addresses" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists() and time.perf_counter() - start < 5
+
+
+def test_safety_does_not_hang_on_assertions(tmp_path):
+    code = f"from pvtblip.sources import open_source\ntry: open_source('PIPE:touch {tmp_path}/executed; echo .tar')\nexcept ValueError as error: print(error)"
+    said = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert "runs a command, which is refused" in said.stdout and not (tmp_path / "executed").exists(), said.stderr
+
+
+def test_patterns_of_shards_and_files_with_strange_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("part-08.tar", "part-09.tar", "part-10.tar", "a-x.tar", "a-y.tar", "pipe:echo.tar"): pack(tmp_path / name, [("a", dict(png=png(1), txt=b"one"))])
+    assert find_shards("part-{08..10}.tar") == ["part-08.tar", "part-09.tar", "part-10.tar"]
+    assert find_shards("{a-{x,y},part-08}.tar") == ["a-x.tar", "part-08.tar", "a-y.tar", "part-08.tar"] and find_shards("a-x.tar::a-{y..y}.tar".replace("{y..y}", "y")) == ["a-x.tar", "a-y.tar"]
+    assert find_shards(f"file://{tmp_path}/a-{{x,y}}.tar") == [f"{tmp_path}/a-x.tar", f"{tmp_path}/a-y.tar"]
+    assert find_shards("pipe:echo.tar") == ["pipe:echo.tar"] and len(list(read_shard("pipe:echo.tar"))) == 1  # a file that is there is a file
+    for pattern, words in (("a-{0..999999999}.tar", "more than 1,000,000 shards"), ("a-{5..3}.tar", "names no shards"), ("{a,b}" * 30 + ".tar", "more than 20 braces")):
+        with pytest.raises(ValueError, match=words): find_shards(pattern)
+
+
+def test_shards_over_http_and_what_servers_do(tmp_path, shards):
+    whole = open(shards[0], "rb").read()
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/away.tar": self.send_response(302); self.send_header("Location", "/0.tar"); self.end_headers()
+            elif self.path == "/ftp.tar": self.send_response(302); self.send_header("Location", "ftp://localhost/0.tar"); self.end_headers()
+            elif self.path in ("/0.tar", "/cut.tar"):
+                self.send_response(200); self.send_header("Content-Length", str(len(whole))); self.end_headers()
+                self.wfile.write(whole if self.path == "/0.tar" else whole[:4096])
+            else: self.send_error(404)
+        def log_message(self, *_): pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        def read(name): return list(read_shard(f"http://127.0.0.1:{server.server_address[1]}/{name}"))
+        try:
+            assert [sample["__key__"] for sample in read("0.tar")] == [sample["__key__"] for sample in read("away.tar")] == everything()[:9]
+            assert "Not Found" in read("gone.tar")[0].reason and "ftp" in read("ftp.tar")[0].reason and isinstance(read("cut.tar")[-1], BrokenImage)
+        finally: server.shutdown()
+
+
+def zeros(path, name, size, kind=tarfile.REGTYPE):
+    "A small .tar.gz with one file of `size` zeros, and a whole sample behind it"
+    with gzip.open(path, "wb", 1) as out, tarfile.open(fileobj=out, mode="w|") as archive:
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.type = size, kind
+        archive.addfile(entry, type("Zeros", (io.RawIOBase,), dict(readable=lambda self: True, read=lambda self, count=-1: bytes(count)))())
+        for suffix, content in dict(png=png(1), txt=b"one").items(): add(archive, f"whole.{suffix}", content)
+
+
+@pytest.mark.parametrize("name, size", [("big.jpg", 2**27 + 1), ("big.txt", 2**20 + 1), ("big.json", 2**24), ("big.pickle", 2**27)])
+def test_a_member_of_gigabytes_is_one_broken_sample(tmp_path, name, size):
+    zeros(tmp_path / "a.tar.gz", name, size)
+    tracemalloc.start()
+    *first, whole = read_shard(str(tmp_path / "a.tar.gz"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert whole["__key__"] == "whole" and peak < 2**25
+    if name != "big.pickle":
+        items, = ShardDataset([str(tmp_path / "a.tar.gz")], tiny_load, 5, passes=1, shuffle=1)
+        assert f"its .{name[4:]} has {size:,} bytes, more than" in items[0].reason and items[1]["captions"] == ["one"]
+        assert f"{size:,} bytes" in check_data(tmp_path / "a.tar.gz", progress=False).broken["a.tar.gz/big"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_name_of_gigabytes_is_a_damaged_shard(tmp_path, kind):
+    zeros(tmp_path / "a.tar.gz", "x", 2**28, kind)
+    tracemalloc.start()
+    broken, = read_shard(str(tmp_path / "a.tar.gz"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "a header of 268,435,456 bytes" in broken.reason and peak < 2**25
+
+
+def test_the_limit_of_a_photo_is_named(): assert MAX_PHOTO_BYTES == 2**27 and MAX_TEXT_BYTES == 2**20
+
+
+def test_dots_in_keys_are_named_as_the_cause(tmp_path):
+    pack(tmp_path / "0.tar", [(f"img.2019.05.{i}", dict(png=png(i), txt=b"one")) for i in range(3)] + [("b", {"png": png(4), "txt": b"b", "2.png": png(5), "2.txt": b"b2"}), ("c", {"png": png(6), "seg.png": png(7), "txt": b"c"})])
+    report = check_data(tmp_path / "0.tar", progress=False)
+    assert list(report.broken) == ["0.tar/img", "0.tar/b"] and report.captions == 1  # a second picture without captions of its own is usual
+    assert all("a key ends at the first dot" in problem and "write _ for the dots in names" in problem for problem in report.broken.values())
+    items, = ShardDataset([str(tmp_path / "0.tar")], tiny_load, 5, passes=1, shuffle=1)
+    assert ".2019.05.0.png belongs to all photos of this name" in items[0].reason and items[2]["captions"] == ["c"]
+
+
+@pytest.mark.parametrize("files, wanted", [
+    (dict(txt="A dog\nruns\r\nhome."), ["A dog", "runs", "home."]), (dict(txt="A dog\rruns"), ["A dog", "runs"]), (dict(txt="\ufeffA dog"), ["A dog"]),
+    (dict(json=json.dumps(dict(caption="A dog\nruns"))), ["A dog runs"]), (dict(txt="A dog\nruns", json=json.dumps(dict(caption="A dog\nruns", width=3))), ["A dog runs"]),
+    (dict(txt="A dog\nA cat", json=json.dumps(dict(caption="A bird"))), ["A dog", "A cat"]), (dict(txt="A dog", json="{"), ["A dog"]), (dict(txt="\n", json=json.dumps(dict(caption="A bird"))), ["A bird"]),
+    (dict(json=json.dumps(dict(caption="['A dog', 'A cat']"))), ["A dog", "A cat"]), (dict(txt="['A dog'\n 'A cat']"), ["A dog", "A cat"]),
+    (dict(json=json.dumps(dict(sentences=[dict(raw="A dog"), dict(raw="A cat")]))), ["A dog", "A cat"])])
+def test_a_line_of_a_txt_is_a_caption_and_a_text_of_a_json_is_one(tmp_path, files, wanted):
+    pack(tmp_path / "0.tar", [("a", dict(png=png(1)) | {suffix: content.encode() for suffix, content in files.items()})])
+    (item,), = ShardDataset([str(tmp_path / "0.tar")], tiny_load, 1, captions_per_image=len(wanted), passes=1)
+    assert sorted(item["captions"]) == sorted(wanted)
+
+
+BAD = {"deep": (b'{"caption": ' + b"[" * 100_000, "nested more than 100 levels"), "number": (b'{"caption": ' + b"9" * 5_000 + b"}", "Exceeds the limit"), "long": (b"x" * 10_001, "10,001 characters"),
+       "special": (b"[CLS] a dog [SEP]", "'[CLS]', a token"), "object": (b'{"caption": {"a": 1}}', "not a string"), "half": (b'{"caption": "\xff"}', "not UTF-8"), "utf16": ("a dog".encode("utf-16"), "UTF-16")}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_bad_sample_is_one_broken_sample_and_ends_nothing(tmp_path, first):
+    bad = [(name, {"png": png(2), "json" if content[:1] == b"{" else "txt": content}) for name, (content, _) in BAD.items()]
+    good = [("good", dict(png=png(1), txt=b"one\ntwo"))]
+    pack(tmp_path / "0.tar", bad + good if first else good + bad)
+    data = ShardDataset([str(tmp_path / "0.tar")], tiny_load, 20, passes=1, shuffle=1)
+    assert data.captions_per_image == 2  # the first that can be read says
+    items, = data
+    reasons = {item.file.partition("/")[2]: item.reason for item in items if isinstance(item, BrokenImage)}
+    assert reasons.keys() == BAD.keys() and all(words in reasons[name] and "\n" not in reasons[name] for name, (_, words) in BAD.items()), reasons
+    report = check_data(tmp_path / "0.tar", progress=False)
+    assert report.photos == len(BAD) + 1 and all(BAD[file.partition("/")[2]][1] in problem for file, problem in report.broken.items())
+
+
+def test_errors_of_shards_say_what_is_wrong(tmp_path):
+    (tmp_path / "folder.tar").mkdir()
+    assert "No such file or directory" in next(read_shard(str(tmp_path / "gone.tar"))).reason and "Is a directory" in next(read_shard(str(tmp_path / "folder.tar"))).reason
+    pack(tmp_path / "only.tar", [("a", dict(png=png(1)))])
+    with pytest.raises(ValueError, match="only.tar/a: no captions"): ShardDataset([str(tmp_path / "only.tar")], tiny_load, 1)
+
+
+@pytest.mark.parametrize("suffix, kind", [("jfif", "JPEG"), ("JPE", "JPEG"), ("apng", "PNG"), ("pgm", "PPM")])
+def test_other_names_of_the_same_formats_are_photos(tmp_path, suffix, kind):
+    out = io.BytesIO()
+    Image.new("L", (8, 8)).save(out, kind)
+    pack(tmp_path / "0.tar", [("a", {suffix: out.getvalue(), "txt": b"one"})])
+    (item,), = ShardDataset([str(tmp_path / "0.tar")], tiny_load, 1, passes=1)
+    assert item["captions"] == ["one"] and is_photo(f"x.{suffix}") and not is_photo(suffix)
 
 
 # ---------------------------------------------------------------- tables of Hugging Face
+
+
+def test_sequences_of_objects_and_other_columns(tmp_path):
+    rows = dict(file_name=["a.png", "b.png", "c.png"], sentences=[[dict(raw="one", id=1), dict(raw="two", id=2)], [dict(raw="three", id=3)], []])
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "list")
+    objects = datasets.Features(file_name=datasets.Value("string"), sentences=datasets.Sequence(dict(raw=datasets.Value("string"), id=datasets.Value("int32"))))
+    datasets.Dataset.from_dict(rows | dict(sentences=[dict(raw=["one", "two"], id=[1, 2]), dict(raw=["three"], id=[3]), dict(raw=[], id=[])]), features=objects).save_to_disk(tmp_path / "table")
+    for name in ("list", "table"):
+        said = []
+        records, _ = read_hub_dataset(tmp_path / name, images=tmp_path, log=said.append)
+        assert [(record.file, record.captions) for record in records] == [("a.png", ("one", "two")), ("b.png", ("three",))] and "1 of 3 photos have none" in said[0]
+    for column, words in ((dict(boxes=[1]), "not a string; write a string, or a list of strings"), (b"x", "not a string")):
+        datasets.Dataset.from_dict(dict(file_name=["a.png"], caption=[column])).save_to_disk(tmp_path / "odd")
+        with pytest.raises(ValueError, match=words): read_hub_dataset(tmp_path / "odd", images=tmp_path)
+    datasets.Dataset.from_dict(dict(file_name=["a.png"], caption=["['x', 'y']"])).with_format("numpy").save_to_disk(tmp_path / "numpy")
+    assert read_hub_dataset(tmp_path / "numpy", images=tmp_path)[0][0].captions == ("x", "y")
+
+
+@pytest.mark.parametrize("file", ["data/train-00000-of-00001.parquet", "default/train/0000.parquet"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_downloaded_folder_with_parquet_files_is_opened(tmp_path, monkeypatch, file, typed):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "flickr" / file
+    place.parent.mkdir(parents=True)
+    table = datasets.Dataset.from_dict(dict(image=[dict(bytes=png(i), path=None) for i in range(2)], caption=["one", "two"]))
+    (table.cast_column("image", datasets.Image()) if typed else table).to_parquet(place)
+    (tmp_path / "flickr" / "README.md").write_text("---\nconfigs: [{config_name: default, data_files: 'http://localhost/x'}]\n---\n")
+    source = open_source(tmp_path / "flickr")
+    assert [(record.file, record.captions, record.split) for record in source.records] == [("train/000000", ("one",), "train"), ("train/000001", ("two",), "train")]
+    assert torch.equal(CaptionDataset(source.records, source.images, tiny_load)[1]["pixel_values"], tiny_load(Image.open(io.BytesIO(png(1)))))
+
+
+def test_only_names_are_looked_up_on_the_hub():
+    for name in ("gs://bucket/x", "hf://datasets/x", "https://host/x", "a/b/c", "../x y"):
+        with pytest.raises(ValueError, match="neither a folder nor a name on the hub"): read_hub_dataset(name)
 
 
 def test_hub_rows_join_by_file_name_and_say_what_is_wrong(tmp_path):
@@ -202,10 +390,10 @@ def test_hub_rows_join_by_file_name_and_say_what_is_wrong(tmp_path):
     assert torch.equal(data[1]["pixel_values"], tiny_load(Image.open(io.BytesIO(png(2)))))
     batch, = DataLoader(data, batch_size=2, num_workers=1, collate_fn=Collate(CaptionTokenizer()), multiprocessing_context="spawn")
     assert batch["files"] == ["a.png", "b.png"]
-    table.remove_columns("caption").save_to_disk(tmp_path / "without")
+    table.remove_columns("image").save_to_disk(tmp_path / "without")
     with pytest.raises(ValueError, match="no column holds photos"): read_hub_dataset(tmp_path / "without")
     table.remove_columns("caption").cast_column("image", datasets.Image()).save_to_disk(tmp_path / "silent")
-    with pytest.raises(ValueError, match="silent:1: no field caption"): read_hub_dataset(tmp_path / "silent")
+    with pytest.raises(ValueError, match="silent:1: no field for the caption"): read_hub_dataset(tmp_path / "silent")
     datasets.Dataset.from_dict(dict(image=[None], text=["x"]), features=datasets.Features(image=datasets.Image(), text=datasets.Value("string"))).save_to_disk(tmp_path / "none")
     gone = CaptionDataset(*read_hub_dataset(tmp_path / "none"), tiny_load)[0]
     assert isinstance(gone, BrokenImage) and "has no photo" in gone.reason
@@ -296,17 +484,30 @@ def test_damage_in_the_middle_is_found_by_full(tmp_path):
     assert "damaged" in photo_problem("a.png", tmp_path / "a.png", full=True)
 
 
+def test_a_report_obeys_no_terminal_and_names_what_is_near(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(photo())
+    entries = [dict(file="a.JPG", split="\u202etrain", captions=["one"]), dict(file="b.jpg", split="x", captions=["\u200eword"]), dict(file="c.jpg", split="x", captions=[])]
+    source = tmp_path / "c\x1b[2J.jsonl"
+    source.write_text("\n".join(map(json.dumps, entries)))
+    report = check_data(source, tmp_path, progress=False)
+    assert report.broken == {"a.JPG": "missing; 'a.jpg' is there", "b.jpg": "missing"} and "look at: " in str(report)
+    assert any("no captions for 'c.jpg'; 1 of 3 photos have none" in remark for remark in report.remarks)
+    assert not re.search("[\x00-\x09\x0b-\x1f\u202e\u200e]", str(report)) and all(line.strip() for line in str(report).split("\n"))
+    pack(tmp_path / "0.tar", [("a\x1b[31m\nb", dict(jpg=photo(), txt=b"one")), ("c\x07", dict(jpg=b"<html>", txt=b"one"))])
+    assert not re.search("[\x00-\x09\x0b-\x1f]", str(check_data(tmp_path / "0.tar", progress=False)))
+
+
 def test_duplicates_lengths_and_scripts(tmp_path):
     def write(name, content):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     write("a.jpg", one := photo()), write("b.jpg", one), write("c.jpg", photo()), write("sub/a.jpg", photo())
-    lines = [("a.jpg", "train", ["A dog", "Собака 🐶"]), ("b.jpg", "val", ["a cat"]), ("c.jpg", "train", ["A CAT"]), ("sub/a.jpg", "train", ["word " * 10_000])]
+    lines = [("a.jpg", "train", ["A dog", "Собака 🐶"]), ("b.jpg", "val", ["a cat"]), ("c.jpg", "train", ["A CAT"]), ("sub/a.jpg", "train", ["word " * 1_900])]
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(dict(file=f, split=s, captions=c)) for f, s, c in lines))
     report = check_data(tmp_path / "c.jsonl", tmp_path, tokenizer=CaptionTokenizer(max_length=20), progress=False)
     assert report.duplicates == {"same name": [["a.jpg", "sub/a.jpg"]], "same bytes": [["a.jpg", "b.jpg"]], "same captions": [["b.jpg", "c.jpg"]]}
     assert report.across_splits == {"same name": [], "same bytes": [["a.jpg", "b.jpg"]], "same captions": [["b.jpg", "c.jpg"]]}
-    assert report.text["truncated"] == 0.2 and report.text["words"]["max"] == 10_000 and report.text["unknown_words"] == {"🐶": 1}
+    assert report.text["truncated"] == 0.2 and report.text["words"]["max"] == 1_900 and report.text["unknown_words"] == {"🐶": 1}
     assert (report.splits, report.splits_by) == (dict(train=3, val=1), "stated")
     assert any("in more than one split (2)" in remark for remark in report.remarks) and "20.0% of the captions lose their end" in str(report)
     by_name = check_data(tmp_path / "c.jsonl", tmp_path, split="train", progress=False)
@@ -375,11 +576,11 @@ def test_doubles_and_holes_of_shards_are_named(tmp_path):
     pack(tmp_path / "2.tar", [])
     pack(tmp_path / "3.tar", [("e", dict(jpg=one, txt=text)), ("f", dict(png=photo("PNG"), txt=b"A DOG"))])
     report = check_data(tmp_path / "{0..3}.tar", sheet=tmp_path / "sheet.png", progress=False)
-    for name, words in {"0.tar/no_photo": "no photo", "0.tar/none": "no captions", "0.tar/list": "is no object", "0.tar/bad": "", str(tmp_path / "1.tar"): "duplicate file name", str(tmp_path / "2.tar"): "no photos in this shard"}.items():
+    for name, words in {"0.tar/no_photo": "no photo", "0.tar/none": "no captions", "0.tar/list": "is no object", "0.tar/bad": "not JSON", "1.tar/c": "duplicate file name", str(tmp_path / "2.tar"): "no photos in this shard"}.items():
         assert words in report.broken.pop(name)
-    assert not report.broken and report.photos == 10
-    assert report.duplicates == {"same key": [["0.tar/a.jpg", "0.tar/a.jpg"], ["0.tar/b.jpg", "1.tar/b.jpg"]], "same bytes": [["0.tar/a.jpg", "3.tar/e.jpg"]], "same captions": [["3.tar/e.jpg", "3.tar/f.png"]]}
-    assert report.across_splits == {"same key": [], "same bytes": [["0.tar/a.jpg", "3.tar/e.jpg"]], "same captions": []}
+    assert not report.broken and report.photos == 12
+    assert report.duplicates == {"same key": [["0.tar/a.jpg", "0.tar/a.jpg"], ["0.tar/b.jpg", "1.tar/b.jpg"]], "same bytes": [["0.tar/a.jpg", "3.tar/e.jpg"]], "same captions": [["1.tar/d.jpg", "3.tar/e.jpg", "3.tar/f.png"]]}
+    assert report.across_splits == {"same key": [], "same bytes": [["0.tar/a.jpg", "3.tar/e.jpg"]], "same captions": [["1.tar/d.jpg", "3.tar/e.jpg", "3.tar/f.png"]]}
     with Image.open(tmp_path / "sheet.png") as sheet: assert sheet.format == "PNG"
     pack(tmp_path / "mute.tar", [("a", dict(jpg=one))])
     with pytest.raises(ValueError, match="not one caption can be read.*no captions"): check_data(tmp_path / "mute.tar", progress=False)
