@@ -11,7 +11,6 @@ __all__ = ['GenerationConfig', 'text_ids', 'keep_top_k', 'keep_top_p', 'keep_min
 
 # %% ../nbs/04_generation.ipynb #ea91c18e
 import math, re
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .decoder import BertDecoder, Captioner, DecoderLayer
+from .decoder import BertDecoder, Captioner, DecoderLayer, evaluation_mode
 from .pvt_encoder import image_transform
 from .tokenizer import collapse_whitespace
 
@@ -670,16 +669,6 @@ def check_words(
     missing, room = tokens_missing(prefix, forced), config.max_length - len(prompt)
     if missing > room: stop(f"force_words_ids need {missing} tokens, behind prompt and prefix there is room for {room}; raise max_length ({config.max_length}) or force fewer words")
 
-# %% ../nbs/04_generation.ipynb #c7fe6b42
-@contextmanager
-def _without_dropout(model):
-    "Evaluation mode inside, every module's own mode afterwards."
-    in_training = [module for module in model.modules() if module.training]
-    for module in in_training: module.training = False
-    try: yield
-    finally:
-        for module in in_training: module.training = True
-
 # %% ../nbs/04_generation.ipynb #baaa9844
 def _search(model, image_tokens, config, generator): # config: checked
     "What greedy search or sampling has after each token, or beam search at its end: sequences, scores, log-probabilities."
@@ -711,7 +700,7 @@ def generate(
     if (pixel_values is None) == (image_tokens is None): raise ValueError("give pixel_values (B, 3, H, W) or image_tokens (B, S, D), one of them")
     config, B = (config or GenerationConfig(**options)).check(model), len(image_tokens if pixel_values is None else pixel_values)
     if isinstance(generator, (list, tuple)) and len(generator) != B: raise ValueError(f"{len(generator)} generators for {B} images; give one for each")
-    with _without_dropout(model):
+    with evaluation_mode(model):
         if image_tokens is None: image_tokens = model.encode_image(pixel_values)
         for found in _search(model, image_tokens, config, generator): pass
         sequences, scores, logprobs = (x[:, :config.num_return_sequences] for x in found)
@@ -811,7 +800,7 @@ def _stream(model, pixel_values, config, generator):
     "The words; between two of them the model is in its own mode."
     search, text, shown = None, '', ''
     while True:
-        with torch.inference_mode(), _without_dropout(model):
+        with torch.inference_mode(), evaluation_mode(model):
             if search is None: search = _search(model, model.encode_image(pixel_values), config, generator)
             found = next(search, None)
         if found is None: break

@@ -249,7 +249,7 @@ def _checkpointed(kind):
     "The same module class, with a forward pass that is computed again in the backward pass."
     class Checkpointed(kind):
         def forward(self, *args, **kwargs):
-            if not (self.training and torch.is_grad_enabled()): return super().forward(*args, **kwargs)
+            if not torch.is_grad_enabled(): return super().forward(*args, **kwargs)
             return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
     Checkpointed.__name__ = Checkpointed.__qualname__ = kind.__name__
     return Checkpointed

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .data import Collate, SeededBatchSampler
+from .decoder import evaluation_mode
 from .files import outlive_signals
 
 # %% ../nbs/03_training.ipynb #a905d47d
@@ -120,7 +121,9 @@ def training_step(
         missing = len(batches) - len(whole)
         whole, counts = whole + missing*[_blank_batch(accelerator.unwrap_model(model), accelerator.device)], counts + missing*[nothing]
     for i, (batch, count) in enumerate(zip(whole, counts), 1):
-        with nullcontext() if i == len(whole) else accelerator.no_sync(model):   # gradients travel once a step
+        # its own captions are learnt as they were drawn; in backward too, where checkpoints compute again
+        own = evaluation_mode(model) if 'weights' in batch else nullcontext()
+        with own, nullcontext() if i == len(whole) else accelerator.no_sync(model): # gradients travel once a step
             with accelerator.autocast(): loss = model(batch['pixel_values'], batch['input_ids'], batch['labels'], batch.get('weights')).loss
             share = loss * count / total                                         # this micro-batch's part of the mean
             accelerator.backward(share * accelerator.num_processes)              # DDP takes the mean over processes
