@@ -8,6 +8,7 @@ __all__ = ['app', 'SEED', 'BATCH', 'WORKERS', 'data_app', 'Dtype', 'demo_command
 
 # %% ../nbs/10_cli.ipynb #a7d6e67a
 import ctypes, json, os, re, sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -18,7 +19,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
     help="Learn image captioning by building it: train a captioner, and let it say what it sees.",
     epilog="Exit codes: 0 done; 1 bad input or a failure, one line on stderr says which; 2 wrong usage.")
 
-SEED, BATCH, WORKERS = dict(min=0, max=2**32 - 1), dict(min=1, max=65_536), dict(min=0, max=256) # what random generators take; what machines stand
+SEED = dict(min=0, max=2**32 - 1)                                          # what random generators take
+BATCH, WORKERS = dict(min=1, max=65_536), dict(min=0, max=256)             # what machines stand
 
 # %% ../nbs/10_cli.ipynb #6fe5f9b2
 @app.command('demo')
@@ -189,7 +191,8 @@ def caption_command(
         failed = caption_many(images, model, jsonl, options, batch_size, workers, tokens, retry, log=_say, **more)
     else:
         from pvtblip.pipeline import caption_files
-        failed = caption_files(images, model, options, as_json, _drawer(attention, images, model), _print_json if as_json else print, _complain, _say, batch_size, workers, **more)
+        look, out = _drawer(attention, images, model), _print_json if as_json else _line
+        failed = caption_files(images, model, options, as_json, look, out, _complain, _say, batch_size, workers, **more)
     raise typer.Exit(1 if failed else 0)
 
 # %% ../nbs/10_cli.ipynb #33a2843d
@@ -281,15 +284,28 @@ def calibrate_command(
     calibrate(report, model, good, plot, _print)
 
 # %% ../nbs/10_cli.ipynb #78499159
+@contextmanager
+def _stdout():
+    "OSError says where results cannot be handed over; a reader that went away is no error of ours."
+    try: yield
+    except BrokenPipeError: raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())             # or Python would try again at its end, and complain
+        raise OSError(f"standard output: cannot be written ({error.strerror}); make room, or give another place") from error
+
+def _line(text):
+    with _stdout(): print(text)
+
 def _print(text):
     "Lines on stdout that no name in them can break or colour."
     from pvtblip.files import printable
-    for line in str(text).split('\n'): print(printable(line))
+    for line in str(text).split('\n'): _line(printable(line))
 
 def _print_json(text):
     "JSON on stdout; where stdout is no UTF-8, with other letters as \\uXXXX."
-    if not (sys.stdout.encoding or '').lower().replace('-', '').startswith('utf'): text = re.sub('[^\x00-\x7f]+', lambda found: json.dumps(found[0])[1:-1], text)
-    print(text)
+    if not (sys.stdout.encoding or '').lower().startswith('utf'):
+        text = re.sub('[^\x00-\x7f]+', lambda found: json.dumps(found[0])[1:-1], text)
+    _line(text)
 
 def _say(text):
     "Lines on stderr, above a progress bar where there is one."
@@ -345,14 +361,8 @@ def main():
     for stream in (sys.stdout, sys.stderr): tolerant(stream)
     try:
         try: app()
-        finally: _flush()
+        finally:
+            with _stdout(): sys.stdout.flush()
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         _complain(error)
         sys.exit(1)
-
-def _flush():
-    "Hand the results over; OSError that says so where nobody takes them."
-    try: sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())             # or Python would try again, and complain
-        raise OSError(f"standard output: cannot be written ({error.strerror}); make room, or give another place") from error

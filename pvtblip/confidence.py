@@ -235,7 +235,8 @@ def load_confidence(
     file = Path(folder)/'confidence.json'
     if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; this model's confidence has not been calibrated; pvtblip evaluate --json REPORT and then pvtblip calibrate REPORT make the file")
     saved = read_json(file, dict)
-    if MARK not in {saved.pop(name, None) for name in ('written_by', 'library')}: raise ValueError(f"{file}: not a calibration of pvtblip; remove it, and calibrate anew")
+    marks = [saved.pop(name, None) for name in ('written_by', 'library')]                   # now; earlier versions
+    if MARK not in marks: raise ValueError(f"{file}: not a calibration of pvtblip; remove it, and calibrate anew")
     if saved.keys() | {'model'} != {f.name for f in fields(Calibration)}: raise ValueError(
         f"{file}: has {', '.join(map(printable, sorted(saved))):.80}; a calibration has {', '.join(sorted(f.name for f in fields(Calibration)))}")
     if problem := _unusable(saved): raise ValueError(f"{file}: {problem}; calibrate anew")
@@ -318,14 +319,15 @@ def confidences_and_scores(
     found = read.get('confidences') if captions is None else _confidences_of(report, read, captions, measure)
     if found is None: raise ValueError(f"{report}: has no confidences; run pvtblip evaluate --json anew, or give the file of pvtblip caption --json on the same photos, too")
     if not isinstance(found, dict): raise ValueError(f"{report}: its confidences are no object {{id: number}}; run pvtblip evaluate --json anew")
-    if missing := [name for name in read['images'] if name not in found]: raise ValueError(f"{captions or report}: no confidence for {len(missing)} of {len(read['images'])} photos, {missing[0]!r:.60} the first")
+    if missing := [name for name in read['images'] if name not in found]: raise ValueError(
+        f"{captions or report}: no confidence for {len(missing)} of {len(read['images'])} photos, {missing[0]!r:.60} the first")
     ids, images = list(read['images']), read['images']
     known = {name for scores in images.values() for name in scores}
     if metric not in known: raise ValueError(f"{report}: has no {printable(metric)}; it has {', '.join(map(printable, images[ids[0]])):.120}")
-    for what, value in ((f'{metric} of {name!r:.60}', images[name].get(metric)) for name in ids):
-        if not _is_number(value): raise ValueError(f"{report}: the {printable(what)} is {_shown(value)}, not a number; run pvtblip evaluate --json anew")
     for name in ids:
-        if not _is_number(found[name]): raise ValueError(f"{captions or report}: the confidence of {name!r:.60} is {_shown(found[name])}, not a number; run pvtblip evaluate --json anew")
+        for file, what, value in ((report, metric, images[name].get(metric)), (captions or report, 'confidence', found[name])):
+            if not _is_number(value): raise ValueError(
+                f"{file}: the {printable(what)} of {name!r:.60} is {_shown(value)}, not a number; run pvtblip evaluate --json anew")
     return ids, [found[name] for name in ids], [images[name][metric] for name in ids]
 
 def _shown(value): return 'missing' if value is None else f'{value!r:.30}'

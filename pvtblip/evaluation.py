@@ -307,10 +307,13 @@ def read_hypotheses(
     file, # COCO results [{"image_id", "caption"}], {file: caption}, what `pvtblip caption` wrote as JSON, a report of `pvtblip evaluate`
 ) -> tuple[dict, list]: # {id or file: caption, None where captioning failed}; ids that stand twice (the first counts)
     "Captions to score; ValueError or FileNotFoundError naming the place."
-    neither = ValueError(f"{file}: neither COCO's results [{{image_id, caption}}] nor {{file: caption}} nor what pvtblip caption --jsonl wrote; give one of these")
+    neither = ValueError(
+        f"{file}: neither COCO's results [{{image_id, caption}}] nor {{file: caption}} nor what pvtblip caption --jsonl wrote; give one of these")
     if read_text(file).lstrip()[:1] not in ('[', '{'): raise neither
     data, doubled = read_entries(file)
-    if isinstance(data, dict) and data.get('written_by') == MARK: data = data.get('captions', {})       # our own report
+    if isinstance(data, dict) and data.get('written_by') == MARK:                                       # our own file, perhaps a report
+        del data['written_by']
+        if isinstance(data.get('captions'), dict): data = data['captions']
     if isinstance(data, dict) and not {'image', 'image_id'} & data.keys():
         lone = lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value
         return {name: _text(file, name, lone(caption)) for name, caption in data.items()}, doubled
@@ -328,22 +331,31 @@ def by_reference(
     hypotheses, # {id or path: caption}
 ) -> tuple[dict, list, list]: # {id: caption}; paths that may be of several photos; paths paired by their last part alone
     "Call captions as their references are called: by the id, by a path that ends as the other does, or by a file name that no second photo has."
+    # where each file name stands among the references
     parts, places = lambda path: path.replace('\\', '/').removeprefix('./').split('/'), defaultdict(list)
-    for name in references: places[parts(files.get(name, name))[-1]].append((name, parts(files.get(name, name))))
+    for name in references:
+        own = parts(files.get(name, name))
+        places[own[-1]].append((name, own))
+
+    # which reference each caption claims, and by what right
     exact = {name: [name] for name in hypotheses if name in references}
     ends, loose, unclear = defaultdict(list), defaultdict(list), []
     for path in hypotheses.keys() - exact.keys():
         own = parts(path)
-        near = [(min(len(own), len(other)), name) for name, other in places[own[-1]] if all(a == b for a, b in zip(own[::-1], other[::-1]))]
+        ends_as = lambda other: all(a == b for a, b in zip(own[::-1], other[::-1]))
+        near = [(min(len(own), len(other)), name) for name, other in places[own[-1]] if ends_as(other)]
         best = [name for length, name in near if length == max(near)[0]]
         if len(best) == 1: ends[best[0]].append(path)
         elif best or len(places[own[-1]]) > 1: unclear.append(path)
         elif places[own[-1]]: loose[places[own[-1]][0][0]].append(path)
+
+    # one claim a reference, or none of them counts
     claims = {**loose, **ends, **exact}                                                    # the surer way wins
     nobodys = {*unclear, *(path for paths in claims.values() if len(paths) > 1 for path in paths)}
     found = {paths[0]: name for name, paths in claims.items() if len(paths) == 1}
     alone = [path for path, name in found.items() if path in loose.get(name, ())]
-    return {found.get(path, path): said for path, said in hypotheses.items() if path not in nobodys}, sorted(nobodys), sorted(alone)
+    said = {found.get(path, path): caption for path, caption in hypotheses.items() if path not in nobodys}
+    return said, sorted(nobodys), sorted(alone)
 
 # %% ../nbs/07_evaluation.ipynb #8b26e584
 def odd_characters(

@@ -79,7 +79,9 @@ def photos_in_list(
     head = b''
     for number, line in enumerate(lines, 1):
         head = head or line
-        if b'\0' in line: raise ValueError(f"{name}:{number}: not a list of photos but {not_text(head) or 'something else'}; write it as UTF-8, one path a line")
+        if b'\0' in line:
+            what = not_text(head) or 'something else'
+            raise ValueError(f"{name}:{number}: not a list of photos but {what}; write it as UTF-8, one path a line")
         line = line.removeprefix(b'\xef\xbb\xbf' if number == 1 else b'').rstrip(b'\r\n')
         if line.strip(): yield Photo(str(Path(os.fsdecode(line))))
 
@@ -129,11 +131,15 @@ def count_photos(
     skipped=None,     # a Counter, gets what folders hold besides photos
 ) -> int|None: # None: one would have to read everything to know
     "How many photos there are; ValueError where there are none."
-    known = [one for one in inputs if one != '-' and (os.path.isdir(one) or not _SHARD.search(one))]
+    known = _known(inputs)
     count = sum(1 for _ in list_photos(known, skipped))
     if len(known) < len(inputs): return None
     if not count: raise _nothing(inputs, skipped)
     return count
+
+def _known(inputs):
+    "The inputs of which one can say beforehand what they hold."
+    return [one for one in inputs if one != '-' and (os.path.isdir(one) or not _SHARD.search(one))]
 
 def _nothing(inputs, skipped=None):
     left = describe_skipped(skipped or Counter()) or f"{' '.join(_SUFFIXES)} in folders; shards are given as FOLDER/*.tar"
@@ -146,13 +152,14 @@ def files_read(
     "Every file that captioning reads, for `refuse_outputs`; what standard input will name is not known."
     yield from inputs
     yield from model_files(model)
-    for photo in list_photos([one for one in inputs if one != '-' and (os.path.isdir(one) or not _SHARD.search(one))]): yield photo.name
+    for photo in list_photos(_known(inputs)): yield photo.name
 
 def model_files(
     model, # folder or hub name
 ) -> list[str]:
     "What lies in a model folder and belongs to the model."
-    names = ('config.json', 'model.safetensors', 'confidence.json', 'vocab.txt', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'checksums.json')
+    names = ('config.json', 'model.safetensors', 'confidence.json', 'checksums.json',
+             'vocab.txt', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
     return [os.path.join(model, name) for name in names]
 
 # %% ../nbs/16_pipeline.ipynb #0df6b9b8
@@ -331,7 +338,8 @@ def json_text(
     **options,  # of `json.dumps`
 ) -> str: # bytes of a name that are no UTF-8 come as JSON's \udcXX, as Python reads them back; what would steer a terminal as \u00XX
     "JSON that can be written as UTF-8 and shown by a terminal, whatever a file is called."
-    return re.sub('[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]', lambda found: f'\\u{ord(found[0]):04x}', json.dumps(result, ensure_ascii=False, **options))
+    steering = '[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
+    return re.sub(steering, lambda found: f'\\u{ord(found[0]):04x}', json.dumps(result, ensure_ascii=False, **options))
 
 def json_line(result): return json_text(result).encode() + b'\n'
 
@@ -433,9 +441,11 @@ def same_run(
         return write_json(note, facts)
     if not note.is_file(): raise ValueError(f"{printable(file)}: holds something, and no {printable(note.name)} says how it was made; give another file")
     try: then = read_json(note, dict)
-    except ValueError as error: raise ValueError(f"{printable(note)}: damaged, so nobody knows how the lines of {printable(file.name)} were made; give another file") from error
+    except ValueError as error:
+        raise ValueError(f"{printable(note)}: damaged, so nobody knows how the lines of {printable(file.name)} were made; give another file") from error
     then.pop('written_by', None)
-    changed = [f"{name}: {then.get(name)} then, {facts.get(name)} now" for name in {**then, **facts} if then.get(name) != facts.get(name)]
+    changed = [printable(f"{name}: {str(then.get(name)):.120} then, {str(facts.get(name)):.120} now")
+               for name in {**then, **facts} if then.get(name) != facts.get(name)]
     if changed: raise ValueError(f"{printable(file)}: its lines were made otherwise ({'; '.join(changed)}); give the same model and options, or another file")
 
 # %% ../nbs/16_pipeline.ipynb #1c405f26

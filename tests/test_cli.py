@@ -395,10 +395,137 @@ def test_score_refuses(capsys, answers, tmp_path):
     refused(capsys, 'score', answers/'captions.json', tmp_path/'half.json', says=['4'])
     (tmp_path/'twice.json').write_text('{"0.png": "a ring", ' + json.dumps(said)[1:])
     refused(capsys, 'score', answers/'captions.json', tmp_path/'twice.json', says=['twice', "'0.png'"])
-    refused(capsys, 'score', answers/'coco.json', answers/'said.json', '--go-on', says=['same split', "'100'", "'0.png'"])
+    (tmp_path/'others.json').write_text(json.dumps({'x.png': 'a ring'}))
+    refused(capsys, 'score', answers/'coco.json', tmp_path/'others.json', '--go-on', says=['same split', "'100'", "'x.png'"])
+    (tmp_path/'tokens.json').write_text(json.dumps(said | {'3.png': '[CLS] a ring [SEP]'}))
+    refused(capsys, 'score', answers/'captions.json', tmp_path/'tokens.json', says=['special tokens: 1', "'3.png'"])
     (tmp_path/'broken.json').write_text('{"0.png": ')
     refused(capsys, 'score', answers/'captions.json', tmp_path/'broken.json', says=['broken.json:1', 'not JSON'])
     refused(capsys, 'score', answers/'captions.json', tmp_path/'none.json', says=['none.json', 'no such file'])
+
+
+def test_own_lines_are_scored_against_every_form(capsys, answers, model, tmp_path):
+    "What `caption --jsonl` wrote, a failed photo among it, finds its references by the path."
+    images, captions = shutil.copytree(answers/'images', tmp_path/'photos'), json.loads((answers/'captions.json').read_text())
+    arguments = ['caption', images, '--model', model, '--workers', 0]
+    assert pvtblip(capsys, *arguments, '--jsonl', tmp_path/'said.jsonl')[0] == 0
+    forms = {'captions.json': answers/'captions.json', 'coco.json': answers/'coco.json', 'table.csv': tmp_path/'table.csv', 'flickr.token': tmp_path/'flickr.token', 'lines.jsonl': tmp_path/'lines.jsonl'}
+    rows = [(file, i, caption) for file, own in captions.items() for i, caption in enumerate(own)]
+    forms['table.csv'].write_text('image;caption\n' + '\n'.join(f'{file};{caption}' for file, _, caption in rows))
+    forms['flickr.token'].write_text('\n'.join(f'{file}#{i}\t{caption}' for file, i, caption in rows))
+    forms['lines.jsonl'].write_text('\n'.join(json.dumps(dict(file=file, captions=own)) for file, own in captions.items()))
+    tables = {}
+    for name, file in forms.items():
+        code, tables[name], err = pvtblip(capsys, 'score', file, tmp_path/'said.jsonl')
+        assert code == 0, (name, err)
+    assert len(set(tables.values())) == 1, tables
+    (images/'3.png').write_bytes(b'')
+    assert pvtblip(capsys, *arguments, '--jsonl', tmp_path/'half.jsonl')[0] == 1
+    refused(capsys, 'score', answers/'coco.json', tmp_path/'half.jsonl', says=['could not be captioned: 1', "'103'"])
+    code, _, err = pvtblip(capsys, 'score', answers/'coco.json', tmp_path/'half.jsonl', '--go-on', '--json', tmp_path/'scores.json')
+    assert code == 0 and 'going on with 23 images' in err and '103' not in json.loads((tmp_path/'scores.json').read_text())['images']
+    assert pvtblip(capsys, 'score', answers/'coco.json', tmp_path/'half.jsonl', '--go-on', '--json', tmp_path/'scores.json')[0] == 0      # ours, so it may be written again
+    assert pvtblip(capsys, 'score', answers/'coco.json', tmp_path/'scores.json', '--go-on')[0] == 0                                       # and its captions scored again
+
+
+def test_no_input_and_no_foreign_file_is_overwritten(capsys, answers, model, tmp_path):
+    "Every output of every command, as each of its inputs, by other names and links, and as a file of somebody else."
+    place, model = tmp_path/'work', shutil.copytree(model, tmp_path/'work/model')
+    shutil.copytree(answers/'images', place/'images')
+    for name in ('captions.json', 'said.json', 'worse.json'): shutil.copy(answers/name, place/name)
+    (place/'list.txt').write_text(f"{place/'images/0.png'}\n")
+    (place/'report.json').write_text('{"images": {"a": {"CIDEr": 1.0}}, "captions": {"a": "x"}}')
+    os.symlink('captions.json', place/'soft.json')
+    os.link(place/'captions.json', place/'hard.json')
+    shutil.copy(place/'images/0.png', place/'photo.png')
+    (place/'aunt.json').write_text('"Dear aunt"')
+    ours = '{"written_by": "pvtblip"}'                                            # ours, and an input all the same
+    (place/'model/confidence.json').write_text(ours)
+    with open(place/'images/1.png', 'rb') as stream: whole = stream.read()
+    from PIL.PngImagePlugin import PngInfo
+    mark = PngInfo()
+    mark.add_text('Software', 'pvtblip')
+    Image.open(place/'images/1.png').save(place/'images/1.png', pnginfo=mark)
+    before = {file: file.read_bytes() for file in place.rglob('*') if file.is_file()}
+    score = ['score', place/'captions.json', place/'said.json', '--against', place/'worse.json', '--training', place/'captions.json', '--json']
+    evaluate = ['evaluate', '--model', model, '--images', place/'images', '--captions', place/'captions.json']
+    check = ['data', 'check', '--captions', place/'captions.json', '--images', place/'images']
+    caption = lambda *what: ['caption', *what, '--model', model]
+    read, foreign = 'is read by this command', 'did not write it'
+    cases = [([*score, place/name], read) for name in ('captions.json', 'said.json', 'worse.json', 'soft.json', 'hard.json', 'images/../captions.json')]
+    cases += [([*score, place/'aunt.json'], foreign), ([*score, place/'images'], 'is a folder'), ([*score, '/dev/null'], 'device'), ([*score, place/'aunt.json/x.json'], 'is a file')]
+    cases += [([*evaluate, option, place/name], says) for option in ('--json', '--results') for name, says in
+              (('captions.json', read), ('hard.json', read), ('model/confidence.json', read), ('model/config.json', read), ('images/0.png', read), ('aunt.json', foreign))]
+    cases += [([*evaluate, '--json', place/'x.json', '--results', place/'x.json'], 'is also the file of'), ([*evaluate, '--sheet', place/'images/1.png'], read), ([*evaluate, '--sheet', place/'photo.png'], foreign)]
+    cases += [([*check, '--json', place/name], says) for name, says in (('captions.json', read), ('soft.json', read), ('aunt.json', foreign), ('images/1.png', read))]
+    cases += [([*check, '--sheet', place/'images/1.png'], read), ([*check, '--sheet', place/'photo.png'], foreign), ([*check, '--json', place/'y.png', '--sheet', place/'y.png'], 'is also the file of')]
+    cases += [([*caption(*what), '--attention', place/'images/1.png'], read) for what in ((place/'images/1.png',), (place/'images',), (place/'list1.txt',))]
+    cases += [([*caption(place/'images/0.png'), '--attention', place/'photo.png'], foreign), ([*caption(place/'photo.png'), '--attention', place/'photo.png'], read)]
+    cases += [([*caption(place/'list.txt'), '--jsonl', place/name], says) for name, says in (('list.txt', read), ('images', 'is a folder'), ('aunt.json', 'holds something'), ('model/config.json', read))]
+    cases += [(['calibrate', place/'report.json', '--model', model, '--plot', place/name], says) for name, says in (('photo.png', foreign), ('report.json', '.png'))]
+    cases += [(['demo', '--out', place/'demo', '--json', place/'aunt.json'], foreign), (['demo', '--out', place/'demo2', '--max-steps', 1], foreign), (['demo', '--out', place/'aunt.json', '--max-steps', 1], 'is a file')]
+    (place/'list1.txt').write_text(f"{place/'images/1.png'}\n")
+    (place/'demo2').mkdir()
+    (place/'demo2/scene.png').write_bytes(whole)
+    (place/'x.results.json').write_text('[1]')
+    cases.append(([*evaluate, '--json', place/'x.json'], foreign))                # the default place of the captions counts, too
+    before |= {place/name: (place/name).read_bytes() for name in ('list1.txt', 'demo2/scene.png', 'x.results.json')}
+    for arguments, says in cases: refused(capsys, *arguments, says=[says])
+    assert {file: file.read_bytes() for file in place.rglob('*') if file.is_file() and file.suffix != '.lock'} == before
+
+
+def test_what_is_ours_is_written_again(capsys, answers, model, tmp_path):
+    "The same commands twice, into the same places, by relative names."
+    evaluate = ['evaluate', '--model', model, '--images', answers/'images', '--captions', answers/'captions.json', '--json', tmp_path/'scores.json', '--sheet', tmp_path/'sheet.png']
+    check = ['data', 'check', '--captions', answers/'captions.json', '--images', answers/'images', '--json', tmp_path/'check.json', '--sheet', tmp_path/'twelve.png']
+    look = ['caption', answers/'images/0.png', '--model', model, '--attention', tmp_path/'look.png']
+    for arguments in (evaluate, evaluate, look, look, check): assert pvtblip(capsys, *arguments)[0] == 0
+    for name in ('scores.json', 'scores.results.json', 'check.json'): assert '"written_by": "pvtblip"' in (tmp_path/name).read_text()[:60]
+    assert pvtblip(capsys, 'score', answers/'captions.json', tmp_path/'scores.results.json')[0] == 0
+
+
+AWKWARD = 'a\x1b[31m\x07 犬 \x9b2J\u202e\n.png'
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'cp1252', 'ascii', 'latin-1:strict'])
+def test_any_name_on_any_terminal(data, model, tmp_path, encoding):
+    "One line each, whatever stdout can say and whatever the files are called; JSON keeps the names."
+    for name in (AWKWARD, '写真.png', 'café 😀.png'): shutil.copy(data/'images/0.png', tmp_path/name)
+    (tmp_path/('b' + AWKWARD)).write_bytes(b'')
+    run = lambda *more: subprocess.run([sys.executable, '-m', 'pvtblip', 'caption', tmp_path, '--model', model, *more], capture_output=True, env=os.environ | dict(PYTHONIOENCODING=encoding))
+    done, known = run(), encoding.partition(':')[0]
+    assert done.returncode == 1 and done.stdout.count(b'\n') == 3 and done.stderr.count(b'error: ') == 1, done.stderr
+    for letters in (done.stdout.decode(known), done.stderr.decode(known)): assert not set(letters) & set('\x1b\x07\x9b\u202e') and r'a\x1b[31m\x07 ' in letters
+    if known == 'utf-8': assert '写真.png\t' in done.stdout.decode()
+    done = run('--json')
+    assert {Path(entry['image']).name for entry in json.loads(done.stdout.decode(known))} == {AWKWARD, 'b' + AWKWARD, '写真.png', 'café 😀.png'}
+    assert not set(done.stdout.decode(known)) & set('\x1b\x07\x9b\u202e')
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_full_disk_is_one_line(data, model, tmp_path, answers):
+    with open('/dev/full', 'wb') as full:
+        done = subprocess.run([sys.executable, '-m', 'pvtblip', 'caption', data/'images/0.png', '--model', model], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines() == ['error: standard output: cannot be written (No space left on device); make room, or give another place'], done.stderr
+    limited = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)); "
+               "from pvtblip.cli import main; sys.argv[0] = 'pvtblip'; main()")                # a disk with room for 500 bytes
+    done = subprocess.run([sys.executable, '-c', limited, 'score', answers/'captions.json', answers/'said.json', '--json', tmp_path/'scores.json'], capture_output=True, text=True)
+    assert done.returncode == 1 and [line for line in done.stderr.splitlines() if 'rror' in line] == [f"error: {tmp_path/'scores.json'}: cannot be written (File too large); make room, or give another place"], done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('options', [['train', '--out', 'x', '--seed', '1e22'], ['train', '--out', 'x', '--seed', 10**22], ['train', '--out', 'x', '--workers', 10**11], ['train', '--out', 'x', '--batch-size', 10**20],
+    ['evaluate', '--model', 'x', '--images', 'x', '--captions', 'x', '--batch-size', 10**20], ['demo', '--scenes', 10**12], ['demo', '--seed', -1], ['data', 'check', '--captions', 'x', '--max-length', 10**20]],
+    ids=lambda options: ' '.join(map(str, options[-2:])))
+def test_numbers_out_of_bounds_are_wrong_usage(capsys, options):
+    code, out, err = pvtblip(capsys, *options)
+    assert code == 2 and options[-2] in err and not out
+
+
+def test_values_that_are_none(capsys, data, model):
+    caption = ['caption', data/'images/0.png', '--model', model]
+    for given in ('min_p=2000-01-01', 'min_p=12:00:00', 'min_p=' + '['*100_000, 'num_beams=' + '9'*5000): refused(capsys, *caption, '--set', given, says=[given.partition('=')[0]])
+    refused(capsys, *train(data, 'nowhere', '--encoder-kwargs', '['*100_000), says=['--encoder-kwargs'])
 
 
 def test_evaluate(capsys, answers, model, clip, tmp_path):
