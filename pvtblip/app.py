@@ -147,7 +147,8 @@ def describe_demo(
             f"{printable(out)}: the model; try  pvtblip caption PICTURE --model {printable(out)}")
 
 # %% ../nbs/09_app.ipynb #aacd93e4
-DEMO_FILES = ('captions.png', 'training.png', 'scene.png', 'report.json', 'config.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.txt')
+DEMO_FILES = ('captions.png', 'training.png', 'scene.png', 'report.json', # beside model.safetensors, which refuses a second demo
+              'config.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.txt')
 
 def demo(
     out='pvtblip-demo', # folder for the model, the pictures and the report
@@ -193,7 +194,6 @@ def _train_demo(out, max_steps, seed, scenes, log, progress):
     model.save_pretrained(out)
     save_demo_pictures(model, history, out, seed)
     return report
-
 
 # %% ../nbs/09_app.ipynb #3fee25dc
 def attention_drawer(
@@ -291,7 +291,8 @@ def evaluate_photos(
     refuse_sizes(batch_size, 0)
     results = results or (Path(json_file).with_suffix('.results.json') if json_file else None)
     photos = _photos_by_name(images, captions, split, limit)
-    refuse_outputs({'--json': json_file, '--results': results, '--sheet': sheet}, [captions, training_captions, *model_files(model), *(path for path, _ in photos.values())], {'--sheet': '.png'})
+    read = [captions, training_captions, *model_files(model), *(path for path, _ in photos.values())]
+    refuse_outputs({'--json': json_file, '--results': results, '--sheet': sheet}, read, {'--sheet': '.png'})
     references, learnt = {name: list(record.captions) for name, (_, record) in photos.items()}, read_training_captions(training_captions)
     if clip: check_clip(clip)
     pair_captions(references, {name: own[0] for name, own in references.items()}, go_on)                # what is wrong with them shows before work starts

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DecoderConfig', 'Embeddings', 'QueryKeyValue', 'AddAndNorm', 'Attention', 'DecoderCache', 'FeedForwardIn',
            'DecoderLayer', 'LMHead', 'BertDecoder', 'load_bert_weights', 'CaptionerConfig', 'CaptionerOutput',
-           'load_whole', 'Captioner']
+           'load_whole', 'evaluation_mode', 'Captioner']
 
 # %% ../nbs/02_decoder.ipynb #aa71ec46
 import json, math, os, re, shutil, tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field, asdict, fields, replace
 from pathlib import Path
 from typing import Annotated
@@ -412,7 +413,7 @@ class CaptionerConfig:
 @dataclass
 class CaptionerOutput:
     "What a training step needs."
-    loss: torch.Tensor       # () mean cross-entropy over the labelled positions, in nats
+    loss: torch.Tensor       # () mean cross-entropy over the labelled positions, in nats; with weights, times those of the rows
     logits: torch.Tensor     # (M, V or V') at the M labelled positions, row by row
     labels: torch.Tensor     # (M,) what should have been said there, as indices into the logits' last axis
 
@@ -456,6 +457,18 @@ def load_whole(
         if name not in own: raise ValueError(f"{file}: foreign weight {printable(name)[:100]}; the file belongs to another model")
     check_weights(own, held, file)
     model.load_state_dict(read_weights(file))
+
+# %% ../nbs/02_decoder.ipynb #62071140
+@contextmanager
+def evaluation_mode(
+    model:nn.Module, # any module
+):
+    "Evaluation mode inside, every part's own mode afterwards."
+    in_training = [module for module in model.modules() if module.training]
+    for module in in_training: module.training = False
+    try: yield
+    finally:
+        for module in in_training: module.training = True
 
 # %% ../nbs/02_decoder.ipynb #712c41ed
 _OF_TRANSFORMERS = {'model_type', 'architectures', 'auto_map', 'dtype', 'torch_dtype', 'transformers_version'} # what it adds to a config.json that it saves
@@ -503,9 +516,11 @@ class Captioner(nn.Module):
         pixel_values, # (B, 3, H, W)
         input_ids,    # (N, T) N = B*C, the C captions of an image adjacent
         labels,       # (N, T) as transformers means them: aligned with input_ids, -100 where nothing is learnt
-        weights=None, # (N,) how much each row counts, below 0 to unlearn it; None: all the same
+        weights=None, # (N,) of captions that the model drew: how much each counts, below 0 to unlearn it; None: people's
     ) -> CaptionerOutput:
         "One training step's loss: each image is encoded once, logits are computed only where there is a label; raises ValueError where there is none."
+        if weights is not None and self.training:        # as they were drawn: nothing dropped or hidden
+            with evaluation_mode(self): return self.forward(pixel_values, input_ids, labels, weights)
         if input_ids.shape[0] % pixel_values.shape[0]: raise ValueError(
             f"{input_ids.shape[0]} rows of text for {pixel_values.shape[0]} images; every image needs the same number of captions")
         cache = self.decoder.new_cache(self.encode_image(pixel_values))
@@ -514,9 +529,11 @@ class Captioner(nn.Module):
         targets = labels[:, 1:]                          # the shift: after seeing token t, say token t+1
         labelled = targets != -100                                                          # (N, T-1)
         logits, targets = self.decoder.logits(hidden[labelled], self.output_ids), self._as_outputs(targets[labelled]) # (M, V), (M,)
-        losses = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing, reduction='mean' if weights is None else 'none')
-        if weights is not None: losses = (losses * weights[:, None].expand_as(labelled)[labelled]).mean()
-        return CaptionerOutput(losses, logits, targets)
+        if weights is None: loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
+        else:
+            each = weights[:, None].expand_as(labelled)[labelled]                           # (M,)
+            loss = (each * F.cross_entropy(logits.float(), targets, reduction='none')).mean()
+        return CaptionerOutput(loss, logits, targets)
 
     def _as_outputs(self, targets): # (M,) token ids
         "Labels as indices into the output vocabulary."

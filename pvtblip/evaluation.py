@@ -21,7 +21,7 @@ import numpy as np
 import torch, torch.nn.functional as F
 
 from .data import read_captions
-from .files import MARK, parse_json, read_text
+from .files import MARK, parse_json, read_text, reason
 from .generation import attention_map, cross_attention
 from .pvt_encoder import load_image
 from .tokenizer import collapse_whitespace
@@ -533,7 +533,10 @@ def clip_score(
     from transformers import CLIPModel, CLIPProcessor
     if len(files) != len(captions): raise ValueError(f"{len(files)} files and {len(captions)} captions; give one caption for each file")
     check_clip(clip)
-    model, processor, scores = CLIPModel.from_pretrained(clip).to(device).eval(), CLIPProcessor.from_pretrained(clip), []
+    try:                                                               # weights and settings from the folder, never code or pickles
+        model = CLIPModel.from_pretrained(clip, trust_remote_code=False, use_safetensors=True).to(device).eval()
+        processor, scores = CLIPProcessor.from_pretrained(clip, trust_remote_code=False), []
+    except Exception as error: raise ValueError(f"{clip}: no CLIP can be loaded ({reason(error)}); give a folder that transformers' save_pretrained wrote") from error
     for start in range(0, len(files), batch_size):
         here = slice(start, start+batch_size)
         inputs = processor(text=[f'A photo depicts {caption}' for caption in captions[here]], images=[load_image(file) for file in files[here]],

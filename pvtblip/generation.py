@@ -10,41 +10,46 @@ __all__ = ['GenerationConfig', 'text_ids', 'keep_top_k', 'keep_top_p', 'keep_min
 
 # %% ../nbs/04_generation.ipynb #ea91c18e
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch, torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .decoder import Captioner
+from .decoder import Captioner, evaluation_mode
+from .files import Count, Share, Within, check_settings, short
 from .pvt_encoder import image_transform
 from .tokenizer import collapse_whitespace
 
 # %% ../nbs/04_generation.ipynb #f49e6342
+_Few = Annotated[int, Within(1, 1000)]
+
 @dataclass
 class GenerationConfig:
     "How captions are chosen; names and meanings are those of transformers' `GenerationConfig`."
-    num_beams: int = 1             # 1: greedy or sampling; more: beam search
-    max_length: int|None = None    # token positions, prompt and [CLS] included; None: the captioner's
-    min_length: int = 0            # no [SEP] before this many positions, prompt included
-    length_penalty: float = 1.     # scores are divided by generated length ** length_penalty
-    early_stopping: bool|str = False # True: stop at K finished beams; False: when none can improve by the usual estimate; 'never': by the strict one
-    no_repeat_ngram_size: int = 0  # no n tokens twice in the same order; 0: off
-    repetition_penalty: float = 1. # above 1: what was said, the prompt too, is less likely to come again; 1: off
+    num_beams: _Few = 1            # 1: greedy or sampling; more: beam search
+    max_length: Count|None = None  # token positions, prompt and [CLS] included; None: the captioner's
+    min_length: Count = 0          # no [SEP] before this many positions, prompt included
+    length_penalty: Annotated[float, Within(-10, 10)] = 1. # scores are divided by generated length ** length_penalty
+    early_stopping: bool|Literal['never'] = False # True: stop at K finished beams; False: when none can improve by the usual estimate; 'never': by the strict one
+    no_repeat_ngram_size: Count = 0 # no n tokens twice in the same order; 0: off
+    repetition_penalty: Annotated[float, Within(0.01, 100)] = 1. # above 1: what was said, the prompt too, is less likely to come again; 1: off
     do_sample: bool = False        # draw words instead of taking the best
-    temperature: float = 1.        # below 1: safer, above 1: wilder
-    top_k: int = 0                 # draw among the k most likely; 0: off
-    top_p: float = 1.              # draw among the fewest words that hold probability p; 1: off
-    min_p: float = 0.              # draw among words at least this share as likely as the likeliest; 0: off
-    num_beam_groups: int = 1       # groups of beams that avoid each other's words; 1: plain beam search
-    diversity_penalty: float = 0.  # what a word costs for each beam of an earlier group that has just said it
+    temperature: Annotated[float, Within(0.01, 100)] = 1. # below 1: safer, above 1: wilder
+    top_k: Count = 0               # draw among the k most likely; 0: off
+    top_p: Annotated[float, Within(0, 1, above=True)] = 1. # draw among the fewest words that hold probability p; 1: off
+    min_p: Share = 0.              # draw among words at least this share as likely as the likeliest; 0: off
+    num_beam_groups: _Few = 1      # groups of beams that avoid each other's words; 1: plain beam search
+    diversity_penalty: Annotated[float, Within(0, 1000)] = 0. # what a word costs for each beam of an earlier group that has just said it
     prefix: str = ''               # text that the caption begins with, behind the model's own prompt
     force_words_ids: list|None = None # token id lists that the caption must say; a list of such lists: one of them; `word_ids` makes them
     bad_words_ids: list|None = None # token id lists that it must not say
-    num_return_sequences: int = 1  # captions an image: the best beams, or as many draws
+    num_return_sequences: _Few = 1 # captions an image: the best beams, or as many draws
     output_attentions: bool = False # return the cross-attention over each caption too
+
+    def __post_init__(self): check_settings(self)
 
     def prompt_ids(self,
         model:Captioner, # its prompt and tokenizer
@@ -56,29 +61,21 @@ class GenerationConfig:
         model:Captioner, # its prompt, positions and vocabulary set the limits
     ) -> 'GenerationConfig':
         "A copy with max_length filled in; raises ValueError where a value makes no sense for this captioner."
-        prompt, positions = len(self.prompt_ids(model)), model.config.decoder.max_position_embeddings
+        prompt, own, positions = len(self.prompt_ids(model)), model.tokenizer.prompt_length, model.config.decoder.max_position_embeddings
         most = (model.config.decoder.vocab_size if model.output_ids is None else len(model.output_ids)) // 2
         new = replace(self, max_length=model.config.max_length if self.max_length is None else self.max_length)
         def need(ok, name, want):
             if not ok: raise ValueError(f"{name} is {getattr(new, name)!r}; it must be {want}")
-        need(isinstance(new.num_beam_groups, int) and new.num_beam_groups >= 1, 'num_beam_groups', 'a whole number from 1')
-        most *= new.num_beam_groups
-        need(isinstance(new.num_beams, int) and 1 <= new.num_beams <= most, 'num_beams', f'a whole number from 1 to {most}')
+        most = min(most*new.num_beam_groups, 1000)
+        need(new.num_beams <= most, 'num_beams', f'a whole number from 1 to {most}')
         need(new.num_beams % new.num_beam_groups == 0, 'num_beams', f'a multiple of num_beam_groups ({new.num_beam_groups})')
         need(new.num_beam_groups == 1 or not new.force_words_ids, 'num_beam_groups', '1 when words are forced')
-        need(new.diversity_penalty >= 0, 'diversity_penalty', '0 (off) or more')
         need(new.num_beam_groups > 1 or new.diversity_penalty == 0, 'diversity_penalty', '0 for a single group; set num_beam_groups too')
-        need(prompt < new.max_length <= positions, 'max_length', f"more than the prompt's {prompt} tokens{', prefix included,' if new.prefix else ''} and at most {positions}")
-        need(0 <= new.min_length <= new.max_length, 'min_length', f'from 0 to max_length ({new.max_length})')
-        need(new.temperature > 0, 'temperature', 'above 0')
-        need(0 < new.top_p <= 1, 'top_p', 'above 0 and at most 1')
-        need(0 <= new.min_p <= 1, 'min_p', 'from 0 (off) to 1')
-        need(new.top_k >= 0, 'top_k', '0 (off) or more')
-        need(new.repetition_penalty > 0, 'repetition_penalty', 'above 0')
-        need(new.no_repeat_ngram_size >= 0, 'no_repeat_ngram_size', '0 (off) or more')
-        need(new.early_stopping in (True, False, 'never'), 'early_stopping', "True, False or 'never'")
-        need(new.num_return_sequences >= 1 and (new.do_sample or new.num_return_sequences <= new.num_beams),
-             'num_return_sequences', f'from 1 to num_beams ({new.num_beams})')
+        need(own < new.max_length <= positions, 'max_length', f"more than the prompt's {own} tokens and at most {positions}")
+        if prompt >= new.max_length: raise ValueError(f"prefix {short(new.prefix)} has {prompt - own} tokens, and there is room for {new.max_length - own - 1}; shorten it"
+                                                      + (f", or raise max_length ({new.max_length})" if new.max_length < positions else ''))
+        need(new.min_length <= new.max_length, 'min_length', f'from 0 to max_length ({new.max_length})')
+        need(new.do_sample or new.num_return_sequences <= new.num_beams, 'num_return_sequences', f'from 1 to num_beams ({new.num_beams})')
         need(new.num_beams == 1 or not new.do_sample, 'num_beams', '1 when do_sample is on')
         need(new.num_beams > 1 or not new.force_words_ids, 'num_beams', '2 or more when words are forced')
         if new.prefix or new.force_words_ids or new.bad_words_ids: check_words(new, model)
@@ -491,15 +488,18 @@ def check_words(
     tokenizer, size, n = model.tokenizer, model.config.decoder.vocab_size, config.no_repeat_ngram_size
     name = lambda ids: repr(' '.join(tokenizer.tokenizer.convert_ids_to_tokens(list(ids))).replace(' ##', ''))
     def stop(what): raise ValueError(what)
-    prompt, prefix, bad = config.prompt_ids(model), text_ids(tokenizer, config.prefix), list(map(list, config.bad_words_ids or []))
+    prompt, prefix = config.prompt_ids(model), text_ids(tokenizer, config.prefix)
+    can_say = lambda ids: not any(i in tokenizer.tokenizer.all_special_ids or model.output_ids is not None and model.output_index[i] < 0 for i in ids)
+    for word in collapse_whitespace(config.prefix).split():
+        if not can_say(text_ids(tokenizer, word)): stop(f"prefix {short(config.prefix)}: {short(word)} is not among the words that this model can say; choose another word")
     for option, lists in (('bad_words_ids', config.bad_words_ids or []), ('force_words_ids', config.force_words_ids or [])):
         nested = lambda word: isinstance(word, (list, tuple)) and bool(word) and isinstance(word[0], (list, tuple))
         for ids in (one for word in lists for one in (word if nested(word) and option != 'bad_words_ids' else [word])):
             if not isinstance(ids, (list, tuple)) or not ids or not all(isinstance(i, int) and 0 <= i < size for i in ids): stop(
-                f"{option} has {ids!r}; it must hold lists of token ids from 0 to {size-1}, at least one each; `word_ids` makes them from words")
-    forced = alternatives(config.force_words_ids or [])
+                f"{option} has {short(ids)}; it must hold lists of token ids from 0 to {size-1}, at least one each; `word_ids` makes them from words")
+    forced, bad = alternatives(config.force_words_ids or []), list(map(list, config.bad_words_ids or []))
     for option, ids in (('prefix', prefix), *(('force_words_ids', one) for word in forced for one in word)):
-        silent = [i for i in ids if i in tokenizer.tokenizer.all_special_ids or model.output_ids is not None and model.output_index[i] < 0]
+        silent = [i for i in ids if not can_say([i])]
         if silent: stop(f"{option} {name(ids)}: {name(silent[:1])} is not among the words that this model can say; choose another word")
         for word in bad:
             if _contains(ids, word): stop(f"{option} {name(ids)} says {name(word)}, which bad_words_ids forbids; drop one of them")
@@ -515,16 +515,6 @@ def check_words(
                 f"force_words_ids {name(other[0])} and {name(word[0])} share {n} tokens, which no_repeat_ngram_size={n} lets be said once; drop one of them")
     missing, room = tokens_missing(prefix, forced), config.max_length - len(prompt)
     if missing > room: stop(f"force_words_ids need {missing} tokens, behind prompt and prefix there is room for {room}; raise max_length ({config.max_length}) or force fewer words")
-
-# %% ../nbs/04_generation.ipynb #c7fe6b42
-@contextmanager
-def _without_dropout(model):
-    "Evaluation mode inside, every module's own mode afterwards."
-    in_training = [module for module in model.modules() if module.training]
-    for module in in_training: module.training = False
-    try: yield
-    finally:
-        for module in in_training: module.training = True
 
 # %% ../nbs/04_generation.ipynb #baaa9844
 def _search(model, image_tokens, config, generator): # config: checked
@@ -557,7 +547,7 @@ def generate(
     if (pixel_values is None) == (image_tokens is None): raise ValueError("give pixel_values (B, 3, H, W) or image_tokens (B, S, D), one of them")
     config, B = (config or GenerationConfig(**options)).check(model), len(image_tokens if pixel_values is None else pixel_values)
     if isinstance(generator, (list, tuple)) and len(generator) != B: raise ValueError(f"{len(generator)} generators for {B} images; give one for each")
-    with _without_dropout(model):
+    with evaluation_mode(model):
         if image_tokens is None: image_tokens = model.encode_image(pixel_values)
         for found in _search(model, image_tokens, config, generator): pass
         sequences, scores, logprobs = (x[:, :config.num_return_sequences] for x in found)
@@ -657,7 +647,7 @@ def _stream(model, pixel_values, config, generator):
     "The words; between two of them the model is in its own mode."
     search, text, shown = None, '', ''
     while True:
-        with torch.inference_mode(), _without_dropout(model):
+        with torch.inference_mode(), evaluation_mode(model):
             if search is None: search = _search(model, model.encode_image(pixel_values), config, generator)
             found = next(search, None)
         if found is None: break

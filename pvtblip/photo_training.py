@@ -20,7 +20,8 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from .data import BrokenImage, CaptionDataset, Collate, hold_out, take_split
-from .files import MARK, Within, check_settings, check_value, only_writer, outlive_signals, refuse_outputs, write_json, write_whole
+from .files import (MARK, Size, Within, check_settings, check_value, only_writer, outlive_signals, refuse_outputs,
+                           write_json, write_whole)
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights, load_whole
 from .evaluation import cider_score, has_coco_code
 from .generation import generate

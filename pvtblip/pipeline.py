@@ -28,7 +28,7 @@ from .files import (StopAtSignal, not_text, only_writer, outlive_signals, printa
 from .decoder import Captioner
 from .generation import GenerationConfig, GenerationOutput, generate, word_ids
 from .pvt_encoder import load_pixels, normalise_pixels
-from .sources import _PHOTO_SUFFIXES, _read_shard, find_shards
+from .sources import PHOTO_SUFFIXES, find_shards, read_shard
 
 # %% ../nbs/16_pipeline.ipynb #eac2f63c
 class Photo(NamedTuple):
@@ -40,7 +40,7 @@ class Photo(NamedTuple):
     def __str__(self): return self.name
 
 # %% ../nbs/16_pipeline.ipynb #c17f753c
-_SUFFIXES = tuple(f'.{suffix}' for suffix in (*_PHOTO_SUFFIXES, 'jfif', 'jpe', 'apng', 'pgm', 'pbm', 'pnm')) # other names of the same formats
+_SUFFIXES = tuple(f'.{suffix}' for suffix in PHOTO_SUFFIXES)
 
 def photos_in_folder(
     folder,       # path
@@ -90,11 +90,11 @@ def photos_in_shard(
     shard, # path or address of a tar file
 ) -> Iterator[Photo]:
     "The photos of a WebDataset shard as SHARD/KEY.SUFFIX; captions beside them are not looked at."
-    for sample in _read_shard(shard):
+    for sample in read_shard(shard):
         if not isinstance(sample, dict): yield Photo(shard, problem=sample.reason.removeprefix(f"{shard}: "))
         else:
-            name, suffix = f"{shard}/{sample['__key__']}", next((suffix for suffix in _PHOTO_SUFFIXES if suffix in sample), None)
-            yield Photo(name, problem="no photo in this sample") if suffix is None else Photo(f"{name}.{suffix}", sample[suffix])
+            name, suffix = f"{shard}/{sample['__key__']}", next((suffix for suffix in PHOTO_SUFFIXES if suffix in sample), None)
+            yield Photo(name, problem=sample.get('__problem__', 'no photo in this sample')) if suffix is None else Photo(f"{name}.{suffix}", sample[suffix])
 
 # %% ../nbs/16_pipeline.ipynb #0626d2b9
 _SHARD = re.compile(r'\.(tar|tgz)(\.(gz|bz2|xz|zst))?$', re.I)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SaveEvery', 'StopOnSignal', 'KeepBest', 'WeightAverage', 'load_best', 'HeldOutLoss', 'HeldOutCaptions', 'measures',
            'Tracker', 'checkpoint_gradients', 'LoraSettings', 'add_lora', 'merge_lora', 'PracticeConfig', 'RunConfig',
-           'from_plain', 'read_config', 'change_config', 'to_toml', 'write_config', 'practice_callbacks',
-           'prepare_model', 'run_training', 'dry_run']
+           'read_config', 'change_config', 'to_toml', 'write_config', 'practice_callbacks', 'prepare_model',
+           'run_training', 'dry_run']
 
 # %% ../nbs/13_practice.ipynb #f005ae0a
-import copy, difflib, functools, json, math, os, random, signal, statistics, sys, time, tomllib, types, typing, warnings
+import copy, functools, json, math, os, random, re, signal, statistics, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
 from .data import Collate
-from .files import Count, StopAtSignal, Within, check_settings, write_whole
+from .files import (Count, Share, StopAtSignal, Within, check_settings, from_plain, meant, part_of, read_json, read_toml,
+                           setting_names, settings_of, short, write_whole)
 from .decoder import Captioner, CaptionerConfig, DecoderLayer
 from .evaluation import gap_of, shuffled_losses
 from .pvt_encoder import Block
@@ -261,7 +262,7 @@ def _checkpointed(kind):
     "The same module class, with a forward pass that is computed again in the backward pass."
     class Checkpointed(kind):
         def forward(self, *args, **kwargs):
-            if not (self.training and torch.is_grad_enabled()): return super().forward(*args, **kwargs)
+            if not torch.is_grad_enabled(): return super().forward(*args, **kwargs)
             return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
     Checkpointed.__name__ = Checkpointed.__qualname__ = kind.__name__
     return Checkpointed
@@ -339,74 +340,20 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)    # how
     practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
 
-# %% ../nbs/13_practice.ipynb #a39f1e10
-def _paths(cls, above=''):
-    "The dotted name of every setting in a tree."
-    for f, hint in _hints(cls):
-        yield from _paths(_part(hint), f'{above}{f.name}.') if _part(hint) else [above + f.name]
-
-def _hints(cls):
-    types_of = typing.get_type_hints(cls)
-    return [(f, types_of[f.name]) for f in fields(cls)]
-
-def _part(hint):
-    "The dataclass that a field holds, or None."
-    return next((kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)), None)
-
-def _fits(value, hint):
-    "Whether a plain value may stand where a type is asked for; a whole number may stand for a float."
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
-    for kind in kinds:
-        kind = typing.get_origin(kind) or kind
-        if kind in (object, typing.Any): return True
-        if kind is float and isinstance(value, int) and not isinstance(value, bool): return True
-        if isinstance(value, list if kind is tuple else kind) and (kind is bool or not isinstance(value, bool)): return True
-    return False
-
-# %% ../nbs/13_practice.ipynb #9d4b7781
-def from_plain(
-    cls,    # a dataclass, perhaps of dataclasses
-    values, # dict, as TOML or JSON give it
-    file='config', # named in errors
-    above='', # dotted name of the part, with its dot
-    root=None, # the tree's own dataclass
-):
-    "A config from plain values; ValueError for a name that no setting has (with the one that was meant) and for a value of another type."
-    root, known, made = root or cls, {f.name: hint for f, hint in _hints(cls)}, {}
-    for name, value in values.items():
-        if name not in known: raise ValueError(f"{file}: no setting is called {above + name!r}{_meant(above + name, root)}")
-        part = _part(known[name])
-        if part and isinstance(value, dict): made[name] = from_plain(part, value, file, f'{above}{name}.', root)
-        elif not _fits(value, known[name]): raise ValueError(f"{file}: {above + name} is {value!r}; it must be of type {getattr(known[name], '__name__', known[name])}")
-        else: made[name] = tuple(value) if typing.get_origin(known[name]) is tuple or known[name] is tuple else value
-    try: return cls(**made)
-    except (TypeError, ValueError) as error: raise ValueError(f"{file}: {above}{error}") from error
-
-def _meant(name, root):
-    "The most similar names of a tree, as the end of an error."
-    paths = list(_paths(root))
-    same = [path for path in paths if path.rpartition('.')[2] == name.rpartition('.')[2]]
-    near = same or difflib.get_close_matches(name, paths, 3) or difflib.get_close_matches(name.rpartition('.')[2], [path.rpartition('.')[2] for path in paths], 3)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(paths)}"
-
 # %% ../nbs/13_practice.ipynb #092bd437
 def read_config(
     cls,  # a dataclass, perhaps of dataclasses
     file, # .toml or .json
 ):
     "A config from a file; what it does not say has its default. ValueError naming file and setting."
-    text = Path(file).read_text(encoding='utf-8')
-    try: values = tomllib.loads(text) if Path(file).suffix == '.toml' else json.loads(text)
-    except ValueError as error: raise ValueError(f"{file}: cannot be read as {Path(file).suffix[1:] or 'JSON'} ({error}); correct this place") from error
-    if not isinstance(values, dict): raise ValueError(f"{file}: holds a {type(values).__name__}; a config is a table of settings")
+    values = read_toml(file) if Path(file).suffix == '.toml' else read_json(file, dict)
     from_plain(cls, values, file)                                        # the file alone first: an error then names what the file says
-    return from_plain(cls, _over(cls, json.loads(json.dumps(asdict(cls()))), values), file)
+    return from_plain(cls, _over(cls, asdict(cls()), values), file)
 
 def _over(cls, defaults, values):
     "Plain values laid over a tree's defaults, part by part."
-    parts = {f.name for f, hint in _hints(cls) if _part(hint)}
-    return defaults | {name: _over(_part(dict((f.name, hint) for f, hint in _hints(cls))[name]), defaults[name], value) if name in parts and isinstance(value, dict) else value
-                       for name, value in values.items()}
+    parts = {f.name: part_of(hint) for f, hint in settings_of(cls)}
+    return defaults | {name: _over(parts[name], defaults[name], value) if parts[name] and isinstance(value, dict) else value for name, value in values.items()}
 
 def change_config(
     config,  # a dataclass, perhaps of dataclasses
@@ -415,10 +362,10 @@ def change_config(
     "A config with some settings changed, as flags of a command line do; ValueError as in `from_plain`."
     values = asdict(config)
     for path, value in changes.items():
-        if path not in set(_paths(type(config))): raise ValueError(f"no setting is called {path!r}{_meant(path, type(config))}")
+        if path not in set(setting_names(type(config))): raise ValueError(f"no setting is called {short(path)}{meant(path, type(config))}")
         *parts, name = path.split('.')
         functools.reduce(lambda part, key: part[key], parts, values)[name] = value
-    return from_plain(type(config), json.loads(json.dumps(values)))
+    return from_plain(type(config), values)
 
 # %% ../nbs/13_practice.ipynb #e243e140
 def _toml(value):
@@ -427,6 +374,11 @@ def _toml(value):
     if isinstance(value, (list, tuple)): return '[' + ', '.join(map(_toml, value)) + ']'
     if isinstance(value, float): return repr(value)
     return json.dumps(value, ensure_ascii=False).replace('\x7f', '\\u007f')
+
+def _whole_letters(text, name):
+    "The text; ValueError where it holds half a letter, as names of files do that are not in UTF-8: TOML could not be read again."
+    if re.search('[\ud800-\udfff]', text): raise ValueError(f"{name} is {short(text)}, which TOML cannot say; rename the file in UTF-8")
+    return text
 
 def to_toml(
     config, # a dataclass, perhaps of dataclasses
@@ -437,7 +389,7 @@ def to_toml(
     for f in fields(config):
         value, reason = getattr(config, f.name), reasons.get(f.name) or ''
         if is_dataclass(value): parts.append(f"\n[{above}{f.name}]  # {reason}\n" + to_toml(value, f'{above}{f.name}.'))
-        elif value is not None: lines.append(f'{f.name} = {_toml(value)}  # {reason}')
+        elif value is not None: lines.append(f'{f.name} = {_whole_letters(_toml(value), above + f.name)}  # {reason}')
         elif f.default is None: lines.append(f'# {f.name} is not set  # {reason}')
         else: raise ValueError(f"{above}{f.name} is None, which TOML cannot say; save the config as .json")
     return '\n'.join([*lines, *parts]) + '\n'

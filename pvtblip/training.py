@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .data import Collate, SeededBatchSampler
+from .decoder import evaluation_mode
 from .files import Count, Share, Size, Within, check_settings, only_writer, outlive_signals, read_json, write_json
+
+
 
 # %% ../nbs/03_training.ipynb #a905d47d
 Steps = Annotated[int, Within(1, 10**9)]
@@ -44,19 +47,17 @@ class TrainingConfig:
     weight_decay: Annotated[float, Within(0, 100)] = 0.05 # on matrices only: biases and norms have no need of it
     adam_beta2: Annotated[float, Within(0, 0.999999)] = 0.98 # memory of the squared gradient, about 50 steps: short runs
     max_grad_norm: Positive = 1.           # longer gradients are shortened to this
-    mixed_precision: str = 'no'            # 'no', 'bf16' or 'fp16' (GPU only)
+    mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no' # 'fp16': GPU only
     torch_compile: bool = False            # compile the model first: minutes once, then faster steps; the numbers differ in the last digits
-    seed: int = 0                          # order of the data, choice of captions, dropout
+    seed: Annotated[int, Within(0, 2**32 - 1)] = 0 # order of the data, choice of captions, dropout
     dataloader_num_workers: Annotated[int, Within(0, 512)] = 0 # processes that read photos ahead
     logging_steps: Steps = 10              # loss and speed are noted every so many steps
     eval_steps: Count = 0                  # `evaluate` is called every so many steps; 0: never
     save_steps: Count = 0                  # a training state is written every so many steps; 0: never
     save_total_limit: Size = 2             # older states are removed, except the best
 
-    def __post_init__(self):
-        if self.mixed_precision not in ('no', 'bf16', 'fp16'): raise ValueError(
-            f"mixed_precision is {self.mixed_precision!r}; choose 'no', 'bf16' or 'fp16'")
-        check_settings(self)
+    def __post_init__(self): check_settings(self)
+
 
 # %% ../nbs/03_training.ipynb #31e3160e
 def learning_rate_factor(
@@ -119,7 +120,9 @@ def training_step(
         missing = len(batches) - len(whole)
         whole, counts = whole + missing*[_blank_batch(accelerator.unwrap_model(model), accelerator.device)], counts + missing*[nothing]
     for i, (batch, count) in enumerate(zip(whole, counts), 1):
-        with nullcontext() if i == len(whole) else accelerator.no_sync(model):   # gradients travel once a step
+        # its own captions are learnt as they were drawn; in backward too, where checkpoints compute again
+        own = evaluation_mode(model) if 'weights' in batch else nullcontext()
+        with own, nullcontext() if i == len(whole) else accelerator.no_sync(model): # gradients travel once a step
             with accelerator.autocast(): loss = model(batch['pixel_values'], batch['input_ids'], batch['labels'], batch.get('weights')).loss
             share = loss * count / total                                         # this micro-batch's part of the mean
             accelerator.backward(share * accelerator.num_processes)              # DDP takes the mean over processes
