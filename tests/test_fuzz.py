@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import BertTokenizer
 
 from pvtblip.confidence import confidences_and_scores, load_confidence
 from pvtblip.data import read_captions
@@ -175,9 +176,7 @@ def model_folder():
     "The files of a sound model of few words: {name: content}"
     with tempfile.TemporaryDirectory() as folder:
         words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', 'picture', 'of', 'dog', 'cat']
-        (Path(folder) / 'vocab').mkdir()
-        (Path(folder) / 'vocab/vocab.txt').write_text('\n'.join(words) + '\n')
-        own = CaptionTokenizer(Path(folder) / 'vocab').tokenizer
+        own = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
         sizes = DecoderConfig.tiny(vocab_size=len(own), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
         Captioner(CaptionerConfig.tiny(decoder=sizes), own).save_pretrained(Path(folder) / 'model')
         return {file.name: file.read_bytes() for file in (Path(folder) / 'model').iterdir()}
