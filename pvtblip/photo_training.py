@@ -28,7 +28,7 @@ from .generation import generate
 from .loading import AugmentationConfig, AugmentedDataset, LengthBatchSampler, PhotoCache, caption_lengths, pixel_loader
 from .practice import HeldOutCaptions, HeldOutLoss, PracticeConfig, dry_run, measures, run_training, to_toml
 from .pvt_encoder import EncoderConfig
-from .reward import CiderReward, RewardMeter, caption_rows, reward_loader
+from .reward import CiderReward, RewardMeter, add_rewards, bleu, caption_rows, reward_loader
 from .sources import ShardDataset, Source, open_source
 from .tokenizer import CaptionTokenizer
 from .training import Steps, TrainingConfig, by_first, only_run, processes, refuse_damaged, saved_states, whole_tensor
@@ -87,6 +87,7 @@ class PhotoRun:
     text_model: str|None = None            # BERT whose weights and vocabulary the decoder starts from
     start_from: str|None = None            # a model folder: go on from its weights and words
     self_critical: bool = False            # learn from the model's own captions, rewarded by CIDEr, instead of people's
+    bleu_weight: Annotated[float, Within(0, 1000)] = 0.                # with self_critical: the reward is CIDEr (0 to 10) plus so many times BLEU-4 (0 to 1)
     freeze_encoder: bool = False           # leave the backbone's weights as they are
     all_words: bool = False                # let the model say all tokens instead of those of the captions
     epochs: Annotated[float, Within(0, 1e6)] = 5. # passes over the photos; 0: training.max_steps counts
@@ -98,6 +99,8 @@ class PhotoRun:
     def __post_init__(self):
         check_settings(self)
         check_value('captioner.encoder.image_size', self.captioner.encoder.image_size, Annotated[int, Within(1, 4096)])
+        if self.bleu_weight and not self.self_critical: raise ValueError(
+            f"bleu_weight is {self.bleu_weight}, but without self_critical nothing is rewarded; set self_critical too")
 
     @property
     def vocabulary(self):
@@ -262,10 +265,11 @@ def first_model(run:PhotoRun) -> Captioner:
 
 # %% ../nbs/14_photo_training.ipynb #b66219f9
 def own_captions(run, model, dataset, loader):
-    "The loader with the model's own captions, rewarded by CIDEr, and what notes the reward; ValueError for single captions."
+    "The loader with the model's own captions, rewarded by CIDEr and BLEU-4, and what notes the reward; ValueError for single captions."
     if dataset.captions_per_image < 2: raise ValueError(f"{run.data.captions}: a photo's captions are compared with each other, and {dataset.captions_per_image} is drawn; set data.captions_per_image to 2 or more")
     people = [caption_rows(model.tokenizer(list(record.captions))['input_ids'], model.tokenizer) for record in dataset.records]
-    return reward_loader(model, loader, CiderReward(people), run.training.gradient_accumulation_steps, run.training.seed), [RewardMeter()]
+    reward = add_rewards((1., CiderReward(people)), (run.bleu_weight, bleu)) if run.bleu_weight else CiderReward(people)
+    return reward_loader(model, loader, reward, run.training.gradient_accumulation_steps, run.training.seed), [RewardMeter()]
 
 # %% ../nbs/14_photo_training.ipynb #56afffb9
 def describe_run(run, model, dataset, held_set) -> str:
@@ -285,7 +289,8 @@ def fixed_settings(run, dataset) -> dict:
     "What a resume must not change, beside what `train` looks at itself; with shards the workers decide the order."
     data = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')}
     return data | dict(text_model=run.text_model, start_from=run.start_from, self_critical=run.self_critical, freeze_encoder=run.freeze_encoder,
-                       workers=None if hasattr(dataset, 'records') else run.training.dataloader_num_workers)
+                       workers=None if hasattr(dataset, 'records') else run.training.dataloader_num_workers,
+                       **(dict(bleu_weight=run.bleu_weight) if run.self_critical else {}))
 
 # %% ../nbs/14_photo_training.ipynb #7bd18933
 def train_on_photos(

@@ -23,6 +23,7 @@ import torch, torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from .fast import pack
 from .files import (StopAtSignal, not_text, only_writer, outlive_signals, printable, read_json, refuse_outputs, whole_file,
                            write_json)
 from .decoder import Captioner
@@ -479,7 +480,8 @@ def load_model(
 ) -> Captioner: # in evaluation mode
     "A trained captioner, ready to use; raises ValueError naming what is wrong with the folder, or an unknown dtype."
     if dtype not in (None, 'bfloat16', 'float16', 'float32'): raise ValueError(f"dtype is {dtype!r}; give bfloat16, float16 or float32")
-    return Captioner.from_pretrained(name).to(device or best_device(), dtype and getattr(torch, dtype)).eval()
+    model = Captioner.from_pretrained(name).to(device or best_device(), dtype and getattr(torch, dtype))
+    return pack(model)
 
 # %% ../nbs/16_pipeline.ipynb #65d0b023
 def _processes():

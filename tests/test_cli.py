@@ -720,7 +720,7 @@ def test_goes_on_from_a_model_with_its_own_captions(capsys, data, model, tmp_pat
     out, before = tmp_path/'better', json.loads((model/'config.json').read_text())
     where = ['--images', data/'images', '--captions', data/'captions.json']
     code, _, err = pvtblip(capsys, 'train', '--out', out, '--start-from', model, '--self-critical', *where, '--max-steps', '2', '--batch-size', '4',
-                           '--label-smoothing', '0', '--set', 'training.logging_steps=1')
+                           '--set', 'training.logging_steps=1')
     assert code == 0, err
     history = json.loads((out/'history.json').read_text())['history']
     assert [0 <= entry['reward'] <= 10 for entry in history if 'loss' in entry] == [True, True]
@@ -732,6 +732,22 @@ def test_goes_on_from_a_model_with_its_own_captions(capsys, data, model, tmp_pat
     assert code == 1 and 'has a captioner of its own' in err
     code, _, err = pvtblip(capsys, 'train', '--out', tmp_path/'x', '--start-from', model, '--self-critical', *where, '--captions-per-image', '1')
     assert code == 1 and 'compared with each other' in err and not (tmp_path/'x').exists()
+
+
+def test_a_reward_of_cider_and_bleu(capsys, data, model, tmp_path):
+    where = ['--images', data/'images', '--captions', data/'captions.json', '--max-steps', '2', '--batch-size', '4', '--set', 'training.logging_steps=1']
+    rewards = []
+    for weight in ('0', '10'):
+        out = tmp_path/weight
+        code, _, err = pvtblip(capsys, 'train', '--out', out, '--start-from', model, '--self-critical', *where, '--set', f'bleu_weight={weight}')
+        assert code == 0, err
+        rewards.append(json.loads((out/'history.json').read_text())['history'][0]['reward'])
+    assert rewards[0] < rewards[1] <= rewards[0] + 10                     # the first step draws the same
+    assert 'bleu_weight = 10' in (tmp_path/'10'/'run.toml').read_text()
+    start = ['train', '--out', tmp_path/'x', '--start-from', model, *where]
+    refused(capsys, *start, '--self-critical', '--set', 'bleu_weight=-1', says=['bleu_weight is -1', 'from 0'])
+    refused(capsys, *start, '--set', 'bleu_weight=1', says=['bleu_weight', 'self_critical'])
+    refused(capsys, 'train', '--out', tmp_path/'10', '--resume', '--set', 'bleu_weight=5', says=['source bleu_weight: 10', '5'])
 
 
 def test_words_that_must_and_must_not_be_said(capsys, data, model):
