@@ -46,7 +46,7 @@ class GenerationConfig:
     prefix: str = ''               # text that the caption begins with, behind the model's own prompt
     force_words_ids: list|None = None # token id lists that the caption must say; a list of such lists: one of them; `word_ids` makes them
     bad_words_ids: list|None = None # token id lists that it must not say
-    num_return_sequences: _Few = 1 # captions an image: the best beams, or as many draws
+    num_return_sequences: Annotated[int, Within(1, 10_000)] = 1 # captions an image: the best beams, or as many draws
     output_attentions: bool = False # return the cross-attention over each caption too
 
     def __post_init__(self): check_settings(self)

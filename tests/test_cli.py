@@ -610,7 +610,7 @@ def test_settings_from_a_file_flags_and_set(capsys, data, tmp_path):
     (tmp_path/'typo.toml').write_text('[training]\nbatchsize = 4\n')
     refused(capsys, 'train', '--config', tmp_path/'typo.toml', '--out', tmp_path/'out', says=['typo.toml', 'training.batchsize', 'training.batch_size'])
     refused(capsys, *train(data, tmp_path/'out', '--set', 'training.lr=1'), says=['training.lr'])
-    refused(capsys, *train(data, tmp_path/'out', '--set', 'training.seed=many'), says=['training.seed', 'many', 'int'])
+    refused(capsys, *train(data, tmp_path/'out', '--set', 'training.seed=many'), says=['training.seed', 'many', 'whole number'])
 
 
 def test_a_signal_ends_a_run_cleanly_and_its_folder_is_all_that_a_resume_needs(capsys, data, tmp_path):
