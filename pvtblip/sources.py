@@ -615,6 +615,7 @@ def contact_sheet(
     path: str | Path,  # PNG to write
 ) -> None:
     "Photos with their first two captions, four in a row, as a PNG"
+    from pvtblip.files import save_figure
     from matplotlib.figure import Figure  # half a second that nobody else should wait for
     rows = max(1, -(-len(photos) // 4))
     figure = Figure(figsize=(10, 3 * rows), layout="constrained")
@@ -626,9 +627,7 @@ def contact_sheet(
         axis.set(xticks=[], yticks=[])
         lines = [textwrap.shorten(file, 40, placeholder="…"), *(line for caption in captions[:2] for line in textwrap.wrap("– " + textwrap.shorten(caption, 110, placeholder=" …"), 36))]
         axis.set_xlabel("\n".join(lines), fontsize=8, loc="left", parse_math=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # scripts that the font lacks appear as boxes
-        figure.savefig(path, dpi=80)
+    save_figure(figure, path, dpi=80)
 
 # %% ../nbs/11_sources.ipynb #636f84c0
 def _groups(pairs: Iterable[tuple[object, str]]) -> list[list[str]]:
