@@ -290,7 +290,7 @@ def evaluate_photos(
     coco_code()
     refuse_sizes(batch_size, 0)
     results = results or (Path(json_file).with_suffix('.results.json') if json_file else None)
-    photos = _photos_by_name(images, captions, split, limit)
+    photos = _photos_by_name(images, captions, split, limit, log)
     read = [captions, training_captions, *model_files(model), *(path for path, _ in photos.values())]
     refuse_outputs({'--json': json_file, '--results': results, '--sheet': sheet}, read, {'--sheet': '.png'})
     references, learnt = {name: list(record.captions) for name, (_, record) in photos.items()}, read_training_captions(training_captions)
@@ -320,9 +320,9 @@ def evaluate_photos(
 # %% ../nbs/09_app.ipynb #123ba048
 def _name(record): return record.file if record.image_id is None else record.image_id
 
-def _photos_by_name(images, captions, split, limit):
+def _photos_by_name(images, captions, split, limit, log):
     "{name: (path, `Record`)} of a caption file's photos; ValueError where two have one name."
-    records = read_captions(captions, images, split=split)[:limit]
+    records = read_captions(captions, images, split=split, log=log)[:limit]
     photos = {str(_name(record)): (Path(images)/record.file, record) for record in records}
     if len(photos) < len(records): raise ValueError(f"{captions}: {len(records) - len(photos)} photos share their image_id with another one; give each its own")
     return photos

@@ -305,7 +305,7 @@ def train_on_photos(
     out, asked, main = Path(out), run, processes().is_main_process
     if dry: run = replace(run, data=replace(run.data, cache=None))                          # it would be written
     else: by_first(lambda: look_at_folder(out, resume))
-    source = open_source(run.data.captions, run.data.images)
+    source = open_source(run.data.captions, run.data.images, log=log)
     run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(run, source, progress and main)
     model = first_model(run)
     if main: log(describe_run(run, model, dataset, held_set))

@@ -385,7 +385,7 @@ def test_pickle_only_folder_is_refused(folder):
     with pytest.raises(ValueError, match='pickled weights are not loaded'): Captioner.from_pretrained(folder)
 
 @pytest.mark.parametrize('text, message', [('{', 'not JSON'), ('{"model_type": "bert"}', 'not a pvtblip model'), ('{"library": "pvtblip", "colour": 1}', 'colour'),
-    ('[]', 'where an object'), ('5', 'holds 5'), ('null', 'null'), ('', 'not JSON'), ('[' * 100_000, 'nested'), ('{"a":' * 100_000, 'nested'), ('9' * 5000, 'digits'), ('\x00', 'not JSON')])
+    ('[]', 'where an object'), ('5', 'holds 5'), ('null', 'null'), ('', 'not JSON'), ('[' * 100_000, 'nested'), ('{"a":' * 100_000, 'nested'), ('9' * 5000, 'digits'), ('\x00', 'not text')])
 def test_wrong_config_is_refused(folder, text, message):
     (folder/'config.json').write_text(text)
     with pytest.raises(ValueError, match=r'config.json(:\d+)?: .*' + message) as error: Captioner.from_pretrained(folder)
