@@ -284,7 +284,7 @@ def test_what_lies_in_the_folder_is_not_written_over(capsys, data, tmp_path):
     ('--set', 'training.eval_steps=-1', 'eval_steps is -1'), ('--set', 'practice.save_minutes=nan', 'save_minutes is nan'), ('--set', 'training.warmup_ratio=inf', 'warmup_ratio is inf')])
 def test_numbers_out_of_bounds_are_refused_before_anything_is_made(capsys, data, tmp_path, option, value, says):
     code, _, err = pvtblip(capsys, *train(data, tmp_path/'out', option, value))
-    if code == 2: assert f"Invalid value for '{option}'" in ' '.join(err.split()) and 'range' in err  # wrong usage, by the flag's own bounds
+    if code == 2: assert f"Invalid value for '{option}'" in ' '.join(err.split())  # wrong usage, by the flag's own bounds
     else: assert code == 1 and all(part in err for part in (says, 'must be a', 'number')), err
     assert not (tmp_path/'out').exists()
 
