@@ -134,7 +134,8 @@ def object_rows(
     file, split, image_id = [entry[found[role][0]] if found[role] else None for role in ("file", "split", "image_id")]
     if split == "": split = None  # an empty cell of a table
     if image_id == "": image_id = None
-    if not isinstance(file, str): raise _problem(path, line, f"{found['file'][0]!r} is {_shown(file)}, not the name of a photo", "give a name in quotes")
+    if not isinstance(file, str):
+        raise _problem(path, line, f"{found['file'][0]!r} is {_shown(file)}, not the name of a photo", "give a name in quotes")
     folder = entry.get("filepath") if found["file"] == ["filename"] else None
     if isinstance(folder, str) and folder.strip("./ "): file = f"{folder.rstrip('/')}/{file}"
     if not isinstance(split, str | None): raise _problem(path, line, f"'split' of {_shown(file)} is {_shown(split)}, not a string", "put it in quotes")
@@ -155,7 +156,8 @@ def _coco_entries(path: Path, text: str, start: int, kind: str, number: str, nam
         image_id = _whole_id(entry.get(number)) if isinstance(entry, dict) else None
         if image_id is None or not isinstance(entry.get(name), str):
             lacking = number if image_id is None else name
-            remedy = "give COCO's captions_*.json (instances_*.json and image_info_*.json hold no captions)" if lacking == "caption" else "correct the entry"
+            remedy = "correct the entry"
+            if lacking == "caption": remedy = "give COCO's captions_*.json (instances_*.json and image_info_*.json hold no captions)"
             raise _problem(path, line, f"an entry of {kind!r} has no {lacking!r}: {_shown(entry)}", remedy)
         yield line, image_id, entry[name]
 
@@ -224,7 +226,8 @@ def _json_object_rows(path: Path, text: str, members: list, columns: dict[str, s
     "Rows of a file that is one JSON object: COCO's, Karpathy's or {file: [captions]}"
     lines, starts, values = {}, {}, {}
     for line, key, position, value in members:
-        if key in lines: raise _problem(path, line, f"{_shown(key)} stands here again (first on line {lines[key]})", "join its captions in one list")
+        if key in lines:
+            raise _problem(path, line, f"{_shown(key)} stands here again (first on line {lines[key]})", "join its captions in one list")
         lines[key], starts[key], values[key] = line, position, value
     annotated = isinstance(values.get("annotations"), list)
     if not _has_objects(values.get("images")):
@@ -313,14 +316,15 @@ def _separated_by(head: str, columns: dict[str, str]) -> str:
 # %% ../nbs/06_data.ipynb #ba608cfe
 _LISTED = re.compile(r"(?:array)?[\[(]")  # how a printed list begins
 _QUOTED = re.compile(r"""\s*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|"([^"\\]*(?:\\.[^"\\]*)*)")\s*,?""", re.S)
-_UNSEEN = re.compile(r"[\x00-\x1f\ud800-\udfff]")  # control characters, halves of letters
+_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, halves of letters
 _ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|.)", re.S)
 
 def _unescaped(text: str) -> str:
     "The text that a string literal of Python stands for"
     def meaning(found):
         letter = found[1]
-        return chr(int(letter[1:], 16)) if len(letter) > 1 else {"n": "\n", "t": "\t", "r": "\r"}.get(letter, letter if letter in "'\"\\" else found[0])
+        if len(letter) > 1: return chr(int(letter[1:], 16))
+        return {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}.get(letter, found[0])
     return _ESCAPE.sub(meaning, text) if "\\" in text else text
 
 def _printed_list(
@@ -339,11 +343,13 @@ def _printed_list(
     if inside[0] == "(" and inside[-1] == ")" and whole and (len(texts) > 1 or inside[position - 1] == ","): return texts
     if inside[0] != "[" or inside[-1] != "]": return None
     if whole: return texts
-    if re.match(r"\[\s*[bru]?['\"{\[(\d]", inside): raise ValueError("looks like a printed list, and cannot be read as one; write one caption a row, or a list of strings as JSON")
+    if re.match(r"\[\s*[bru]?['\"{\[(\d]", inside):
+        raise ValueError("looks like a printed list, and cannot be read as one; write one caption a row, or a list of strings as JSON")
     return None
 
 # %% ../nbs/06_data.ipynb #09454a3a
-_SPECIAL = re.compile(r"\[(?:CLS|SEP|PAD|UNK|MASK)\]|</?s>|<(?:pad|unk|mask|start|end|bos|eos|sos)>|<\|\w+\|>", re.I)  # tokens, left over by a program
+_SPECIAL = re.compile(  # tokens that a program left over
+    r"\[(?:CLS|SEP|PAD|UNK|MASK)\]|</?s>|<(?:pad|unk|mask|start|end|bos|eos|sos)>|<\|\w+\|>", re.I)
 
 def clean_captions(
     caption: object,  # as a file states it: text, or a printed list of texts
@@ -376,7 +382,8 @@ def _checked_file(path: Path, row: Row) -> str:
     "The file of a row if it names something below the folder of photos; ValueError otherwise, and where split or number are no text"
     line, file = row.line, row.file
     parts = re.split(r"[/\\]", file)
-    if ".." in parts or re.match(r"[/\\]|[A-Za-z]:", file): raise _problem(path, line, f"{_shown(file)} leads out of the folder of photos", "name the photo by its path below that folder")
+    if ".." in parts or re.match(r"[/\\]|[A-Za-z]:", file):
+        raise _problem(path, line, f"{_shown(file)} leads out of the folder of photos", "name the photo by its path below that folder")
     if not parts[-1].strip(): raise _problem(path, line, f"no photo is named ({_shown(file)})", "write a file name")
     if _UNSEEN.search(file) or len(file) > 4096: raise _problem(path, line, f"{_shown(file)} is no file name", "correct the name")
     for what, value in (("split", row.split), ("id", row.image_id)):
@@ -393,8 +400,9 @@ def take_split(
     "The photos of a split that the caption file states; ValueError where it states no such split"
     wanted, counts = set(split.split("+")), Counter(record.split for record in records if record.split is not None)
     if missing := wanted - counts.keys():
-        stated = ", ".join(f"{name!r} ({count} photos)" for name, count in counts.items()) or "none; split_by_name makes them by a hash of the name"
-        raise ValueError(f"{source}: no split {', '.join(map(repr, sorted(missing)))}; the splits that it states: {stated}")
+        stated = ", ".join(f"{name!r} ({count} photos)" for name, count in itertools.islice(counts.items(), 5)) or "none; split_by_name makes them by a hash of the name"
+        if len(counts) > 5: stated += f" and {len(counts) - 5} more"
+        raise ValueError(printable(f"{source}: no split {', '.join(map(repr, sorted(missing)))[:80]}; the splits that it states: {stated}"))
     return [record for record in records if record.split in wanted]
 
 # %% ../nbs/06_data.ipynb #39b38439
@@ -429,7 +437,8 @@ def _check_photos(path: Path, records: list[Record], images: Path) -> None:
     remedy = "add the photos, or remove them from the caption file"
     if near: remedy = f"{near[file]!r} is there: write the name as the file has it"
     elif below: remedy = f"it is in its sub-folders as {', '.join(map(repr, below[:4]))}: write the path below {images}"
-    raise FileNotFoundError(printable(f"{path}:{missing[0].line}: {_shown(file)} is not in {images} ({len(missing)} of {len(records)} photos are missing); {remedy}"))
+    where = f"{path}:{missing[0].line}: {_shown(file)} is not in {images} ({len(missing)} of {len(records)} photos are missing)"
+    raise FileNotFoundError(printable(f"{where}; {remedy}"))
 
 # %% ../nbs/06_data.ipynb #56742854
 def gather_records(
@@ -448,7 +457,8 @@ def gather_records(
         if texts := _checked_captions(path, row): captions.setdefault(row.file, []).extend(texts)
     if not captions: raise _problem(path, 1, "no captions in this file", "add a photo with its captions")
     if without := [row for file, row in first.items() if file not in captions]:
-        log(printable(f"{path}:{without[0].line}: no captions for {_shown(without[0].file)}; {len(without)} of {len(first)} photos have none and are left out"))
+        what = f"no captions for {_shown(without[0].file)}; {len(without)} of {len(first)} photos have none and are left out"
+        log(printable(f"{path}:{without[0].line}: {what}"))
     return [Record(file, tuple(captions[file]), row.line, row.split, row.image_id) for file, row in first.items() if file in captions]
 
 def read_captions(

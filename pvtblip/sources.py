@@ -8,7 +8,8 @@ __all__ = ['PHOTO_SUFFIXES', 'MAX_PHOTO_BYTES', 'MAX_TEXT_BYTES', 'open_photo', 
            'caption_statistics', 'DataReport', 'contact_sheet', 'check_data']
 
 # %% ../nbs/11_sources.ipynb #33a01bf8
-import bisect, errno, functools, hashlib, io, itertools, json, os, random, re, stat, sys, tarfile, textwrap, time, urllib.error, urllib.request, warnings
+import bisect, errno, functools, hashlib, io, itertools, json, os, random, re, stat, sys, tarfile, textwrap, time, warnings
+import urllib.error, urllib.request
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -102,7 +103,8 @@ def _hub_parts(source: str | Path) -> dict:
         if folder.is_dir() and not _is_saved(folder): loaded = library.load_dataset("parquet", data_files=_parquet_files(folder))
         else: loaded = library.load_from_disk(str(folder)) if folder.is_dir() else library.load_dataset(str(source))
     except Exception as error:  # network, names, rights and damaged files fail in many ways
-        raise ValueError(printable(f"{source}: the datasets library cannot load it ({_reason(error)}); check the name, the network or the folder")) from error
+        what = f"{source}: the datasets library cannot load it ({_reason(error)})"
+        raise ValueError(printable(f"{what}; check the name, the network or the folder")) from error
     parts = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "all"): loaded}
     return {name: part.with_format(None) for name, part in parts.items()}
 
@@ -153,7 +155,8 @@ def shard_address(
     elif scheme not in ("", "file", "http", "https"): wrong = f"{scheme}: is not opened"
     elif scheme == "file" and address.netloc not in ("", "localhost"): wrong = "names another computer"
     elif scheme in ("http", "https") and not address.hostname: wrong = "names no host"
-    if wrong: raise ValueError(printable(f"{name[:100]}: {wrong}, which is refused; give files or http addresses, or mount the storage as a folder"))
+    remedy = "give files or http addresses, or mount the storage as a folder"
+    if wrong: raise ValueError(printable(f"{name[:100]}: {wrong}, which is refused; {remedy}"))
     return urllib.request.url2pathname(address.path) if scheme == "file" else name
 
 def _is_web(address: str) -> bool: return bool(re.match("https?:", address, re.I)) and not os.path.lexists(address)
@@ -182,13 +185,15 @@ def find_shards(
     if not 0 < len(names) <= 1_000_000: raise ValueError(f"{shown}: names {'more than 1,000,000' if names else 'no'} shards; correct the pattern")
     shards = list(map(shard_address, names))
     missing = [shard for shard in shards if not _is_web(shard) and not Path(shard).is_file()]
-    if missing: raise FileNotFoundError(printable(f"{missing[0][:200]}: no such shard ({len(missing)} of {len(shards)} are missing); correct {shown}"))
+    if missing:
+        raise FileNotFoundError(printable(f"{missing[0][:200]}: no such shard ({len(missing)} of {len(shards)} are missing); correct {shown}"))
     return shards
 
 # %% ../nbs/11_sources.ipynb #b2a738e1
-PHOTO_SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")  # of `PHOTO_FORMATS`
+PHOTO_SUFFIXES = (  # of `PHOTO_FORMATS`
+    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
 
-MAX_PHOTO_BYTES = 2**27  # 134 MB, of a photo in a shard; `PHOTO_FORMATS` have larger ones only where hardly anybody could decode them
+MAX_PHOTO_BYTES = 2**27  # 134 MB, of a photo in a shard: 44 million pixels without any compression
 MAX_TEXT_BYTES = 2**20  # of captions in a shard, and of the name of a file
 
 def is_photo(name: str) -> bool:
@@ -207,8 +212,9 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarIn
     for entry in archive:
         archive.members = []  # which it would keep
         found = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", entry.name, re.S)
-        if entry.isreg() and found and (is_photo(entry.name) or entry.name.lower().endswith((".txt", ".json"))) and not re.match(r"__[^/]*__($|/)", entry.name):
-            yield found[1], found[2].lower(), entry
+        meta = re.match(r"__[^/]*__($|/)", entry.name)  # WebDataset's own notes
+        wanted = is_photo(entry.name) or entry.name.lower().endswith((".txt", ".json"))
+        if entry.isreg() and found and wanted and not meta: yield found[1], found[2].lower(), entry
 
 def _key(member: tuple[str, str, tarfile.TarInfo]) -> str: return member[0]
 
@@ -217,16 +223,19 @@ def _sample(shard: str, key: str, archive: tarfile.TarFile, members: Iterable[tu
     sample = dict(__key__=key, __url__=shard)
     for _, suffix, entry in members:
         limit = MAX_PHOTO_BYTES if is_photo(f".{suffix}") else MAX_TEXT_BYTES
-        if entry.size > limit: sample.setdefault("__problem__", f"its .{suffix} has {entry.size:,} bytes, more than {limit:,}; make it smaller")
-        elif suffix in sample: sample.setdefault("__problem__", f"a duplicate file name, .{suffix}; give every photo its own key")
+        problem = None
+        if entry.size > limit: problem = f"its .{suffix[-60:]} has {entry.size:,} bytes, more than {limit:,}; make it smaller"
+        elif suffix in sample: problem = f"a duplicate file name, .{suffix[-60:]}; give every photo its own key"
+        if problem: sample.setdefault("__problem__", problem)
         else: sample[suffix] = archive.extractfile(entry).read()
     return sample
 
 @functools.cache
 def _web() -> urllib.request.OpenerDirector:
     "Opens http and https, also where a server sends us on to another address"
-    opener, of = urllib.request.OpenerDirector(), urllib.request
-    for handler in (of.ProxyHandler, of.UnknownHandler, of.HTTPHandler, of.HTTPSHandler, of.HTTPDefaultErrorHandler, of.HTTPRedirectHandler, of.HTTPErrorProcessor): opener.add_handler(handler())
+    opener = urllib.request.OpenerDirector()
+    for kind in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"): opener.add_handler(getattr(urllib.request, f"{kind}Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
     return opener
 
 def _open_shard(shard: str):
@@ -255,8 +264,8 @@ def _lacks_bytes(stream) -> bool:
 def read_shard(
     shard: str,  # path or address
 ) -> Iterator[dict | BrokenImage]:
-    "The samples of a shard, {suffix: bytes} with __key__ and __url__; where it is damaged, a BrokenImage that names it is the last; ValueError for an address that is not opened"
-    shard_address(shard)  # raises: a foreign address is no damage
+    "The samples, {suffix: bytes} with __key__ and __url__; at damage a BrokenImage that names the shard; ValueError for a foreign address"
+    shard_address(shard)  # raises, for it is no damage
     try:
         with _open_shard(shard) as stream:
             with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
@@ -297,7 +306,7 @@ def _name_problem(sample: dict) -> str | None:
     dotted = [suffix for suffix in sample if "." in suffix and is_photo(suffix)]
     own = [suffix for suffix in dotted if any(f"{suffix.rpartition('.')[0]}.{kind}" in sample for kind in ("txt", "json"))]
     if own or dotted and not any(suffix in sample for suffix in PHOTO_SUFFIXES):
-        return f"a key ends at the first dot, so .{(own or dotted)[0]} belongs to all photos of this name; write _ for the dots in names"
+        return f"a key ends at the first dot, so .{(own or dotted)[0][-60:]} belongs to all photos of this name; write _ for the dots in names"
     return None
 
 def _opened_sample(sample: dict) -> tuple[str, bytes, list[str]]:
@@ -340,7 +349,8 @@ class ShardDataset(IterableDataset):
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.process_index = process_index if process_index is not None else torch.distributed.get_rank() if together else 0
         self.num_processes = num_processes or (torch.distributed.get_world_size() if together else 1)
-        self.shards, self.load, self.batch_size, self.workers, self.seed = list(map(shard_address, shards)), load, batch_size, max(1, num_workers), seed
+        self.shards, self.load, self.batch_size = list(map(shard_address, shards)), load, batch_size
+        self.workers, self.seed = max(1, num_workers), seed
         self.start_batch, self.num_batches, self.passes, self.shuffle, self.strict = start_batch, num_batches, passes, shuffle, strict
         self.sizes = {}  # shard -> samples, where they have been counted
         self._check_numbers()
@@ -605,6 +615,7 @@ def contact_sheet(
     path: str | Path,  # PNG to write
 ) -> None:
     "Photos with their first two captions, four in a row, as a PNG"
+    from pvtblip.files import save_figure
     from matplotlib.figure import Figure  # half a second that nobody else should wait for
     rows = max(1, -(-len(photos) // 4))
     figure = Figure(figsize=(10, 3 * rows), layout="constrained")
@@ -616,9 +627,7 @@ def contact_sheet(
         axis.set(xticks=[], yticks=[])
         lines = [textwrap.shorten(file, 40, placeholder="…"), *(line for caption in captions[:2] for line in textwrap.wrap("– " + textwrap.shorten(caption, 110, placeholder=" …"), 36))]
         axis.set_xlabel("\n".join(lines), fontsize=8, loc="left", parse_math=False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # scripts that the font lacks appear as boxes
-        figure.savefig(path, dpi=80)
+    save_figure(figure, path, dpi=80)
 
 # %% ../nbs/11_sources.ipynb #636f84c0
 def _groups(pairs: Iterable[tuple[object, str]]) -> list[list[str]]:
@@ -753,7 +762,7 @@ def _check_shards(source: str, shards: list[str], tokenizer: CaptionTokenizer, f
     look = _ShardLook(tokenizer)
     for shard, found in _check_samples(shards, full, progress): look.add(shard, *found)
     look.broken |= {shard: "no photos in this shard" for shard in shards if not look.sizes[shard] and shard not in look.broken}
-    if not look.text.words: raise ValueError(f"{source}: not one caption can be read; the first reason: {' '.join(next(iter(look.broken.items())))}")
+    if not look.text.words: raise ValueError(f"{source}: not one caption can be read; the first reason: {': '.join(next(iter(look.broken.items())))}")
     number, held = look.sizes.total(), look.sizes[shards[-1]] if len(shards) > 1 else 0
     duplicates = {kind: doubles.groups() for kind, doubles in look.doubles.items()}
     across = {kind: [group for group in groups if group[0] < number - held <= group[-1]] for kind, groups in duplicates.items()}

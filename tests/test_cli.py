@@ -479,7 +479,7 @@ def test_what_is_ours_is_written_again(capsys, answers, model, tmp_path):
     evaluate = ['evaluate', '--model', model, '--images', answers/'images', '--captions', answers/'captions.json', '--json', tmp_path/'scores.json', '--sheet', tmp_path/'sheet.png']
     check = ['data', 'check', '--captions', answers/'captions.json', '--images', answers/'images', '--json', tmp_path/'check.json', '--sheet', tmp_path/'twelve.png']
     look = ['caption', answers/'images/0.png', '--model', model, '--attention', tmp_path/'look.png']
-    for arguments in (evaluate, evaluate, look, look, check): assert pvtblip(capsys, *arguments)[0] == 0
+    for arguments in (evaluate, evaluate, look, look, check, check): assert pvtblip(capsys, *arguments)[0] == 0
     for name in ('scores.json', 'scores.results.json', 'check.json'): assert '"written_by": "pvtblip"' in (tmp_path/name).read_text()[:60]
     assert pvtblip(capsys, 'score', answers/'captions.json', tmp_path/'scores.results.json')[0] == 0
 
