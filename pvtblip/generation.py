@@ -496,7 +496,7 @@ def check_words(
         nested = lambda word: isinstance(word, (list, tuple)) and bool(word) and isinstance(word[0], (list, tuple))
         for ids in (one for word in lists for one in (word if nested(word) and option != 'bad_words_ids' else [word])):
             if not isinstance(ids, (list, tuple)) or not ids or not all(isinstance(i, int) and 0 <= i < size for i in ids): stop(
-                f"{option} has {short(ids)}; it must hold lists of token ids from 0 to {size-1}, at least one each; `word_ids` makes them from words")
+                f"{option} has {short(ids)}; it must hold lists of token ids from 0 to {size-1}, at least one each; `word_ids`, --bad-word and --force-word make them from words")
     forced, bad = alternatives(config.force_words_ids or []), list(map(list, config.bad_words_ids or []))
     for option, ids in (('prefix', prefix), *(('force_words_ids', one) for word in forced for one in word)):
         silent = [i for i in ids if not can_say([i])]

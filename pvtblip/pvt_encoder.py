@@ -540,9 +540,10 @@ def _opened(stream, read):
 def read_photo(
     source, # a file, or the bytes of one
     read,   # function of the opened PIL image, whose pixels are not yet decoded
+    name="photo", # what errors call bytes
 ):
     "What `read` makes of a photo; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."
-    path, held = ("photo", source) if isinstance(source, bytes) else (Path(source), None)
+    path, held = (name, source) if isinstance(source, bytes) else (Path(source), None)
     if held is None and not path.is_file(): raise FileNotFoundError(f"{path}: no such image file")
     if (path.stat().st_size if held is None else len(held)) == 0: raise ValueError(f"{path}: the file is empty (0 bytes)")
     with (open(path, "rb") if held is None else io.BytesIO(held)) as stream:

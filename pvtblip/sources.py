@@ -19,14 +19,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np, torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from .data import (BrokenImage, Record, caption_list, clean_captions, draw_captions, find_fields, gather_records, hold_out,
                           object_rows, read_captions, similar_files, take_split)
 from .files import decode_text, parse_json, printable
-from .pvt_encoder import PHOTO_FORMATS, load_image
+from .pvt_encoder import load_image, read_photo
 from .tokenizer import CaptionTokenizer, collapse_whitespace
 
 # %% ../nbs/11_sources.ipynb #d0c8c7a4
@@ -35,15 +35,10 @@ def open_photo(
     content: bytes,  # the bytes of an image file
 ) -> Image.Image:  # decoded, in the mode that the file has
     "Decode a photo that is not a file of its own; ValueError that names it where that cannot be done"
-    if not content: raise ValueError(f"{name}: the photo is empty (0 bytes)")
-    try:
-        image = Image.open(io.BytesIO(content), formats=PHOTO_FORMATS)
-        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first")
+    def decoded(image):
         image.load()
-    except UnidentifiedImageError: raise ValueError(f"{name}: not an image; these are read: {', '.join(PHOTO_FORMATS)}") from None
-    except Exception as error: raise ValueError(f"{name}: damaged or unreadable image ({error})") from error  # decoders fail in many ways
-    return image
+        return image
+    return read_photo(content, decoded, name)
 
 # %% ../nbs/11_sources.ipynb #734ea0be
 class HubPhotos(Mapping):
@@ -476,15 +471,13 @@ def _ends_well(kind: str, tail: bytes, size: int, head: bytes) -> bool:
     if kind == "WEBP": return int.from_bytes(head[4:8], "little") + 8 <= size  # RIFF states its own length
     return kind in _ENDS and _ENDS[kind] in tail
 
-def _header_problem(stream, name: str, size: int) -> str | None:
-    "What is wrong with a photo by its header and its end; '' where only decoding can tell; None: nothing"
-    image = Image.open(stream, formats=PHOTO_FORMATS)
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS: return f"{name}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first"
-    kind = image.format
-    stream.seek(0)
-    head = stream.read(12)
-    stream.seek(max(0, size - 1024))
-    return None if _ends_well(kind, stream.read(), size, head) else ""
+def _looks_whole(name: str, photo: Path | bytes) -> bool:
+    "Is a photo whole by its header and its end? False: only decoding can tell; ValueError where already its header is wrong"
+    kind = read_photo(photo, lambda image: image.format, name)
+    with (open(photo, "rb") if isinstance(photo, Path) else io.BytesIO(photo)) as stream:
+        head, size = stream.read(12), stream.seek(0, io.SEEK_END)
+        stream.seek(max(0, size - 1024))
+        return _ends_well(kind, stream.read(), size, head)
 
 def photo_problem(
     name: str,  # what the report calls the photo
@@ -494,13 +487,7 @@ def photo_problem(
     "What is wrong with a photo, headers first"
     if problem := _file_problem(photo) if isinstance(photo, Path) else None if photo else "empty (0 bytes)": return problem
     try:
-        if not full:
-            with (open(photo, "rb") if isinstance(photo, Path) else io.BytesIO(photo)) as stream:
-                size = os.fstat(stream.fileno()).st_size if isinstance(photo, Path) else len(photo)
-                problem = _header_problem(stream, name, size)
-            if problem != "": return problem
-        load_image(photo if isinstance(photo, Path) else open_photo(name, photo))
-    except UnidentifiedImageError: return "not an image"
+        if full or not _looks_whole(name, photo): load_image(photo if isinstance(photo, Path) else open_photo(name, photo))
     except Exception as error: return str(error).removeprefix(f"{photo if isinstance(photo, Path) else name}: ")  # decoders fail in many ways
     return None
 

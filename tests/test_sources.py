@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 import tracemalloc
+import zlib
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pvtblip.data import BrokenImage, CaptionDataset, Collate, Record
+from pvtblip.pvt_encoder import load_image
 from pvtblip.sources import (MAX_PHOTO_BYTES, MAX_TEXT_BYTES, ShardDataset, check_data, contact_sheet, find_shards, is_photo, open_photo, open_source, photo_problem,
                              read_hub_dataset, read_shard)
 from pvtblip.tokenizer import CaptionTokenizer
@@ -606,3 +608,23 @@ def test_a_contact_sheet_leaves_out_what_only_decoding_finds(tmp_path):
     (tmp_path / "c.json").write_text('{"a.png": ["x"], "b.png": ["y"]}')
     report = check_data(tmp_path / "c.json", tmp_path, sheet=tmp_path / "s.png", progress=False)
     assert list(report.broken) == ["a.png"] and (tmp_path / "s.png").exists() and "1 photos cannot be read" in str(report)
+
+
+@pytest.mark.parametrize("full", (False, True))
+def test_the_check_and_the_loader_agree_about_what_surrounds_the_pixels(full, tmp_path):
+    "Broken EXIF, a megabyte of text in a PNG: sound photos for both. A damaged beginning, a HEIC file: the same words from both."
+    picture = Image.effect_noise((40, 30), 80).convert("RGB")
+    picture.save(tmp_path / "exif.jpg", exif=b"Exif\0\0garbagegarbage")
+    picture.save(tmp_path / "text.png")
+    plain, note = (tmp_path / "text.png").read_bytes(), b"Comment\0\0" + zlib.compress(b"\0" * 2_000_000)
+    chunk = len(note).to_bytes(4, "big") + b"zTXt" + note + zlib.crc32(b"zTXt" + note).to_bytes(4, "big")
+    (tmp_path / "text.png").write_bytes(plain[:33] + chunk + plain[33:])
+    (tmp_path / "start.png").write_bytes(plain.replace(b"\r\n", b"\n", 1))  # as a transfer in text mode leaves it
+    (tmp_path / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    for name in ("exif.jpg", "text.png"):
+        for photo in (tmp_path / name, (tmp_path / name).read_bytes()): assert photo_problem(name, photo, full) is None
+        assert load_image(tmp_path / name).size == open_photo(name, (tmp_path / name).read_bytes()).size == (40, 30)
+    for name, words in (("start.png", "damaged at its beginning"), ("phone.jpg", "HEIC, as iPhones write photos; save it as JPEG")):
+        with pytest.raises(ValueError, match=words) as error: load_image(tmp_path / name)
+        problems = {photo_problem(name, photo, full) for photo in (tmp_path / name, (tmp_path / name).read_bytes())}
+        assert problems == {str(error.value).removeprefix(f"{tmp_path / name}: ")}
