@@ -20,7 +20,13 @@ setup(
     package_data={'pvtblip': ['vocab.txt', 'vocab.NOTICE']},
     python_requires='>=' + settings['min_python'],
     install_requires=settings['requirements'].split(),
-    extras_require={name: settings[f'{name}_requirements'].split() for name in ('dev', 'eval', 'datasets', 'webdataset', 'lora', 'tensorboard')},
-    entry_points={'console_scripts': settings['console_scripts'].split(), 'nbdev': ['pvtblip=pvtblip._modidx:d']},
+    extras_require={
+        name: settings[f'{name}_requirements'].split()
+        for name in ('dev', 'eval', 'datasets', 'webdataset', 'lora', 'tensorboard')
+    },
+    entry_points={
+        'console_scripts': settings['console_scripts'].split(),
+        'nbdev': ['pvtblip=pvtblip._modidx:d'],
+    },
     zip_safe=False,
 )

@@ -22,8 +22,24 @@ from .confidence import caption_confidence
 from .data import read_captions
 from .files import MARK, only_writer, printable, refuse_outputs, save_figure, whole_file, write_json
 from .decoder import Captioner, CaptionerConfig, DecoderConfig
-from .evaluation import (METRICS, by_reference, check_clip, clip_score, coco_code, coco_scores, compare, confidence_intervals, describe_problems, diversity, pair_captions,
-                                gap_of, plot_best_and_worst, read_hypotheses, read_references, shuffled_losses)
+from pvtblip.evaluation import (
+    METRICS,
+    by_reference,
+    check_clip,
+    clip_score,
+    coco_code,
+    coco_scores,
+    compare,
+    confidence_intervals,
+    describe_problems,
+    diversity,
+    pair_captions,
+    gap_of,
+    plot_best_and_worst,
+    read_hypotheses,
+    read_references,
+    shuffled_losses,
+)
 from .generation import GenerationConfig, cross_attention, generate, process_image
 from .looking_inside import photo_map
 from .photo_training import refuse_model, words_of
@@ -35,37 +51,84 @@ from .training import TrainingConfig, plot_history, train
 
 # %% ../nbs/09_app.ipynb #0d5f9def
 def plot_attention(
-    model:Captioner,
-    images,       # PIL images
-    sequences,    # (B, T) what `generate` returned for them
-    pixel_values, # (B, 3, H, W) the same images
-    max_words=12, # columns at most
+    model: Captioner,
+    images,  # PIL images
+    sequences,  # (B, T) what `generate` returned for them
+    pixel_values,  # (B, 3, H, W) the same images
+    max_words=12,  # columns at most
 ):
-    "One row an image: the picture with its caption, then one map a word of where the decoder looked (mean over heads and layers)."
+    """One row an image: the picture with its caption, then one map a word of where the decoder looked (mean
+    over heads and layers).
+    """
     import matplotlib.pyplot as plt
+
     start = model.tokenizer.prompt_length
-    with torch.inference_mode(): weights = cross_attention(model, sequences, model.encode_image(pixel_values)).mean((1, 2)).float().cpu()  # (B, T, S)
-    rows = [[int(i) for i in row[start:] if int(i) not in (model.tokenizer.pad_token_id, model.tokenizer.sep_token_id)] for row in sequences]
-    columns = max(6, 1 + min(max_words, max(map(len, rows))))                                    # room for the caption, too
-    figure, axes = plt.subplots(len(images), columns, figsize=(1.05*columns, 1.45*len(images)), squeeze=False, dpi=80)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.22/len(images), top=1-0.22/len(images), wspace=0.05, hspace=0.45)
-    for ax in axes.flat: ax.axis('off')
+    with torch.inference_mode():
+        weights = (
+            cross_attention(model, sequences, model.encode_image(pixel_values)).mean((1, 2)).float().cpu()
+        )  # (B, T, S)
+    rows = [
+        [
+            int(i)
+            for i in row[start:]
+            if int(i) not in (model.tokenizer.pad_token_id, model.tokenizer.sep_token_id)
+        ]
+        for row in sequences
+    ]
+    columns = max(6, 1 + min(max_words, max(map(len, rows))))  # room for the caption, too
+    figure, axes = plt.subplots(
+        len(images), columns, figsize=(1.05 * columns, 1.45 * len(images)), squeeze=False, dpi=80
+    )
+    figure.subplots_adjust(
+        left=0.01, right=0.99, bottom=0.22 / len(images), top=1 - 0.22 / len(images), wspace=0.05, hspace=0.45
+    )
+    for ax in axes.flat:
+        ax.axis('off')
     for image, ids, weight, sequence, line in zip(images, rows, weights, sequences, axes):
         line[0].imshow(image)
-        line[0].text(0, 1.04, model.tokenizer.decode(sequence), fontsize=8, va='bottom', transform=line[0].transAxes, parse_math=False)
-        maps = photo_map(weight[start-1:], model.encoder, image.size[::-1]).numpy()   # (T-P+1, H, W); row t chose word t
+        line[0].text(
+            0,
+            1.04,
+            model.tokenizer.decode(sequence),
+            fontsize=8,
+            va='bottom',
+            transform=line[0].transAxes,
+            parse_math=False,
+        )
+        maps = photo_map(
+            weight[start - 1 :], model.encoder, image.size[::-1]
+        ).numpy()  # (T-P+1, H, W); row t chose word t
         for token, seen, ax in zip(model.tokenizer.tokenizer.convert_ids_to_tokens(ids), maps, line[1:]):
             ax.imshow(image)
-            ax.imshow(seen, cmap='magma', alpha=0.6, vmin=0, vmax=maps[:len(ids)].max(initial=1e-9))  # one scale a caption
-            ax.text(0.5, -0.03, token, fontsize=7, ha='center', va='top', transform=ax.transAxes, parse_math=False)
+            ax.imshow(
+                seen, cmap='magma', alpha=0.6, vmin=0, vmax=maps[: len(ids)].max(initial=1e-9)
+            )  # one scale a caption
+            ax.text(
+                0.5, -0.03, token, fontsize=7, ha='center', va='top', transform=ax.transAxes, parse_math=False
+            )
     return figure
 
 # %% ../nbs/09_app.ipynb #26820c89
 def demo_config() -> CaptionerConfig:
-    "The captioner of the demo: a two-stage PVT of 64 pixels and a two-layer decoder that knows only the words of the shapes world."
-    encoder = EncoderConfig.tiny(stages=(1,), backbone_kwargs=dict(depths=[2, 2], embed_dims=[48, 96], num_heads=[1, 2], sr_ratios=[2, 1], mlp_ratios=[4, 4]))
-    decoder = DecoderConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, max_position_embeddings=32,
-                            hidden_dropout_prob=0., attention_probs_dropout_prob=0., initializer_range=0.06) # BERT's 0.02 is for a width of 768
+    """The captioner of the demo: a two-stage PVT of 64 pixels and a two-layer decoder that knows only the
+    words of the shapes world.
+    """
+    encoder = EncoderConfig.tiny(
+        stages=(1,),
+        backbone_kwargs=dict(
+            depths=[2, 2], embed_dims=[48, 96], num_heads=[1, 2], sr_ratios=[2, 1], mlp_ratios=[4, 4]
+        ),
+    )
+    decoder = DecoderConfig(
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.06,
+    )  # BERT's 0.02 is for a width of 768
     config = CaptionerConfig(encoder=encoder, decoder=decoder, max_length=32, word_dropout=0.1)
     captions = [caption for i in range(2000) for caption in make_scene(1, i).captions]
     tokenizer = CaptionTokenizer(prompt=config.prompt, max_length=config.max_length)
@@ -75,285 +138,474 @@ def demo_config() -> CaptionerConfig:
 def fast_precision() -> str:
     "'bf16' where the device multiplies bfloat16 itself, else 'no'."
     device = best_device()
-    if device == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
-    tests = [getattr(torch.cpu, name, None) for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')] # older torch lacks them
+    if device == 'cuda':
+        return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
+    tests = [
+        getattr(torch.cpu, name, None) for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
+    ]  # older torch lacks them
     return 'bf16' if device == 'cpu' and any(test() for test in tests if test) else 'no'
 
 # %% ../nbs/09_app.ipynb #a4dae131
 def caption_scenes(
-    model:Captioner,
-    split,     # 'unseen_scenes' or 'unseen_pairs'
-    number,    # how many scenes
+    model: Captioner,
+    split,  # 'unseen_scenes' or 'unseen_pairs'
+    number,  # how many scenes
     seed=0,
     batch_size=100,
-): # scenes and one caption each
+):  # scenes and one caption each
     "Captions (three beams) of scenes that training never shows."
-    scenes, captions = [make_scene(seed, i, split) for i in range(number)], []
+    scenes = [make_scene(seed, i, split) for i in range(number)]
+    captions = []
     for i in range(0, number, batch_size):
-        pixel_values = process_image([Image.fromarray(scene.image) for scene in scenes[i:i+batch_size]], model)
+        pixel_values = process_image(
+            [Image.fromarray(scene.image) for scene in scenes[i : i + batch_size]], model
+        )
         captions += model.tokenizer.decode_batch(generate(model, pixel_values, num_beams=3).sequences[:, 0])
     return scenes, captions
 
+
 def score_scenes(
-    model:Captioner,
+    model: Captioner,
     split,  # 'unseen_scenes' or 'unseen_pairs'
-    number, # how many scenes
+    number,  # how many scenes
     seed=0,
-) -> dict: # of `score_captions`: statements_true, true_by_kind, missing, ... (shares, 0 to 1)
+) -> dict:  # of `score_captions`: statements_true, true_by_kind, missing, ... (shares, 0 to 1)
     "How much of what the captioner says about unseen scenes is true, and what it leaves out."
     scenes, captions = caption_scenes(model, split, number, seed)
     return score_captions(captions, scenes)
 
 # %% ../nbs/09_app.ipynb #d0318768
 def save_demo_pictures(model, history, out, seed=0):
-    "captions.png (six unseen scenes with attention), training.png, and one scene as scene.png to try `pvtblip caption` on."
+    """captions.png (six unseen scenes with attention), training.png, and one scene as scene.png to try
+    `pvtblip caption` on.
+    """
     import matplotlib
+
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
+
     scenes = [make_scene(seed, i, split) for i in range(3) for split in ('unseen_scenes', 'unseen_pairs')]
     images = [Image.fromarray(scene.image) for scene in scenes]
     pixel_values = process_image(images, model)
     sequences = generate(model, pixel_values, num_beams=3).sequences[:, 0]
-    save_figure(plot_attention(model, images, sequences, pixel_values), out/'captions.png')
-    save_figure(plot_history(history).figure, out/'training.png', bbox_inches='tight')
+    save_figure(plot_attention(model, images, sequences, pixel_values), out / 'captions.png')
+    save_figure(plot_history(history).figure, out / 'training.png', bbox_inches='tight')
     mark = PngInfo()
     mark.add_text('Software', MARK)
-    with whole_file(out/'scene.png') as temporary: images[0].save(temporary, 'png', pnginfo=mark)
+    with whole_file(out / 'scene.png') as temporary:
+        images[0].save(temporary, 'png', pnginfo=mark)
     plt.close('all')
 
 # %% ../nbs/09_app.ipynb #b595d840
 class EasyFirst:
-    "One data set in the first epoch, another one from then on: single shapes teach what is red and what is a ring (a curriculum, Bengio et al. 2009)."
-    def __init__(self,
-        easy, # map-style, addressed by (epoch, index)
-        hard, # the same, of the same length
-    ): store_attr()
-    def __len__(self): return len(self.hard)
-    def __getitem__(self, item): return (self.easy if item[0] == 0 else self.hard)[item]
+    """One data set in the first epoch, another one from then on: single shapes teach what is red and what is
+    a ring (a curriculum, Bengio et al. 2009).
+    """
+
+    def __init__(
+        self,
+        easy,  # map-style, addressed by (epoch, index)
+        hard,  # the same, of the same length
+    ):
+        store_attr()
+
+    def __len__(self):
+        return len(self.hard)
+
+    def __getitem__(self, item):
+        return (self.easy if item[0] == 0 else self.hard)[item]
 
 # %% ../nbs/09_app.ipynb #b9600d0c
 def describe_demo(
-    report, # of `demo`
-    out,    # its folder
-) -> str: # several lines
+    report,  # of `demo`
+    out,  # its folder
+) -> str:  # several lines
     "What a demo found, and where to look at it."
+
     def shares(split):
         score = report['scores'][split]
-        return f"{score['statements_true']:6.1%}   ({', '.join(f'{kind} {share:.0%}' for kind, share in score['true_by_kind'].items())})"
-    return (f"\nAfter {report['train_seconds']:.0f} s of training, on {report['scenes']} scenes of each kind, true statements:\n"
-            f"  unseen scenes                   {shares('unseen_scenes')}\n"
-            f"  colour-kind pairs never trained {shares('unseen_pairs')}\n\n"
-            f"{printable(out/'captions.png')}: captions and where the model looked, word by word\n{printable(out/'training.png')}: the curve\n"
-            f"{printable(out)}: the model; try  pvtblip caption PICTURE --model {printable(out)}")
+        return (
+            f'{score["statements_true"]:6.1%}   '
+            f'({", ".join(f"{kind} {share:.0%}" for kind, share in score["true_by_kind"].items())})'
+        )
+
+    return (
+        f'\nAfter {report["train_seconds"]:.0f} s of training, on {report["scenes"]} scenes of each '
+        'kind, true statements:\n'
+        f'  unseen scenes                   {shares("unseen_scenes")}\n'
+        f'  colour-kind pairs never trained {shares("unseen_pairs")}\n\n'
+        f'{printable(out / "captions.png")}: captions and where the model looked, word by '
+        f'word\n{printable(out / "training.png")}: the curve\n'
+        f'{printable(out)}: the model; try  pvtblip caption PICTURE --model {printable(out)}'
+    )
 
 # %% ../nbs/09_app.ipynb #aacd93e4
-DEMO_FILES = ('captions.png', 'training.png', 'scene.png', 'report.json', # beside model.safetensors, which refuses a second demo
-              'config.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.txt')
+DEMO_FILES = (
+    'captions.png',
+    'training.png',
+    'scene.png',
+    'report.json',  # beside model.safetensors, which refuses a second demo
+    'config.json',
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'vocab.txt',
+)
+
 
 def demo(
-    out='pvtblip-demo', # folder for the model, the pictures and the report
-    json_file=None,     # also write the figures here
-    max_steps=1700,     # optimizer steps
-    seed=0,             # of weights and scenes
-    scenes=1000,        # scenes of each kind in the last measurement
-    log=print,          # gets each line of the report
-    progress=True,      # show a bar
-) -> dict: # statements_true, statements_true_unseen_pairs, train_seconds, …
-    "Train a captioner on drawn shapes from nothing and measure what it says of scenes and of colour-kind pairs that it has never seen."
+    out='pvtblip-demo',  # folder for the model, the pictures and the report
+    json_file=None,  # also write the figures here
+    max_steps=1700,  # optimizer steps
+    seed=0,  # of weights and scenes
+    scenes=1000,  # scenes of each kind in the last measurement
+    log=print,  # gets each line of the report
+    progress=True,  # show a bar
+) -> dict:  # statements_true, statements_true_unseen_pairs, train_seconds, …
+    """Train a captioner on drawn shapes from nothing and measure what it says of scenes and of colour-kind
+    pairs that it has never seen.
+    """
     out = Path(out)
     refuse_model(out)
-    if not 1 <= scenes <= 1_000_000: raise ValueError(f"scenes is {scenes}; give 1 to 1,000,000")
-    refuse_outputs({'--json': json_file} | {f'--out ({name})': out/name for name in DEMO_FILES})
-    with only_writer(out/'model.safetensors'):
-        refuse_model(out)                                                # somebody else may just have ended
+    if not 1 <= scenes <= 1_000_000:
+        raise ValueError(f'scenes is {scenes}; give 1 to 1,000,000')
+    refuse_outputs({'--json': json_file} | {f'--out ({name})': out / name for name in DEMO_FILES})
+    with only_writer(out / 'model.safetensors'):
+        refuse_model(out)  # somebody else may just have ended
         report = _train_demo(out, max_steps, seed, scenes, log, progress)
-        for file in filter(None, (out/'report.json', json_file)): write_json(file, report)
+        for file in filter(None, (out / 'report.json', json_file)):
+            write_json(file, report)
     log(describe_demo(report, out))
     return report
+
 
 def _train_demo(out, max_steps, seed, scenes, log, progress):
     "Train, measure and save; returns the report."
     torch.manual_seed(seed)
     model = Captioner(demo_config()).to(best_device())
-    world = dict(transform=image_transform(model.config.encoder), seed=seed+1, captions_per_image=2, length=12_800)
+    world = dict(
+        transform=image_transform(model.config.encoder), seed=seed + 1, captions_per_image=2, length=12_800
+    )
     dataset = EasyFirst(ShapesDataset(max_objects=1, **world), ShapesDataset(max_objects=2, **world))
-    config = TrainingConfig(max_steps=max_steps, batch_size=32, learning_rate=3e-3, seed=seed, logging_steps=50, eval_steps=max(1, max_steps//5),
-                            mixed_precision=fast_precision(), dataloader_num_workers=1)
-    log(f"A captioner of {sum(p.numel() for p in model.parameters()):,} weights that knows {len(model.output_ids)} words and has seen nothing yet.")
+    config = TrainingConfig(
+        max_steps=max_steps,
+        batch_size=32,
+        learning_rate=3e-3,
+        seed=seed,
+        logging_steps=50,
+        eval_steps=max(1, max_steps // 5),
+        mixed_precision=fast_precision(),
+        dataloader_num_workers=1,
+    )
+    log(
+        f'A captioner of {sum(p.numel() for p in model.parameters()):,} weights that knows '
+        f'{len(model.output_ids)} words and has seen nothing yet.'
+    )
+
     def look(model, step):
         scenes, captions = caption_scenes(model, 'unseen_scenes', 100, seed)
         share = score_captions(captions, scenes)['statements_true']
-        log(f"step {step:5}: {share:6.1%} of its statements about unseen scenes are true; it says: {captions[0]!r}")
+        log(
+            f'step {step:5}: {share:6.1%} of its statements about unseen scenes are true; it says: '
+            f'{captions[0]!r}'
+        )
         return dict(statements_true=share)
+
     start = time.perf_counter()
     history = train(model, dataset, config, evaluate=look, progress=progress)
     seconds = time.perf_counter() - start
     scores = {split: score_scenes(model, split, scenes, seed) for split in ('unseen_scenes', 'unseen_pairs')}
-    report = dict(statements_true=scores['unseen_scenes']['statements_true'], statements_true_unseen_pairs=scores['unseen_pairs']['statements_true'],
-                  train_seconds=seconds, scenes=scenes, scores=scores, config=asdict(config), history=history)
+    report = dict(
+        statements_true=scores['unseen_scenes']['statements_true'],
+        statements_true_unseen_pairs=scores['unseen_pairs']['statements_true'],
+        train_seconds=seconds,
+        scenes=scenes,
+        scores=scores,
+        config=asdict(config),
+        history=history,
+    )
     model.save_pretrained(out)
     save_demo_pictures(model, history, out, seed)
     return report
 
 # %% ../nbs/09_app.ipynb #3fee25dc
 def attention_drawer(
-    file,      # a .png to write
-    inputs=(), # files that are read meanwhile
-): # for `caption_files`
-    "A function (model, batch) that draws where the model looked at the photos of a `CaptionedBatch`; they must be files."
+    file,  # a .png to write
+    inputs=(),  # files that are read meanwhile
+):  # for `caption_files`
+    """A function (model, batch) that draws where the model looked at the photos of a `CaptionedBatch`; they
+    must be files.
+    """
     refuse_outputs({'--attention': file}, inputs, {'--attention': '.png'})
+
     def draw(model, batch):
-        save_figure(plot_attention(model, [load_image(str(photo)) for photo in batch.read], batch.output.sequences[:, 0], batch.pixel_values), file)
+        save_figure(
+            plot_attention(
+                model,
+                [load_image(str(photo)) for photo in batch.read],
+                batch.output.sequences[:, 0],
+                batch.pixel_values,
+            ),
+            file,
+        )
+
     return draw
 
 # %% ../nbs/09_app.ipynb #3ba389fa
 def score_table(
-    scores,    # of `coco_scores`
-    intervals, # of `confidence_intervals`
-) -> str: # a line a metric
+    scores,  # of `coco_scores`
+    intervals,  # of `confidence_intervals`
+) -> str:  # a line a metric
     "The seven metrics with their intervals, to be read by people."
-    rows = [f"{name:<9}{scores.corpus[name]:8.4f}   {low:.4f} to {high:.4f}" for name, (low, high) in ((name, intervals[name]) for name in METRICS)]
-    return '\n'.join([f"{'':9}{'score':>8}   95 % interval over {len(scores.images)} images", *rows])
+    rows = [
+        f'{name:<9}{scores.corpus[name]:8.4f}   {low:.4f} to {high:.4f}'
+        for name, (low, high) in ((name, intervals[name]) for name in METRICS)
+    ]
+    return '\n'.join([f'{"":9}{"score":>8}   95 % interval over {len(scores.images)} images', *rows])
+
 
 def comparison_table(
-    comparison, # of `compare`
-) -> str: # a line a metric
+    comparison,  # of `compare`
+) -> str:  # a line a metric
     "How much better the second system is, to be read by people."
-    rows = [f"{name:<9}{row['difference']:+8.4f}   {row['low']:+.4f} to {row['high']:+.4f}   p = {row['p_value']:.3f}" for name, row in comparison.items()]
-    return '\n'.join([f"{'':9}{'more':>8}   95 % interval         chance of no difference", *rows])
+    rows = [
+        f'{name:<9}{row["difference"]:+8.4f}   {row["low"]:+.4f} to {row["high"]:+.4f}   p = '
+        f'{row["p_value"]:.3f}'
+        for name, row in comparison.items()
+    ]
+    return '\n'.join([f'{"":9}{"more":>8}   95 % interval         chance of no difference', *rows])
 
 # %% ../nbs/09_app.ipynb #84d97926
-def read_training_captions(file): # of `pvtblip train`, in any form that it reads; None: none
+def read_training_captions(file):  # of `pvtblip train`, in any form that it reads; None: none
     "All captions of a file, one after the other."
     return [caption for record in read_captions(file) for caption in record.captions] if file else ()
 
+
 def _report(scores, references, hypotheses, problems, learnt, **more):
     "What both commands write as JSON; the first two entries have the form that COCO's users expect."
-    return dict(corpus=scores.corpus, images=scores.images, intervals=confidence_intervals(scores), diversity=diversity(list(hypotheses.values()), learnt),
-                problems=problems, references=sum(map(len, references.values())), captions=hypotheses, **more)
+    return dict(
+        corpus=scores.corpus,
+        images=scores.images,
+        intervals=confidence_intervals(scores),
+        diversity=diversity(list(hypotheses.values()), learnt),
+        problems=problems,
+        references=sum(map(len, references.values())),
+        captions=hypotheses,
+        **more,
+    )
 
 # %% ../nbs/09_app.ipynb #15a79b1b
 def score_files(
-    references,           # captions in any form of `read_captions`
-    hypotheses,           # COCO results, {file: caption}, or what `pvtblip caption --jsonl` wrote
-    json_file=None,       # gets everything that was measured
-    against=None,         # hypotheses of an earlier system, to be compared with
-    training_captions=None, # captions that the model learnt from, in a form of `references`
-    tokenized_references=False, # they were tokenised before
-    go_on=False,          # score what can be paired
-    out=print,            # gets the tables
-    log=print,            # gets what is wrong
-) -> dict: # corpus, images, intervals, diversity, problems, ...
-    "Score captions against references; ValueError for whatever would falsify the scores, unless asked to go on."
+    references,  # captions in any form of `read_captions`
+    hypotheses,  # COCO results, {file: caption}, or what `pvtblip caption --jsonl` wrote
+    json_file=None,  # gets everything that was measured
+    against=None,  # hypotheses of an earlier system, to be compared with
+    training_captions=None,  # captions that the model learnt from, in a form of `references`
+    tokenized_references=False,  # they were tokenised before
+    go_on=False,  # score what can be paired
+    out=print,  # gets the tables
+    log=print,  # gets what is wrong
+) -> dict:  # corpus, images, intervals, diversity, problems, ...
+    """Score captions against references; ValueError for whatever would falsify the scores, unless asked to go
+    on.
+    """
     refuse_outputs({'--json': json_file}, [references, hypotheses, against, training_captions])
     coco_code()
-    (read, twice, files), learnt = read_references(references), read_training_captions(training_captions)
+    (read, twice, files) = read_references(references)
+    learnt = read_training_captions(training_captions)
+
     def paired(file):
         said, doubled = read_hypotheses(file)
         said, unclear, alone = by_reference(read, files, said)
-        if alone: log(f"{printable(file)}: {len(alone)} captions are paired by the photo's name alone, whatever its folder ({alone[0]!r:.60} the first)")
+        if alone:
+            log(
+                f"{printable(file)}: {len(alone)} captions are paired by the photo's name alone, "
+                f'whatever its folder ({alone[0]!r:.60} the first)'
+            )
         return pair_captions(read, said, go_on, [*twice, *doubled], unclear)
+
     own, said, problems = paired(hypotheses)
     earlier = paired(against) if against else None
-    if earlier and earlier[1].keys() != said.keys(): raise ValueError(f"{against}: scores other images than {hypotheses}; compare on the same images")
-    if problems: log(f"going on with {len(said)} images: {describe_problems(problems)}")
+    if earlier and earlier[1].keys() != said.keys():
+        raise ValueError(f'{against}: scores other images than {hypotheses}; compare on the same images')
+    if problems:
+        log(f'going on with {len(said)} images: {describe_problems(problems)}')
     scores = coco_scores(own, said, tokenized_references)
     report = _report(scores, own, said, problems, learnt)
     out(score_table(scores, report['intervals']))
     if earlier:
         report['comparison'] = compare(coco_scores(own, earlier[1], tokenized_references), scores)
-        out(f"\n{printable(hypotheses)} against {printable(against)}\n{comparison_table(report['comparison'])}")
-    if json_file: write_json(json_file, report)
+        out(
+            f'\n{printable(hypotheses)} against '
+            f'{printable(against)}\n{comparison_table(report["comparison"])}'
+        )
+    if json_file:
+        write_json(json_file, report)
     return report
 
 # %% ../nbs/09_app.ipynb #11e2af82
 def evaluate_photos(
-    model,                # folder or hub name
-    images,               # folder of photos
-    captions,             # file of references, any format of `read_captions`
-    json_file=None,       # gets everything that was measured
-    results=None,         # gets the captions in COCO's format; None: beside `json_file`, as NAME.results.json
-    sheet=None,           # a PNG for the best and the worst photos
-    training_captions=None, # captions that the model learnt from
-    clip=None,            # folder of a CLIP, for CLIPScore
-    split=None,           # of a caption file that has splits
-    num_beams=3, max_length=None, min_length=0, # see `GenerationConfig`
-    batch_size=16,        # photos captioned together
-    limit=None,           # use this many photos only
-    go_on=False,          # score the photos that can be read
-    out=print,            # gets the table
-    log=print,            # gets everything else
-    progress=True,        # show a bar
-    dtype=None,           # of the computation, see `load_model`
-) -> dict: # of `score_files`, with model (its `fingerprint`), shuffled_gap, confidences (mean log-probability of each caption's tokens) and clip_score
-    "Caption the photos of a caption file and score the captions; bad input is refused before work starts, broken photos are named."
+    model,  # folder or hub name
+    images,  # folder of photos
+    captions,  # file of references, any format of `read_captions`
+    json_file=None,  # gets everything that was measured
+    results=None,  # gets the captions in COCO's format; None: beside `json_file`, as NAME.results.json
+    sheet=None,  # a PNG for the best and the worst photos
+    training_captions=None,  # captions that the model learnt from
+    clip=None,  # folder of a CLIP, for CLIPScore
+    split=None,  # of a caption file that has splits
+    num_beams=3,
+    max_length=None,
+    min_length=0,  # see `GenerationConfig`
+    batch_size=16,  # photos captioned together
+    limit=None,  # use this many photos only
+    go_on=False,  # score the photos that can be read
+    out=print,  # gets the table
+    log=print,  # gets everything else
+    progress=True,  # show a bar
+    dtype=None,  # of the computation, see `load_model`
+) -> dict:  # of `score_files`, with model (its `fingerprint`), shuffled_gap, confidences and clip_score
+    """Caption the photos of a caption file and score the captions; bad input is refused before work starts,
+    broken photos are named.
+    """
     coco_code()
     refuse_sizes(batch_size, 0)
     results = results or (Path(json_file).with_suffix('.results.json') if json_file else None)
     photos = _photos_by_name(images, captions, split, limit, log)
     read = [captions, training_captions, *model_files(model), *(path for path, _ in photos.values())]
     refuse_outputs({'--json': json_file, '--results': results, '--sheet': sheet}, read, {'--sheet': '.png'})
-    references, learnt = {name: list(record.captions) for name, (_, record) in photos.items()}, read_training_captions(training_captions)
-    if clip: check_clip(clip)
-    pair_captions(references, {name: own[0] for name, own in references.items()}, go_on)                # what is wrong with them shows before work starts
+    references = {name: list(record.captions) for name, (_, record) in photos.items()}
+    learnt = read_training_captions(training_captions)
+    if clip:
+        check_clip(clip)
+    pair_captions(
+        references, {name: own[0] for name, own in references.items()}, go_on
+    )  # what is wrong with them shows before work starts
     model = load_model(model, dtype=dtype)
     options = GenerationConfig(num_beams=num_beams, max_length=max_length, min_length=min_length).check(model)
     said, sure, broken, losses = _caption_all(model, photos, options, batch_size, progress)
-    for why in broken.values(): log(f"skipped broken photo {printable(why)}")
-    if not said: raise ValueError(f"{images}: no photo could be read; the first: {next(iter(broken.values()))}")
-    if results: write_json(results, [dict(image_id=_name(photos[name][1]), caption=caption) for name, caption in said.items()])
-    if broken and not go_on: raise ValueError(f"{len(broken)} of {len(photos)} photos cannot be read, {next(iter(broken))!r} the first; "
-                                              f"repair them, or go on (--go-on) with the others{f' (their captions are in {results})' if results else ''}")
+    for why in broken.values():
+        log(f'skipped broken photo {printable(why)}')
+    if not said:
+        raise ValueError(f'{images}: no photo could be read; the first: {next(iter(broken.values()))}')
+    if results:
+        write_json(
+            results,
+            [dict(image_id=_name(photos[name][1]), caption=caption) for name, caption in said.items()],
+        )
+    if broken and not go_on:
+        raise ValueError(
+            f'{len(broken)} of {len(photos)} photos cannot be read, {next(iter(broken))!r} the first; '
+            'repair them, or go on (--go-on) with the '
+            f'others{f" (their captions are in {results})" if results else ""}'
+        )
     own, hypotheses, problems = pair_captions({name: references[name] for name in said}, said, go_on=True)
-    if problems: log(describe_problems(problems))
-    if broken: problems['photos that cannot be read'] = list(broken)
+    if problems:
+        log(describe_problems(problems))
+    if broken:
+        problems['photos that cannot be read'] = list(broken)
     scores = coco_scores(own, hypotheses)
-    report = _report(scores, own, hypotheses, problems, learnt, model=fingerprint(model), shuffled_gap=gap_of(losses) if losses[-1] else None,
-                     confidences={name: round(sure[name], 6) for name in hypotheses})
-    if clip: report['clip_score'] = dict(zip(hypotheses, clip_score([photos[name][0] for name in hypotheses], list(hypotheses.values()), clip, best_device())))
+    report = _report(
+        scores,
+        own,
+        hypotheses,
+        problems,
+        learnt,
+        model=fingerprint(model),
+        shuffled_gap=gap_of(losses) if losses[-1] else None,
+        confidences={name: round(sure[name], 6) for name in hypotheses},
+    )
+    if clip:
+        report['clip_score'] = dict(
+            zip(
+                hypotheses,
+                clip_score(
+                    [photos[name][0] for name in hypotheses], list(hypotheses.values()), clip, best_device()
+                ),
+            )
+        )
     out(score_table(scores, report['intervals']))
     log(_beside(report))
-    if json_file: write_json(json_file, report)
-    if sheet: save_figure(plot_best_and_worst(scores, lambda name: load_image(photos[name][0]), own, hypotheses), sheet)
+    if json_file:
+        write_json(json_file, report)
+    if sheet:
+        save_figure(
+            plot_best_and_worst(scores, lambda name: load_image(photos[name][0]), own, hypotheses), sheet
+        )
     return report
 
 # %% ../nbs/09_app.ipynb #123ba048
-def _name(record): return record.file if record.image_id is None else record.image_id
+def _name(record):
+    return record.file if record.image_id is None else record.image_id
+
 
 def _photos_by_name(images, captions, split, limit, log):
     "{name: (path, `Record`)} of a caption file's photos; ValueError where two have one name."
     records = read_captions(captions, images, split=split, log=log)[:limit]
-    photos = {str(_name(record)): (Path(images)/record.file, record) for record in records}
-    if len(photos) < len(records): raise ValueError(f"{captions}: {len(records) - len(photos)} photos share their image_id with another one; give each its own")
+    photos = {str(_name(record)): (Path(images) / record.file, record) for record in records}
+    if len(photos) < len(records):
+        raise ValueError(
+            f'{captions}: {len(records) - len(photos)} photos share their image_id with another one; '
+            'give each its own'
+        )
     return photos
 
 # %% ../nbs/09_app.ipynb #8e8de2fa
 def _caption_all(model, photos, options, batch_size, progress):
-    "({name: caption}, {name: confidence}, {file that cannot be read: why}, `shuffled_losses` of all batches of two photos or more)"
-    names, said, sure, broken, losses = {path: name for name, (path, _) in photos.items()}, {}, {}, {}, torch.zeros(3)
+    """({name: caption}, {name: confidence}, {file that cannot be read: why}, `shuffled_losses` of all batches
+    of two photos or more)
+    """
+    names = {path: name for name, (path, _) in photos.items()}
+    said = {}
+    sure = {}
+    broken = {}
+    losses = torch.zeros(3)
     with tqdm(total=len(photos), disable=not progress, desc='captioning', unit='photo') as bar:
         for batch in caption_batches(names, model, options, batch_size):
-            broken |= {photos[names[path]][1].file: f"{path}: {why}" for path, why in zip(batch.photos, batch.problems) if why is not None}
+            broken |= {
+                photos[names[path]][1].file: f'{path}: {why}'
+                for path, why in zip(batch.photos, batch.problems)
+                if why is not None
+            }
             if read := [names[path] for path in batch.read]:
                 said |= zip(read, model.tokenizer.decode_batch(batch.output.sequences[:, 0]))
                 sure |= zip(read, caption_confidence(batch.output, model.tokenizer)[:, 0].tolist())
-            if len(read) > 1: losses += _batch_losses(model, batch.pixel_values, [photos[name][1].captions for name in read])
+            if len(read) > 1:
+                losses += _batch_losses(
+                    model, batch.pixel_values, [photos[name][1].captions for name in read]
+                )
             bar.update(len(batch.photos))
     return said, sure, broken, losses
 
+
 def _batch_losses(model, pixel_values, captions):
-    "`shuffled_losses` of one batch, with as many captions a photo as the poorest has, over the words that the model can say."
+    """`shuffled_losses` of one batch, with as many captions a photo as the poorest has, over the words that
+    the model can say.
+    """
     count = min(map(len, captions))
-    batch = {name: value.to(pixel_values.device) for name, value in model.tokenizer([one for own in captions for one in own[:count]]).items()}
-    if model.output_ids is not None: batch['labels'].masked_fill_(~torch.isin(batch['labels'], model.output_ids), -100)
+    batch = {
+        name: value.to(pixel_values.device)
+        for name, value in model.tokenizer([one for own in captions for one in own[:count]]).items()
+    }
+    if model.output_ids is not None:
+        batch['labels'].masked_fill_(~torch.isin(batch['labels'], model.output_ids), -100)
     return shuffled_losses(model, pixel_values, batch['input_ids'], batch['labels']).cpu()
 
 # %% ../nbs/09_app.ipynb #c7ccde2c
 def _beside(report):
     "What the seven do not measure, in a line or two."
-    varied, gap, clip = report['diversity'], report['shuffled_gap'], report.get('clip_score')
-    copied = '' if varied['copied_share'] is None else f", {varied['copied_share']:.1%} copied from training"
-    return (f"{varied['unique_share']:.1%} of the captions are unique{copied}; {varied['vocabulary']} words, {varied['mean_length']:.1f} a caption; "
-            f"distinct-1 {varied['distinct_1']:.3f}, distinct-2 {varied['distinct_2']:.3f}"
-            + (f"\nloss of the references {gap['real']:.3f} with their photos, {gap['shuffled']:.3f} with others'" if gap else '')
-            + (f"\nCLIPScore {sum(clip.values())/len(clip):.3f}" if clip else ''))
+    varied = report['diversity']
+    gap = report['shuffled_gap']
+    clip = report.get('clip_score')
+    copied = '' if varied['copied_share'] is None else f', {varied["copied_share"]:.1%} copied from training'
+    return (
+        f'{varied["unique_share"]:.1%} of the captions are unique{copied}; {varied["vocabulary"]} '
+        f'words, {varied["mean_length"]:.1f} a caption; '
+        f'distinct-1 {varied["distinct_1"]:.3f}, distinct-2 {varied["distinct_2"]:.3f}'
+        + (
+            f'\nloss of the references {gap["real"]:.3f} with their photos, {gap["shuffled"]:.3f} '
+            "with others'"
+            if gap
+            else ''
+        )
+        + (f'\nCLIPScore {sum(clip.values()) / len(clip):.3f}' if clip else '')
+    )

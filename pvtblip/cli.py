@@ -15,21 +15,32 @@ from typing import Annotated, Optional
 import typer
 
 # %% ../nbs/10_cli.ipynb #2f9f3946
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Learn image captioning by building it: train a captioner, and let it say what it sees.",
-    epilog="Exit codes: 0 done; 1 bad input or a failure, one line on stderr says which; 2 wrong usage.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help='Learn image captioning by building it: train a captioner, and let it say what it sees.',
+    epilog='Exit codes: 0 done; 1 bad input or a failure, one line on stderr says which; 2 wrong usage.',
+)
 
-SEED = dict(min=0, max=2**32 - 1)                                          # what random generators take
-BATCH, WORKERS = dict(min=1, max=65_536), dict(min=0, max=256)             # what machines stand
+SEED = dict(min=0, max=2**32 - 1)  # what random generators take
+BATCH, WORKERS = dict(min=1, max=65_536), dict(min=0, max=256)  # what machines stand
 
 # %% ../nbs/10_cli.ipynb #6fe5f9b2
 @app.command('demo')
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Folder for the model and the pictures.")] = Path('pvtblip-demo'),
-    json_file: Annotated[Optional[Path], typer.Option('--json', metavar='FILE', help="Also write the figures here.")] = None,
-    max_steps: Annotated[int, typer.Option(min=1, max=10**9, help="Training steps; fewer is faster and worse.")] = 1700,
-    scenes: Annotated[int, typer.Option(min=1, max=10**6, help="Scenes of each kind in the last measurement.")] = 1000,
-    seed: Annotated[int, typer.Option(**SEED, help="Of weights and scenes.")] = 0,
+    out: Annotated[Path, typer.Option(help='Folder for the model and the pictures.')] = Path('pvtblip-demo'),
+    json_file: Annotated[
+        Optional[Path], typer.Option('--json', metavar='FILE', help='Also write the figures here.')
+    ] = None,
+    max_steps: Annotated[
+        int, typer.Option(min=1, max=10**9, help='Training steps; fewer is faster and worse.')
+    ] = 1700,
+    scenes: Annotated[
+        int, typer.Option(min=1, max=10**6, help='Scenes of each kind in the last measurement.')
+    ] = 1000,
+    seed: Annotated[int, typer.Option(**SEED, help='Of weights and scenes.')] = 0,
 ):
     """Train a tiny captioner on drawn shapes from nothing, then test it on scenes it has never seen.
 
@@ -37,75 +48,221 @@ def demo_command(
     statements are true, on unseen scenes and on colour-kind pairs kept out of training.
     """
     from pvtblip.app import demo
+
     demo(out, json_file, max_steps=max_steps, scenes=scenes, seed=seed, log=_say)
 
 # %% ../nbs/10_cli.ipynb #d3f98adf
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at photos and captions before training.")
+data_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help='Look at photos and captions before training.'
+)
 app.add_typer(data_app, name='data')
+
 
 @data_app.command('check')
 def data_check_command(
-    captions: Annotated[str, typer.Option(metavar='SOURCE', help="A caption file in any form that training reads, a dataset folder or name of the datasets library, or shards of WebDataset.")],
-    images: Annotated[Optional[Path], typer.Option(metavar='DIR', help="Folder of photos; without it only the captions are looked at.")] = None,
-    split: Annotated[Optional[str], typer.Option(metavar='NAME', help="Only this split, where the source has splits; train+restval takes two.")] = None,
-    max_length: Annotated[int, typer.Option(min=4, max=100_000, help="Tokens, prompt included, to which training will cut.")] = 40,
-    text_model: Annotated[Optional[str], typer.Option(metavar='NAME|DIR', help="Its vocabulary instead of bert-base-uncased's.")] = None,
-    full: Annotated[bool, typer.Option('--full', help="Decode every photo instead of its header and its end.")] = False,
-    json_file: Annotated[Optional[Path], typer.Option('--json', metavar='OUT', help="Also write the report here, every photo named.")] = None,
-    sheet: Annotated[Optional[Path], typer.Option(metavar='PNG', help="Draw twelve photos with their captions here.")] = None,
+    captions: Annotated[
+        str,
+        typer.Option(
+            metavar='SOURCE',
+            help='A caption file in any form that training reads, a dataset folder or name of the datasets '
+            'library, or shards of WebDataset.',
+        ),
+    ],
+    images: Annotated[
+        Optional[Path],
+        typer.Option(metavar='DIR', help='Folder of photos; without it only the captions are looked at.'),
+    ] = None,
+    split: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar='NAME', help='Only this split, where the source has splits; train+restval takes two.'
+        ),
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(min=4, max=100_000, help='Tokens, prompt included, to which training will cut.')
+    ] = 40,
+    text_model: Annotated[
+        Optional[str], typer.Option(metavar='NAME|DIR', help="Its vocabulary instead of bert-base-uncased's.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option('--full', help='Decode every photo instead of its header and its end.')
+    ] = False,
+    json_file: Annotated[
+        Optional[Path],
+        typer.Option('--json', metavar='OUT', help='Also write the report here, every photo named.'),
+    ] = None,
+    sheet: Annotated[
+        Optional[Path], typer.Option(metavar='PNG', help='Draw twelve photos with their captions here.')
+    ] = None,
 ):
-    """Count photos and captions, and name what is wrong with them: missing and broken photos, cut captions, unknown
+    """Count photos and captions, and name what is wrong with them: missing and broken photos, cut
+    captions, unknown
     tokens, duplicates across splits. The exit code is 1 where photos are missing or broken.
     """
     from pvtblip.files import refuse_outputs, write_json
     from pvtblip.sources import check_data
     from pvtblip.tokenizer import CaptionTokenizer
-    refuse_outputs({'--json': json_file, '--sheet': sheet}, [captions, *_files_below(captions), *_files_below(images)], {'--sheet': '.png'})
-    for file in filter(None, (json_file, sheet)): file.parent.mkdir(parents=True, exist_ok=True)
-    report = check_data(captions, images, split, CaptionTokenizer(text_model, max_length=max_length), full, sheet)
+
+    refuse_outputs(
+        {'--json': json_file, '--sheet': sheet},
+        [captions, *_files_below(captions), *_files_below(images)],
+        {'--sheet': '.png'},
+    )
+    for file in filter(None, (json_file, sheet)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    report = check_data(
+        captions, images, split, CaptionTokenizer(text_model, max_length=max_length), full, sheet
+    )
     _print(report)
-    if json_file: write_json(json_file, report.to_dict())
+    if json_file:
+        write_json(json_file, report.to_dict())
     raise typer.Exit(1 if report.broken else 0)
 
 # %% ../nbs/10_cli.ipynb #98d92f0f
 @app.command('train')
 def train_command(
-    out: Annotated[Path, typer.Option(metavar='DIR', help="Gets the model, the training states, run.toml and the history.")],
-    captions: Annotated[Optional[str], typer.Option(metavar='SOURCE', help="Captions: JSON {file: [captions]}, JSON lines, CSV or TSV, COCO's, Karpathy's, Flickr's files, a dataset of the datasets library, or shards.")] = None,
-    images: Annotated[Optional[str], typer.Option(metavar='DIR', help="Folder of photos.")] = None,
-    config: Annotated[Optional[Path], typer.Option(metavar='TOML', help="Settings, as --dry-run prints them; flags change them.")] = None,
-    changes: Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', help="Change any setting, as practice.ema_decay=0.999; may be given again.")] = None,
-    dry: Annotated[bool, typer.Option('--dry-run', help="Print all settings and what the run would cost, measured from three steps; write nothing.")] = False,
-    resume: Annotated[bool, typer.Option('--resume', help="Go on with the run in --out, where it stopped; the settings are those of its run.toml.")] = False,
-    start_from: Annotated[Optional[str], typer.Option(metavar='DIR', help="A model folder to go on from, with its captioner and words.")] = None,
-    self_critical: Annotated[Optional[bool], typer.Option('--self-critical', help="Learn from the model's own captions, rewarded by CIDEr; with --start-from.")] = None,
-    tiny: Annotated[bool, typer.Option('--tiny', help="A captioner of 64-pixel pictures that trains in seconds, to try things out.")] = False,
-    encoder: Annotated[Optional[str], typer.Option(metavar='NAME', help="pvt_v2_b0 to pvt_v2_b5, or any timm name.")] = None,
-    encoder_weights: Annotated[Optional[str], typer.Option(metavar='FILE', help="A .safetensors file, or 'pretrained' for the hub's; default: random.")] = None,
-    encoder_kwargs: Annotated[Optional[str], typer.Option(metavar='JSON', help='Passed to the encoder, as {"pad_type": "same"}.')] = None,
-    stages: Annotated[Optional[str], typer.Option(metavar='N,N', help="Stages of the encoder that the decoder reads, from 0.")] = None,
-    image_size: Annotated[Optional[int], typer.Option(min=32, max=8192, help="Side of the square that photos are resized to.")] = None,
-    image_mean: Annotated[Optional[float], typer.Option(help="Subtracted from pixels of 0 to 1; default: ImageNet's three.")] = None,
-    image_std: Annotated[Optional[float], typer.Option(help="Divides them after that.")] = None,
-    freeze_encoder: Annotated[Optional[bool], typer.Option('--freeze-encoder', help="Train the decoder only.")] = None,
-    text_model: Annotated[Optional[str], typer.Option(metavar='NAME|DIR', help="A BERT to start the decoder from, as bert-base-uncased; default: a small one from nothing.")] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="Begins every caption.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(min=4, max=100_000, help="Tokens, prompt included.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(metavar='DIR', help='Gets the model, the training states, run.toml and the history.'),
+    ],
+    captions: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar='SOURCE',
+            help="Captions: JSON {file: [captions]}, JSON lines, CSV or TSV, COCO's, Karpathy's, Flickr's "
+            'files, a dataset of the datasets library, or shards.',
+        ),
+    ] = None,
+    images: Annotated[Optional[str], typer.Option(metavar='DIR', help='Folder of photos.')] = None,
+    config: Annotated[
+        Optional[Path],
+        typer.Option(metavar='TOML', help='Settings, as --dry-run prints them; flags change them.'),
+    ] = None,
+    changes: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            '--set',
+            metavar='NAME=VALUE',
+            help='Change any setting, as practice.ema_decay=0.999; may be given again.',
+        ),
+    ] = None,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            '--dry-run',
+            help='Print all settings and what the run would cost, measured from three steps; write nothing.',
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            '--resume',
+            help='Go on with the run in --out, where it stopped; the settings are those of its run.toml.',
+        ),
+    ] = False,
+    start_from: Annotated[
+        Optional[str],
+        typer.Option(metavar='DIR', help='A model folder to go on from, with its captioner and words.'),
+    ] = None,
+    self_critical: Annotated[
+        Optional[bool],
+        typer.Option(
+            '--self-critical',
+            help="Learn from the model's own captions, rewarded by CIDEr; with --start-from.",
+        ),
+    ] = None,
+    tiny: Annotated[
+        bool,
+        typer.Option(
+            '--tiny', help='A captioner of 64-pixel pictures that trains in seconds, to try things out.'
+        ),
+    ] = False,
+    encoder: Annotated[
+        Optional[str], typer.Option(metavar='NAME', help='pvt_v2_b0 to pvt_v2_b5, or any timm name.')
+    ] = None,
+    encoder_weights: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar='FILE', help="A .safetensors file, or 'pretrained' for the hub's; default: random."
+        ),
+    ] = None,
+    encoder_kwargs: Annotated[
+        Optional[str], typer.Option(metavar='JSON', help='Passed to the encoder, as {"pad_type": "same"}.')
+    ] = None,
+    stages: Annotated[
+        Optional[str],
+        typer.Option(metavar='N,N', help='Stages of the encoder that the decoder reads, from 0.'),
+    ] = None,
+    image_size: Annotated[
+        Optional[int], typer.Option(min=32, max=8192, help='Side of the square that photos are resized to.')
+    ] = None,
+    image_mean: Annotated[
+        Optional[float], typer.Option(help="Subtracted from pixels of 0 to 1; default: ImageNet's three.")
+    ] = None,
+    image_std: Annotated[Optional[float], typer.Option(help='Divides them after that.')] = None,
+    freeze_encoder: Annotated[
+        Optional[bool], typer.Option('--freeze-encoder', help='Train the decoder only.')
+    ] = None,
+    text_model: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar='NAME|DIR',
+            help='A BERT to start the decoder from, as bert-base-uncased; default: a small one from nothing.',
+        ),
+    ] = None,
+    prompt: Annotated[Optional[str], typer.Option(help='Begins every caption.')] = None,
+    max_length: Annotated[
+        Optional[int], typer.Option(min=4, max=100_000, help='Tokens, prompt included.')
+    ] = None,
     label_smoothing: Annotated[Optional[float], typer.Option(min=0, max=0.5)] = None,
-    all_words: Annotated[Optional[bool], typer.Option('--all-words', help="Let the model say all 30,522 tokens, not only those of the captions (slower).")] = None,
-    epochs: Annotated[Optional[float], typer.Option(min=0, max=10**6, help="Passes over the photos; 5 unless given.")] = None,
-    max_steps: Annotated[Optional[int], typer.Option(min=1, max=10**9, help="Training steps, instead of --epochs.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(**BATCH, help="Photos a step; each brings its captions.")] = None,
-    captions_per_image: Annotated[Optional[int], typer.Option(min=1, max=1000, help="Captions a photo and step; default: as many as the photos have, at most 5.")] = None,
-    accumulate: Annotated[Optional[int], typer.Option(min=1, max=10**6, help="Batches added up before a step.")] = None,
-    learning_rate: Annotated[Optional[float], typer.Option(help="The highest; it warms up and decays.")] = None,
+    all_words: Annotated[
+        Optional[bool],
+        typer.Option(
+            '--all-words',
+            help='Let the model say all 30,522 tokens, not only those of the captions (slower).',
+        ),
+    ] = None,
+    epochs: Annotated[
+        Optional[float], typer.Option(min=0, max=10**6, help='Passes over the photos; 5 unless given.')
+    ] = None,
+    max_steps: Annotated[
+        Optional[int], typer.Option(min=1, max=10**9, help='Training steps, instead of --epochs.')
+    ] = None,
+    batch_size: Annotated[
+        Optional[int], typer.Option(**BATCH, help='Photos a step; each brings its captions.')
+    ] = None,
+    captions_per_image: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, max=1000, help='Captions a photo and step; default: as many as the photos have, at most 5.'
+        ),
+    ] = None,
+    accumulate: Annotated[
+        Optional[int], typer.Option(min=1, max=10**6, help='Batches added up before a step.')
+    ] = None,
+    learning_rate: Annotated[
+        Optional[float], typer.Option(help='The highest; it warms up and decays.')
+    ] = None,
     mixed_precision: Annotated[Optional[str], typer.Option(metavar='no|bf16|fp16')] = None,
-    workers: Annotated[Optional[int], typer.Option(**WORKERS, help="Processes that read photos ahead.")] = None,
-    save_every: Annotated[Optional[int], typer.Option(min=1, max=10**9, help="Steps between training states and between measurements.")] = None,
+    workers: Annotated[
+        Optional[int], typer.Option(**WORKERS, help='Processes that read photos ahead.')
+    ] = None,
+    save_every: Annotated[
+        Optional[int],
+        typer.Option(min=1, max=10**9, help='Steps between training states and between measurements.'),
+    ] = None,
     seed: Annotated[Optional[int], typer.Option(**SEED)] = None,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many photos only.")] = None,
-    strict: Annotated[Optional[bool], typer.Option('--strict', help="Stop at the first broken photo instead of skipping it.")] = None,
-    cache: Annotated[Optional[str], typer.Option(metavar='DIR', help="Keep decoded photos here: each is decoded once, for all epochs and runs.")] = None,
+    limit: Annotated[Optional[int], typer.Option(min=1, help='Use this many photos only.')] = None,
+    strict: Annotated[
+        Optional[bool],
+        typer.Option('--strict', help='Stop at the first broken photo instead of skipping it.'),
+    ] = None,
+    cache: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar='DIR', help='Keep decoded photos here: each is decoded once, for all epochs and runs.'
+        ),
+    ] = None,
 ):
     """Train a captioner on a folder of photos with captions.
 
@@ -113,7 +270,8 @@ def train_command(
 
       pvtblip train --images photos --captions captions.json --out model --tiny --max-steps 100
 
-    Stopped or killed? The same command with --resume goes on as if nothing had happened. For good captions of real photos
+    Stopped or killed? The same command with --resume goes on as if nothing had happened. For good
+    captions of real photos
     start from pretrained parts: --encoder pvt_v2_b2 --encoder-weights pretrained --text-model bert-base-uncased.
     Several GPUs: accelerate launch -m pvtblip train, with the same flags.
     """
@@ -122,53 +280,175 @@ def train_command(
     from pvtblip.photo_training import PhotoRun, captioner_config, train_on_photos
     from pvtblip.practice import change_config, read_config, to_toml
     from pvtblip.training import processes
-    if max_steps and epochs: raise ValueError("--max-steps and --epochs both say how long to train; give one of them")
-    if config and (tiny or text_model or start_from): raise ValueError(f"{config}: holds the captioner; write there what --tiny, --text-model and --start-from would change")
-    if start_from and (tiny or text_model): raise ValueError(f"{start_from}: has a captioner of its own; leave out --tiny and --text-model")
-    if resume and config is None and (out/'run.toml').is_file(): config = out/'run.toml'
-    if config: run = read_config(PhotoRun, config)
-    else: run = PhotoRun(start_from=start_from, captioner=Captioner.from_pretrained(start_from).config if start_from else captioner_config(tiny, text_model=text_model))
-    given = {'data.captions': captions, 'data.images': images, 'data.limit': limit, 'data.captions_per_image': captions_per_image, 'data.strict': strict, 'data.cache': cache,
-        'text_model': text_model, 'self_critical': self_critical, 'freeze_encoder': freeze_encoder, 'all_words': all_words, 'epochs': 0. if max_steps else epochs,
-        'captioner.encoder.name': encoder, 'captioner.encoder.weights': True if encoder_weights == 'pretrained' else encoder_weights,
-        'captioner.encoder.backbone_kwargs': _json_option('--encoder-kwargs', encoder_kwargs), 'captioner.encoder.stages': _numbers('--stages', stages),
-        'captioner.encoder.image_size': image_size, 'captioner.encoder.mean': None if image_mean is None else [image_mean]*3, 'captioner.encoder.std': None if image_std is None else [image_std]*3,
-        'captioner.prompt': prompt, 'captioner.max_length': max_length, 'captioner.label_smoothing': label_smoothing,
-        'training.max_steps': max_steps, 'training.batch_size': batch_size, 'training.gradient_accumulation_steps': accumulate, 'training.learning_rate': learning_rate,
-        'training.mixed_precision': mixed_precision, 'training.seed': seed, 'training.dataloader_num_workers': workers, 'training.save_steps': save_every, 'training.eval_steps': save_every}
+
+    if max_steps and epochs:
+        raise ValueError('--max-steps and --epochs both say how long to train; give one of them')
+    if config and (tiny or text_model or start_from):
+        raise ValueError(
+            f'{config}: holds the captioner; write there what --tiny, --text-model and --start-from '
+            'would change'
+        )
+    if start_from and (tiny or text_model):
+        raise ValueError(f'{start_from}: has a captioner of its own; leave out --tiny and --text-model')
+    if resume and config is None and (out / 'run.toml').is_file():
+        config = out / 'run.toml'
+    if config:
+        run = read_config(PhotoRun, config)
+    else:
+        run = PhotoRun(
+            start_from=start_from,
+            captioner=Captioner.from_pretrained(start_from).config
+            if start_from
+            else captioner_config(tiny, text_model=text_model),
+        )
+    given = {
+        'data.captions': captions,
+        'data.images': images,
+        'data.limit': limit,
+        'data.captions_per_image': captions_per_image,
+        'data.strict': strict,
+        'data.cache': cache,
+        'text_model': text_model,
+        'self_critical': self_critical,
+        'freeze_encoder': freeze_encoder,
+        'all_words': all_words,
+        'epochs': 0.0 if max_steps else epochs,
+        'captioner.encoder.name': encoder,
+        'captioner.encoder.weights': True if encoder_weights == 'pretrained' else encoder_weights,
+        'captioner.encoder.backbone_kwargs': _json_option('--encoder-kwargs', encoder_kwargs),
+        'captioner.encoder.stages': _numbers('--stages', stages),
+        'captioner.encoder.image_size': image_size,
+        'captioner.encoder.mean': None if image_mean is None else [image_mean] * 3,
+        'captioner.encoder.std': None if image_std is None else [image_std] * 3,
+        'captioner.prompt': prompt,
+        'captioner.max_length': max_length,
+        'captioner.label_smoothing': label_smoothing,
+        'training.max_steps': max_steps,
+        'training.batch_size': batch_size,
+        'training.gradient_accumulation_steps': accumulate,
+        'training.learning_rate': learning_rate,
+        'training.mixed_precision': mixed_precision,
+        'training.seed': seed,
+        'training.dataloader_num_workers': workers,
+        'training.save_steps': save_every,
+        'training.eval_steps': save_every,
+    }
     changed = {name: value for name, value in given.items() if value is not None} | _settings(changes or ())
-    if 'training.max_steps' in changed: changed.setdefault('epochs', 0.)
-    if tiny and encoder: changed = {'captioner.encoder.backbone_kwargs': {}, 'captioner.encoder.stages': [-1]} | changed   # tiny's own are those of a PVT
+    if 'training.max_steps' in changed:
+        changed.setdefault('epochs', 0.0)
+    if tiny and encoder:
+        changed = {
+            'captioner.encoder.backbone_kwargs': {},
+            'captioner.encoder.stages': [-1],
+        } | changed  # tiny's own are those of a PVT
     run = change_config(run, changed)
-    written = {f'--out ({name})': out/name for name in ('run.toml', 'history.json', 'config.json', 'model.safetensors')}
-    if not dry and not resume: refuse_outputs(written, [config, captions, encoder_weights], continued=written)
+    written = {
+        f'--out ({name})': out / name
+        for name in ('run.toml', 'history.json', 'config.json', 'model.safetensors')
+    }
+    if not dry and not resume:
+        refuse_outputs(written, [config, captions, encoder_weights], continued=written)
     figures = train_on_photos(run, out, resume, dry, log=_say)
-    if dry and processes().is_main_process: _print(to_toml(run) + ''.join(f'\n# {name}: {value:,.4g}' for name, value in figures.items()))
+    if dry and processes().is_main_process:
+        _print(to_toml(run) + ''.join(f'\n# {name}: {value:,.4g}' for name, value in figures.items()))
 
 # %% ../nbs/10_cli.ipynb #7c6bf352
-Dtype = Annotated[Optional[str], typer.Option(metavar='bfloat16|float16|float32', help="Compute in this type: bfloat16 is faster on GPUs and on many processors, and some captions become others (16_pipeline). Default: as the weights are saved.")]
+Dtype = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar='bfloat16|float16|float32',
+        help='Compute in this type: bfloat16 is faster on GPUs and on many processors, and some captions '
+        'become others (16_pipeline). Default: as the weights are saved.',
+    ),
+]
+
 
 @app.command('caption')
 def caption_command(
-    images: Annotated[list[str], typer.Argument(metavar='IMAGE|DIR|LIST|-...', help="Photos; folders, with all below them; lists of photos (.txt, one path a line, relative to the current folder; - reads one from standard input); WebDataset shards (.tar).")],
-    model: Annotated[str, typer.Option(metavar='DIR', help="A model folder, or a name on the Hugging Face hub.")],
-    jsonl: Annotated[Optional[Path], typer.Option(metavar='OUT', help="Append a line of JSON for each photo here, and skip those that have one.")] = None,
-    retry: Annotated[bool, typer.Option('--retry', help="With --jsonl: try photos again that failed before.")] = False,
-    tokens: Annotated[bool, typer.Option('--tokens', help="With --jsonl: also every token with its log-probability.")] = False,
-    num_beams: Annotated[Optional[int], typer.Option(max=256, help="Captions searched side by side; 1 is greedy. Default: 3, or 1 where words are drawn.")] = None,
-    max_length: Annotated[Optional[int], typer.Option(help="Tokens at most, prompt included.")] = None,
-    min_length: Annotated[Optional[int], typer.Option(help="Tokens at least, prompt included.")] = None,
-    prefix: Annotated[Optional[str], typer.Option(metavar='TEXT', help="Every caption begins so, as 'two dogs'.")] = None,
-    force_words: Annotated[Optional[list[str]], typer.Option('--force-word', metavar='WORD', help="Every caption must say this; may be given again.")] = None,
-    bad_words: Annotated[Optional[list[str]], typer.Option('--bad-word', metavar='WORD', help="No caption may say this; may be given again.")] = None,
-    changes: Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', help="Any field of GenerationConfig, as no_repeat_ngram_size=2, or do_sample=true with top_p=0.9; may be given again.")] = None,
-    seed: Annotated[Optional[int], typer.Option(**SEED, help="With --set do_sample=true: another number draws other captions, the same one the same captions, whatever the batches. Default: 0.")] = None,
-    sure: Annotated[Optional[float], typer.Option(metavar='PRECISION', help="Say 'not sure' unless a share of right captions, as 0.8, can be promised; JSON gets the probability, and sure or not, beside the caption. The model must be calibrated (pvtblip calibrate), with the same beams.")] = None,
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar='IMAGE|DIR|LIST|-...',
+            help='Photos; folders, with all below them; lists of photos (.txt, one path a line, relative '
+            'to the current folder; - reads one from standard input); WebDataset shards (.tar).',
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(metavar='DIR', help='A model folder, or a name on the Hugging Face hub.')
+    ],
+    jsonl: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar='OUT', help='Append a line of JSON for each photo here, and skip those that have one.'
+        ),
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option('--retry', help='With --jsonl: try photos again that failed before.')
+    ] = False,
+    tokens: Annotated[
+        bool, typer.Option('--tokens', help='With --jsonl: also every token with its log-probability.')
+    ] = False,
+    num_beams: Annotated[
+        Optional[int],
+        typer.Option(
+            max=256,
+            help='Captions searched side by side; 1 is greedy. Default: 3, or 1 where words are drawn.',
+        ),
+    ] = None,
+    max_length: Annotated[Optional[int], typer.Option(help='Tokens at most, prompt included.')] = None,
+    min_length: Annotated[Optional[int], typer.Option(help='Tokens at least, prompt included.')] = None,
+    prefix: Annotated[
+        Optional[str], typer.Option(metavar='TEXT', help="Every caption begins so, as 'two dogs'.")
+    ] = None,
+    force_words: Annotated[
+        Optional[list[str]],
+        typer.Option('--force-word', metavar='WORD', help='Every caption must say this; may be given again.'),
+    ] = None,
+    bad_words: Annotated[
+        Optional[list[str]],
+        typer.Option('--bad-word', metavar='WORD', help='No caption may say this; may be given again.'),
+    ] = None,
+    changes: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            '--set',
+            metavar='NAME=VALUE',
+            help='Any field of GenerationConfig, as no_repeat_ngram_size=2, or do_sample=true with '
+            'top_p=0.9; may be given again.',
+        ),
+    ] = None,
+    seed: Annotated[
+        Optional[int],
+        typer.Option(
+            **SEED,
+            help='With --set do_sample=true: another number draws other captions, the same one the same '
+            'captions, whatever the batches. Default: 0.',
+        ),
+    ] = None,
+    sure: Annotated[
+        Optional[float],
+        typer.Option(
+            metavar='PRECISION',
+            help="Say 'not sure' unless a share of right captions, as 0.8, can be promised; JSON gets the "
+            'probability, and sure or not, beside the caption. The model must be calibrated (pvtblip '
+            'calibrate), with the same beams.',
+        ),
+    ] = None,
     dtype: Dtype = None,
-    batch_size: Annotated[int, typer.Option(**BATCH, help="Photos captioned together.")] = 16,
-    workers: Annotated[Optional[int], typer.Option(**WORKERS, help="Processes that decode photos ahead. Default: the cores, less one; none for a few photos.")] = None,
-    as_json: Annotated[bool, typer.Option('--json', help="Print JSON with scores and tokens instead of text.")] = False,
-    attention: Annotated[Optional[Path], typer.Option(metavar='PNG', help="Also draw where the model looked, word by word.")] = None,
+    batch_size: Annotated[int, typer.Option(**BATCH, help='Photos captioned together.')] = 16,
+    workers: Annotated[
+        Optional[int],
+        typer.Option(
+            **WORKERS,
+            help='Processes that decode photos ahead. Default: the cores, less one; none for a few photos.',
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option('--json', help='Print JSON with scores and tokens instead of text.')
+    ] = False,
+    attention: Annotated[
+        Optional[Path], typer.Option(metavar='PNG', help='Also draw where the model looked, word by word.')
+    ] = None,
 ):
     """Say what is in each photo: one line each, the file, a tab, the caption.
 
@@ -178,80 +458,175 @@ def caption_command(
 
       pvtblip caption photos --model model --jsonl captions.jsonl
 
-    Each line is {"image", "caption", "score", "confidence"} (the mean log-probability of its tokens), or {"image", "error"}.
-    Stopped or killed? The same command goes on from there. Several GPUs: accelerate launch -m pvtblip caption, with the same flags.
+    Each line is {"image", "caption", "score", "confidence"} (the mean log-probability of its tokens), or
+    {"image", "error"}.
+    Stopped or killed? The same command goes on from there. Several GPUs: accelerate launch -m pvtblip
+    caption, with the same flags.
     """
-    if jsonl and (as_json or attention): raise ValueError("--jsonl writes a file; --json and --attention go without it")
-    if not jsonl and (retry or tokens): raise ValueError("--retry and --tokens go with --jsonl")
-    options = _generation(dict(num_beams=num_beams, max_length=max_length, min_length=min_length, prefix=prefix), changes or ())
-    if seed is not None and not options.do_sample: raise ValueError("--seed goes with --set do_sample=true; without it nothing is drawn")
-    more = dict(force_words=force_words or (), bad_words=bad_words or (), seed=seed or 0, sure=sure, dtype=dtype)
+    if jsonl and (as_json or attention):
+        raise ValueError('--jsonl writes a file; --json and --attention go without it')
+    if not jsonl and (retry or tokens):
+        raise ValueError('--retry and --tokens go with --jsonl')
+    options = _generation(
+        dict(num_beams=num_beams, max_length=max_length, min_length=min_length, prefix=prefix), changes or ()
+    )
+    if seed is not None and not options.do_sample:
+        raise ValueError('--seed goes with --set do_sample=true; without it nothing is drawn')
+    more = dict(
+        force_words=force_words or (), bad_words=bad_words or (), seed=seed or 0, sure=sure, dtype=dtype
+    )
     if jsonl:
         from pvtblip.pipeline import caption_many
-        failed = caption_many(images, model, jsonl, options, batch_size, workers, tokens, retry, log=_say, **more)
+
+        failed = caption_many(
+            images, model, jsonl, options, batch_size, workers, tokens, retry, log=_say, **more
+        )
     else:
         from pvtblip.pipeline import caption_files
-        look, out = _drawer(attention, images, model), _print_json if as_json else _line
-        failed = caption_files(images, model, options, as_json, look, out, _complain, _say, batch_size, workers, **more)
+
+        look = _drawer(attention, images, model)
+        out = _print_json if as_json else _line
+        failed = caption_files(
+            images, model, options, as_json, look, out, _complain, _say, batch_size, workers, **more
+        )
     raise typer.Exit(1 if failed else 0)
 
 # %% ../nbs/10_cli.ipynb #33a2843d
 def _generation(flags, changes):
-    "How captions are chosen: flags that were given, then --set, over three beams (one where words are drawn)."
+    """How captions are chosen: flags that were given, then --set, over three beams (one where words are
+    drawn).
+    """
     from dataclasses import replace
     from pvtblip.generation import GenerationConfig
+
     named = _settings(changes, 'no_repeat_ngram_size=2')
-    options = replace(GenerationConfig(num_beams=1 if named.get('do_sample') is True else 3), **{name: value for name, value in flags.items() if value is not None})
-    if not named: return options
+    options = replace(
+        GenerationConfig(num_beams=1 if named.get('do_sample') is True else 3),
+        **{name: value for name, value in flags.items() if value is not None},
+    )
+    if not named:
+        return options
     from pvtblip.practice import change_config
+
     return change_config(options, named)
+
 
 def _drawer(attention, images, model):
     "What draws the attention, or None."
-    if attention is None: return None
+    if attention is None:
+        return None
     from pvtblip.app import attention_drawer
     from pvtblip.pipeline import check_inputs, files_read
+
     return attention_drawer(attention, files_read(check_inputs(images), model))
 
 # %% ../nbs/10_cli.ipynb #db9322d0
 @app.command('score')
 def score_command(
-    references: Annotated[Path, typer.Argument(metavar='REFERENCES', help="Captions by people, in any form that training reads: COCO's annotations, {file: [captions]}, a table.")],
-    hypotheses: Annotated[Path, typer.Argument(metavar='HYPOTHESES', help="COCO's result file, JSON {file: caption}, or what pvtblip caption --jsonl wrote.")],
-    json_file: Annotated[Optional[Path], typer.Option('--json', metavar='OUT', help="Also write scores, intervals and the scores of each image here.")] = None,
-    against: Annotated[Optional[Path], typer.Option(metavar='FILE', help="Captions of an earlier system: is the new one really better?")] = None,
-    training: Annotated[Optional[Path], typer.Option(metavar='FILE', help="Captions that the model learnt from, in any form that training reads, to count the copied ones.")] = None,
-    tokenized_references: Annotated[bool, typer.Option('--tokenized-references', help="The references were tokenised before.")] = False,
-    go_on: Annotated[bool, typer.Option('--go-on', help="Score what can be paired, whatever is wrong with the rest.")] = False,
+    references: Annotated[
+        Path,
+        typer.Argument(
+            metavar='REFERENCES',
+            help="Captions by people, in any form that training reads: COCO's annotations, "
+            '{file: [captions]}, a table.',
+        ),
+    ],
+    hypotheses: Annotated[
+        Path,
+        typer.Argument(
+            metavar='HYPOTHESES',
+            help="COCO's result file, JSON {file: caption}, or what pvtblip caption --jsonl wrote.",
+        ),
+    ],
+    json_file: Annotated[
+        Optional[Path],
+        typer.Option(
+            '--json', metavar='OUT', help='Also write scores, intervals and the scores of each image here.'
+        ),
+    ] = None,
+    against: Annotated[
+        Optional[Path],
+        typer.Option(metavar='FILE', help='Captions of an earlier system: is the new one really better?'),
+    ] = None,
+    training: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar='FILE',
+            help='Captions that the model learnt from, in any form that training reads, to count the '
+            'copied ones.',
+        ),
+    ] = None,
+    tokenized_references: Annotated[
+        bool, typer.Option('--tokenized-references', help='The references were tokenised before.')
+    ] = False,
+    go_on: Annotated[
+        bool, typer.Option('--go-on', help='Score what can be paired, whatever is wrong with the rest.')
+    ] = False,
 ):
     """BLEU, METEOR, ROUGE-L and CIDEr as the COCO server computes them, with 95 % intervals.
 
-    Captions find their references by id, or by the path of the photo. Ids on one side only or twice, photos that failed,
-    captions that say nothing, other scripts, control characters, tokens such as [SEP]: all are counted, named and refused,
+    Captions find their references by id, or by the path of the photo. Ids on one side only or twice,
+    photos that failed,
+    captions that say nothing, other scripts, control characters, tokens such as [SEP]: all are counted,
+    named and refused,
     unless --go-on. CIDEr runs from 0 to 10, the others from 0 to 1.
     """
     from pvtblip.app import score_files
-    score_files(references, hypotheses, json_file, against, training, tokenized_references, go_on, _print, _say)
+
+    score_files(
+        references, hypotheses, json_file, against, training, tokenized_references, go_on, _print, _say
+    )
 
 # %% ../nbs/10_cli.ipynb #47297f6e
 @app.command('evaluate')
 def evaluate_command(
-    model: Annotated[str, typer.Option(metavar='DIR', help="A model folder, or a name on the Hugging Face hub.")],
-    images: Annotated[Path, typer.Option(metavar='DIR', help="Folder of photos.")],
-    captions: Annotated[Path, typer.Option(metavar='FILE', help="Their references, in any form that training reads.")],
-    json_file: Annotated[Optional[Path], typer.Option('--json', metavar='OUT', help="Also write scores, intervals and the scores of each image here.")] = None,
-    results: Annotated[Optional[Path], typer.Option(metavar='FILE', help="Write the captions here in COCO's format; default: OUT with .results.json.")] = None,
-    sheet: Annotated[Optional[Path], typer.Option(metavar='PNG', help="Draw the ten best and the ten worst here.")] = None,
-    training: Annotated[Optional[Path], typer.Option(metavar='FILE', help="Captions that the model learnt from, in any form that training reads, to count the copied ones.")] = None,
-    clip: Annotated[Optional[Path], typer.Option(metavar='DIR', help="Folder of a CLIP, for CLIPScore.")] = None,
-    split: Annotated[Optional[str], typer.Option(metavar='NAME', help="Only photos of this split, where the file has splits.")] = None,
-    num_beams: Annotated[int, typer.Option(max=256, help="Captions searched side by side; 1 is greedy.")] = 3,
-    max_length: Annotated[Optional[int], typer.Option(help="Tokens at most, prompt included.")] = None,
-    min_length: Annotated[int, typer.Option(help="Tokens at least, prompt included.")] = 0,
+    model: Annotated[
+        str, typer.Option(metavar='DIR', help='A model folder, or a name on the Hugging Face hub.')
+    ],
+    images: Annotated[Path, typer.Option(metavar='DIR', help='Folder of photos.')],
+    captions: Annotated[
+        Path, typer.Option(metavar='FILE', help='Their references, in any form that training reads.')
+    ],
+    json_file: Annotated[
+        Optional[Path],
+        typer.Option(
+            '--json', metavar='OUT', help='Also write scores, intervals and the scores of each image here.'
+        ),
+    ] = None,
+    results: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar='FILE', help="Write the captions here in COCO's format; default: OUT with .results.json."
+        ),
+    ] = None,
+    sheet: Annotated[
+        Optional[Path], typer.Option(metavar='PNG', help='Draw the ten best and the ten worst here.')
+    ] = None,
+    training: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar='FILE',
+            help='Captions that the model learnt from, in any form that training reads, to count the '
+            'copied ones.',
+        ),
+    ] = None,
+    clip: Annotated[
+        Optional[Path], typer.Option(metavar='DIR', help='Folder of a CLIP, for CLIPScore.')
+    ] = None,
+    split: Annotated[
+        Optional[str],
+        typer.Option(metavar='NAME', help='Only photos of this split, where the file has splits.'),
+    ] = None,
+    num_beams: Annotated[int, typer.Option(max=256, help='Captions searched side by side; 1 is greedy.')] = 3,
+    max_length: Annotated[Optional[int], typer.Option(help='Tokens at most, prompt included.')] = None,
+    min_length: Annotated[int, typer.Option(help='Tokens at least, prompt included.')] = 0,
     dtype: Dtype = None,
-    batch_size: Annotated[int, typer.Option(**BATCH, help="Photos captioned together.")] = 16,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Use this many photos only.")] = None,
-    go_on: Annotated[bool, typer.Option('--go-on', help="Score the photos that can be read, whatever is wrong with the rest.")] = False,
+    batch_size: Annotated[int, typer.Option(**BATCH, help='Photos captioned together.')] = 16,
+    limit: Annotated[Optional[int], typer.Option(min=1, help='Use this many photos only.')] = None,
+    go_on: Annotated[
+        bool,
+        typer.Option('--go-on', help='Score the photos that can be read, whatever is wrong with the rest.'),
+    ] = False,
 ):
     """Caption photos and score the captions in one go.
 
@@ -260,16 +635,53 @@ def evaluate_command(
     The captions are written in COCO's format before they are scored, so that nothing is lost.
     """
     from pvtblip.app import evaluate_photos
-    evaluate_photos(model, images, captions, json_file, results, sheet, training, clip, split, num_beams, max_length, min_length,
-                    batch_size, limit, go_on, _print, _say, dtype=dtype)
+
+    evaluate_photos(
+        model,
+        images,
+        captions,
+        json_file,
+        results,
+        sheet,
+        training,
+        clip,
+        split,
+        num_beams,
+        max_length,
+        min_length,
+        batch_size,
+        limit,
+        go_on,
+        _print,
+        _say,
+        dtype=dtype,
+    )
 
 # %% ../nbs/10_cli.ipynb #10d41c0f
 @app.command('calibrate')
 def calibrate_command(
-    report: Annotated[Path, typer.Argument(metavar='REPORT', help="What pvtblip evaluate --json wrote, of photos that the model has not learnt from.")],
-    model: Annotated[Path, typer.Option(metavar='DIR', help="The folder of the model that was evaluated; confidence.json goes there.")],
-    good: Annotated[str, typer.Option(metavar='METRIC=NUMBER', help="The score from which a caption counts as right.")] = 'CIDEr=0.5',
-    plot: Annotated[Optional[Path], typer.Option(metavar='PNG', help="Also draw how the score rises when only the surest captions are kept.")] = None,
+    report: Annotated[
+        Path,
+        typer.Argument(
+            metavar='REPORT',
+            help='What pvtblip evaluate --json wrote, of photos that the model has not learnt from.',
+        ),
+    ],
+    model: Annotated[
+        Path,
+        typer.Option(
+            metavar='DIR', help='The folder of the model that was evaluated; confidence.json goes there.'
+        ),
+    ],
+    good: Annotated[
+        str, typer.Option(metavar='METRIC=NUMBER', help='The score from which a caption counts as right.')
+    ] = 'CIDEr=0.5',
+    plot: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar='PNG', help='Also draw how the score rises when only the surest captions are kept.'
+        ),
+    ] = None,
 ):
     """Learn from a report when this model's captions can be trusted, so that it may say "not sure".
 
@@ -277,29 +689,43 @@ def calibrate_command(
       pvtblip calibrate scores.json --model model
       pvtblip caption photo.jpg --model model --sure 0.8
 
-    At least 20 captions, better a thousand. Prints how well confidence ranks them (AUROC: 0.5 a coin, 1 perfect), how far
+    At least 20 captions, better a thousand. Prints how well confidence ranks them (AUROC: 0.5 a coin, 1
+    perfect), how far
     stated probabilities are from the truth (ECE), and how good the surest 25, 50, 75 and 100 % are.
     """
     from pvtblip.confidence import calibrate
+
     calibrate(report, model, good, plot, _print)
 
 # %% ../nbs/10_cli.ipynb #78499159
 @contextmanager
 def _stdout():
     "OSError says where results cannot be handed over; a reader that went away is no error of ours."
-    try: yield
-    except BrokenPipeError: raise
+    try:
+        yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())             # or Python would try again at its end, and complain
-        raise OSError(f"standard output: cannot be written ({error.strerror}); make room, or give another place") from error
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python would try again at its end, and complain
+        raise OSError(
+            f'standard output: cannot be written ({error.strerror}); make room, or give another place'
+        ) from error
+
 
 def _line(text):
-    with _stdout(): print(text)
+    with _stdout():
+        print(text)
+
 
 def _print(text):
     "Lines on stdout that no name in them can break or colour."
     from pvtblip.files import printable
-    for line in str(text).split('\n'): _line(printable(line))
+
+    for line in str(text).split('\n'):
+        _line(printable(line))
+
 
 def _print_json(text):
     "JSON on stdout; where stdout is no UTF-8, with other letters as \\uXXXX."
@@ -307,17 +733,23 @@ def _print_json(text):
         text = re.sub('[^\x00-\x7f]+', lambda found: json.dumps(found[0])[1:-1], text)
     _line(text)
 
+
 def _say(text):
     "Lines on stderr, above a progress bar where there is one."
     from tqdm import tqdm
     from pvtblip.files import printable
-    for line in str(text).split('\n'): tqdm.write(printable(line), file=sys.stderr)
+
+    for line in str(text).split('\n'):
+        tqdm.write(printable(line), file=sys.stderr)
+
 
 def _complain(message):
     "One line; of an error in a process that reads photos the last line, which says what was wrong."
     text = str(message)
-    if 'in DataLoader worker process' in text: text = text.strip().splitlines()[-1].partition(': ')[2]
-    _say(f"error: {' '.join(text.split())}")
+    if 'in DataLoader worker process' in text:
+        text = text.strip().splitlines()[-1].partition(': ')[2]
+    _say(f'error: {" ".join(text.split())}')
+
 
 def _files_below(folder):
     "All files of a folder, if it is one."
@@ -326,43 +758,62 @@ def _files_below(folder):
 # %% ../nbs/10_cli.ipynb #649e32ac
 def _json_option(name, text):
     from pvtblip.files import parse_json
+
     return None if text is None else parse_json(text, name)
+
 
 def _settings(changes, example='practice.ema_decay=0.999'):
     "{name: value} of NAME=VALUE; a value is a TOML one, or text."
     import tomllib
+
     found = {}
     for change in changes:
         name, equals, text = change.partition('=')
-        if not equals: raise ValueError(f"--set {change}: write NAME=VALUE, as {example}")
-        try: value = tomllib.loads(f'value = {text}')['value']
-        except tomllib.TOMLDecodeError: value = text
-        except (RecursionError, ValueError): raise ValueError(f"--set {name}: {text[:40]!r} … is no value that can be read") from None
-        found[name.strip()] = text if hasattr(value, 'isoformat') else value       # no setting is a date
+        if not equals:
+            raise ValueError(f'--set {change}: write NAME=VALUE, as {example}')
+        try:
+            value = tomllib.loads(f'value = {text}')['value']
+        except tomllib.TOMLDecodeError:
+            value = text
+        except (RecursionError, ValueError):
+            raise ValueError(f'--set {name}: {text[:40]!r} … is no value that can be read') from None
+        found[name.strip()] = text if hasattr(value, 'isoformat') else value  # no setting is a date
     return found
 
+
 def _numbers(name, text):
-    if text is None: return None
-    try: return [int(part) for part in text.split(',')]
-    except ValueError as error: raise ValueError(f"{name}: {text!r} is not a list of whole numbers like 2,3") from error
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(',')]
+    except ValueError as error:
+        raise ValueError(f'{name}: {text!r} is not a list of whole numbers like 2,3') from error
 
 # %% ../nbs/10_cli.ipynb #5ec2c7e5
 def _keep_memory():
-    "Let glibc keep freed memory: a table of gradients given back and cleared anew every step costs a quarter of a small model's time."
-    if sys.platform != 'linux' or not hasattr(libc := ctypes.CDLL(None), 'mallopt'): return
+    """Let glibc keep freed memory: a table of gradients given back and cleared anew every step costs a
+    quarter of a small model's time.
+    """
+    if sys.platform != 'linux' or not hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+        return
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-    libc.mallopt(-3, 2**25)      # M_MMAP_THRESHOLD: blocks up to 32 MiB live on the heap
+    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks up to 32 MiB live on the heap
+
 
 def main():
     "Run a command; bad input becomes one line on stderr and exit code 1."
     from pvtblip.files import tolerant
+
     _keep_memory()
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false') # the workers that read photos are forks
-    for stream in (sys.stdout, sys.stderr): tolerant(stream)
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # the workers that read photos are forks
+    for stream in (sys.stdout, sys.stderr):
+        tolerant(stream)
     try:
-        try: app()
+        try:
+            app()
         finally:
-            with _stdout(): sys.stdout.flush()
+            with _stdout():
+                sys.stdout.flush()
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         _complain(error)
         sys.exit(1)

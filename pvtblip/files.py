@@ -9,7 +9,8 @@ __all__ = ['MAX_DEPTH', 'MARK', 'Size', 'Count', 'Share', 'decode_text', 'read_t
            'part_of', 'setting_names', 'meant', 'from_plain', 'reason', 'StopAtSignal', 'outlive_signals']
 
 # %% ../nbs/00a_files.ipynb #616798b7
-import codecs, difflib, json, os, re, reprlib, signal, sys, textwrap, threading, tomllib, types, typing, unicodedata, warnings
+import codecs, difflib, json, os, re, reprlib, signal, sys, textwrap, threading
+import tomllib, types, typing, unicodedata, warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -34,215 +35,302 @@ _SIGNATURES = {  # how files begin that people take for text, and what to do wit
     b'\xff\xd8\xff': 'a picture',
     b'%PDF': 'a PDF',
     b'\xff\xfe': 'UTF-16; save it as UTF-8',
-    b'\xfe\xff': 'UTF-16; save it as UTF-8'}
+    b'\xfe\xff': 'UTF-16; save it as UTF-8',
+}
+
 
 def decode_text(
-    content:bytes,  # of a file, or of a member of an archive
-    where:str|Path, # what an error calls it
-) -> str: # without a byte order mark; line ends as they are
+    content: bytes,  # of a file, or of a member of an archive
+    where: str | Path,  # what an error calls it
+) -> str:  # without a byte order mark; line ends as they are
     "Text in UTF-8; ValueError naming the place, the line and what to do."
     content, head = content.removeprefix(codecs.BOM_UTF8), content[:512]
-    if any(half and not half.strip(b'\0') for half in (head[::2], head[1::2])): raise ValueError(f"{where}: not text but UTF-16; save it as UTF-8")
-    try: return content.decode()
+    if any(half and not half.strip(b'\0') for half in (head[::2], head[1::2])):
+        raise ValueError(f'{where}: not text but UTF-16; save it as UTF-8')
+    try:
+        return content.decode()
     except UnicodeDecodeError as error:
         for start, what in _SIGNATURES.items():
-            if content.startswith(start): raise ValueError(f"{where}: not text but {what}") from None
+            if content.startswith(start):
+                raise ValueError(f'{where}: not text but {what}') from None
         line = content.count(b'\n', 0, error.start) + 1
-        raise ValueError(f"{where}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8") from None
+        raise ValueError(
+            f'{where}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8'
+        ) from None
+
 
 def read_text(
-    file:str|Path, # path
-) -> str: # without a byte order mark; line ends as they are
+    file: str | Path,  # path
+) -> str:  # without a byte order mark; line ends as they are
     "A text file in UTF-8; FileNotFoundError or ValueError naming the file, the line and what to do."
     file = Path(file)
-    if not file.is_file(): raise FileNotFoundError(f"{file}: no such file")
+    if not file.is_file():
+        raise FileNotFoundError(f'{file}: no such file')
     return decode_text(file.read_bytes(), file)
 
 # %% ../nbs/00a_files.ipynb #212aee8e
 def not_text(
-    head:bytes, # how a file begins, which may hold bytes that are no UTF-8, as a list of file names
-) -> str|None: # what it is instead, and what to do with it
+    head: bytes,  # how a file begins, which may hold bytes that are no UTF-8, as a list of file names
+) -> str | None:  # what it is instead, and what to do with it
     "Whether people took another kind of file for text."
     return next((what for start, what in _SIGNATURES.items() if head.startswith(start)), None)
 
 # %% ../nbs/00a_files.ipynb #efdde7b4
-MAX_DEPTH = 100 # levels of brackets; the deepest file that anybody writes by hand or program has about ten
+MAX_DEPTH = 100  # levels of brackets; the deepest file that anybody writes by hand or program has about ten
+
 
 def _too_deep(value):
     "Whether lists and tables lie in each other more than `MAX_DEPTH` deep."
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_DEPTH):
-        if not level: return False
-        level = [part for item in level for part in (item.values() if isinstance(item, dict) else item) if isinstance(part, (dict, list))]
+        if not level:
+            return False
+        level = [
+            part
+            for item in level
+            for part in (item.values() if isinstance(item, dict) else item)
+            if isinstance(part, (dict, list))
+        ]
     return bool(level)
+
 
 def _parsed(parse, kind, text, where, line):
     "What a parser makes of `text`; ValueError where:line for all that it can object to."
     try:
         value = parse(text)
-        if _too_deep(value): raise RecursionError
+        if _too_deep(value):
+            raise RecursionError
         return value
     except RecursionError:
-        raise ValueError(f"{where}:{line}: nested more than {MAX_DEPTH} levels deep; this is not a file that anybody needs") from None
+        raise ValueError(
+            f'{where}:{line}: nested more than {MAX_DEPTH} levels deep; this is not a file that anybody needs'
+        ) from None
     except json.JSONDecodeError as error:
         at = error.lineno + line - 1
-        raise ValueError(f"{where}:{at}: not JSON ({error.msg}, column {error.colno}); correct this place") from None
-    except tomllib.TOMLDecodeError as error: raise ValueError(f"{where}: not TOML ({error}); correct this place") from None
-    except ValueError as error:                                    # a number of more digits than Python converts
+        raise ValueError(
+            f'{where}:{at}: not JSON ({error.msg}, column {error.colno}); correct this place'
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f'{where}: not TOML ({error}); correct this place') from None
+    except ValueError as error:  # a number of more digits than Python converts
         number = re.search(rf'\d{{{sys.get_int_max_str_digits() + 1}}}', text)
         at = line + (text.count('\n', 0, number.start()) if number else 0)
-        raise ValueError(f"{where}:{at}: not {kind} that can be read ({str(error).partition(';')[0]}); correct it") from None
+        raise ValueError(
+            f'{where}:{at}: not {kind} that can be read ({str(error).partition(";")[0]}); correct it'
+        ) from None
+
 
 def parse_json(
-    text:str,         # one JSON value
-    where:str|Path,   # the file that it comes from, for the error
-    line:int=1,       # of that file, where `text` begins
-    pairs=None,       # function of an object's (key, value) pairs in its place, as `json.loads` takes it
+    text: str,  # one JSON value
+    where: str | Path,  # the file that it comes from, for the error
+    line: int = 1,  # of that file, where `text` begins
+    pairs=None,  # function of an object's (key, value) pairs in its place, as `json.loads` takes it
 ):
     "`json.loads`, and every error is a ValueError FILE:LINE."
     return _parsed(lambda text: json.loads(text, object_pairs_hook=pairs), 'JSON', text, where, line)
 
+
 def read_json(
-    file:str|Path,    # path
-    kind:type=object, # dict, list: what the document must be
+    file: str | Path,  # path
+    kind: type = object,  # dict, list: what the document must be
 ):
     "A JSON document; FileNotFoundError, or ValueError naming the file and the line."
     value = parse_json(read_text(file), file)
     if not isinstance(value, kind):
         wanted = {dict: 'an object {...}', list: 'a list [...]'}[kind]
-        raise ValueError(f"{file}: holds {json.dumps(value)[:40]} where {wanted} should be; it is damaged or another file")
+        raise ValueError(
+            f'{file}: holds {json.dumps(value)[:40]} where {wanted} should be; it is damaged or another file'
+        )
     return value
 
+
 def read_toml(
-    file:str|Path, # path
+    file: str | Path,  # path
 ) -> dict:
     "A TOML document; FileNotFoundError, or ValueError naming the file and the line."
     return _parsed(tomllib.loads, 'TOML', read_text(file), file, 1)
 
 # %% ../nbs/00a_files.ipynb #bad59196
-_TURNING = '\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069' # they reverse the letters behind them
+# they reverse the letters behind them
+_TURNING = '\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'
+
 
 def printable(
-    text, # anything with a `str`
-) -> str: # one line
-    "Text with its control characters and line breaks written out (ESC as \\x1b), so that a terminal shows it and obeys nothing."
+    text,  # anything with a `str`
+) -> str:  # one line
+    """Text with its control characters and line breaks written out (ESC as \\x1b), so that a terminal shows
+    it and obeys nothing.
+    """
+
     def shown(letter):
-        if unicodedata.category(letter) not in ('Cc', 'Zl', 'Zp') and letter not in _TURNING: return letter
+        if unicodedata.category(letter) not in ('Cc', 'Zl', 'Zp') and letter not in _TURNING:
+            return letter
         return letter.encode('unicode_escape').decode()
+
     return ''.join(map(shown, str(text)))
+
 
 def _leave(error):
     "For letters that a stream cannot write: bytes of a file name leave as they came, others are written out."
-    letters = error.object[error.start:error.end]
-    if all('\udc80' <= letter <= '\udcff' for letter in letters): return letters.encode('ascii', 'surrogateescape'), error.end
+    letters = error.object[error.start : error.end]
+    if all('\udc80' <= letter <= '\udcff' for letter in letters):
+        return letters.encode('ascii', 'surrogateescape'), error.end
     return ''.join(letter.encode('unicode_escape').decode() for letter in letters).encode('ascii'), error.end
 
+
 def tolerant(
-    stream, # sys.stdout, sys.stderr
+    stream,  # sys.stdout, sys.stderr
 ):
     "Let a text stream write every string: nothing ends because a terminal knows no Japanese."
     codecs.register_error('pvtblip', _leave)
-    if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='pvtblip')
+    if hasattr(stream, 'reconfigure'):
+        stream.reconfigure(errors='pvtblip')
 
 # %% ../nbs/00a_files.ipynb #56a3a543
 @contextmanager
 def whole_file(
-    file:str|Path, # its folder is made where it lacks
+    file: str | Path,  # its folder is made where it lacks
 ):
-    "Gives the path to write to; what was written there takes the file's place at the end, or nothing does; OSError names the file."
+    """Gives the path to write to; what was written there takes the file's place at the end, or nothing does;
+    OSError names the file.
+    """
     file = Path(file)
     temporary = file.with_name(f'.{file.name}.tmp')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, 'r+b') as written: os.fsync(written.fileno())
+        with open(temporary, 'r+b') as written:
+            os.fsync(written.fileno())
         os.replace(temporary, file)
     except OSError as error:
-        if error.strerror is None: raise                           # it speaks for itself
-        raise OSError(f"{file}: cannot be written ({error.strerror}); make room, or give another place") from error
+        if error.strerror is None:
+            raise  # it speaks for itself
+        raise OSError(
+            f'{file}: cannot be written ({error.strerror}); make room, or give another place'
+        ) from error
     finally:
-        if temporary.parent.is_dir(): temporary.unlink(missing_ok=True)
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+
 
 def write_whole(
-    file:str|Path, # path
-    text:str,      # what it is to hold
+    file: str | Path,  # path
+    text: str,  # what it is to hold
 ):
     "Write a text file whole or not at all."
-    with whole_file(file) as temporary: temporary.write_bytes(text.encode('utf-8', 'backslashreplace')) # half a character: \\ud83d, as JSON writes it
+    with whole_file(file) as temporary:
+        temporary.write_bytes(
+            text.encode('utf-8', 'backslashreplace')
+        )  # half a character: \\ud83d, as JSON writes it
 
 # %% ../nbs/00a_files.ipynb #e5dadd22
-MARK = 'pvtblip' # in every file that this package writes and may write again
-_MARKED = re.compile(rb'\s*[\[{]\s*({\s*)?"written_by":\s*"' + MARK.encode() + rb'"|# ' + MARK.encode() + rb'\b')
+MARK = 'pvtblip'  # in every file that this package writes and may write again
+_MARKED = re.compile(
+    rb'\s*[\[{]\s*({\s*)?"written_by":\s*"' + MARK.encode() + rb'"|# ' + MARK.encode() + rb'\b'
+)
+
 
 def is_ours(
-    file:str|Path, # an existing file
+    file: str | Path,  # an existing file
 ) -> bool:
-    "Whether this package wrote a file, by the mark at its beginning; an empty file is nobody's and may be filled."
-    with open(file, 'rb') as stream: head = stream.read(4096)
-    if head.startswith(b'\x89PNG'): return b'Software\0' + MARK.encode() in head
+    """Whether this package wrote a file, by the mark at its beginning; an empty file is nobody's and may be
+    filled.
+    """
+    with open(file, 'rb') as stream:
+        head = stream.read(4096)
+    if head.startswith(b'\x89PNG'):
+        return b'Software\0' + MARK.encode() in head
     return not head or bool(_MARKED.match(head))
 
+
 def write_json(
-    file:str|Path, # path
-    value,         # a dict, or a list of dicts
+    file: str | Path,  # path
+    value,  # a dict, or a list of dicts
 ):
     "Write JSON whole or not at all, marked as ours."
     mark = dict(written_by=MARK)
-    marked = mark | value if isinstance(value, dict) else [mark | entry if i == 0 else entry for i, entry in enumerate(value)]
+    marked = (
+        mark | value
+        if isinstance(value, dict)
+        else [mark | entry if i == 0 else entry for i, entry in enumerate(value)]
+    )
     write_whole(file, json.dumps(marked, indent=1, ensure_ascii=False))
 
+
 def save_figure(
-    figure,        # of matplotlib
-    file:str|Path, # a .png
-    **options,     # of matplotlib's savefig
+    figure,  # of matplotlib
+    file: str | Path,  # a .png
+    **options,  # of matplotlib's savefig
 ):
     "Write a picture whole or not at all, marked as ours."
     with whole_file(file) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='Glyph .* missing from') # scripts that the font lacks appear as boxes
+        warnings.filterwarnings(
+            'ignore', message='Glyph .* missing from'
+        )  # scripts that the font lacks appear as boxes
         figure.savefig(temporary, format='png', metadata={'Software': MARK}, **options)
 
 # %% ../nbs/00a_files.ipynb #9792d755
 def _identity(path):
     "What two paths to one file have in common, by whatever names and links."
-    try: found = os.stat(path)
-    except OSError: return os.path.realpath(path)
+    try:
+        found = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
     return found.st_dev, found.st_ino
 
+
 def refuse_outputs(
-    outputs:Mapping[str, str|Path|None], # flag or name -> file to be written; None: not asked for
-    inputs:Iterable[str|Path|None]=(),   # files and folders that the command reads, a million photos among them
-    suffixes:Mapping[str, str]={},       # flag or name -> how its file must end, such as '.png'
-    continued:Iterable[str]=(),          # flags whose file is gone on with: who made it is looked at elsewhere
+    outputs: Mapping[str, str | Path | None],  # flag or name -> file to be written; None: not asked for
+    inputs: Iterable[
+        str | Path | None
+    ] = (),  # files and folders that the command reads, a million photos among them
+    suffixes: Mapping[str, str] = {},  # flag or name -> how its file must end, such as '.png'
+    continued: Iterable[str] = (),  # flags whose file is gone on with: who made it is looked at elsewhere
 ):
-    "ValueError before work starts for an output that is an input, another output, a folder, or a file that this package did not write."
-    outputs, taken = {flag: Path(file) for flag, file in outputs.items() if file is not None}, {}
+    """ValueError before work starts for an output that is an input, another output, a folder, or a file that
+    this package did not write.
+    """
+    outputs = {flag: Path(file) for flag, file in outputs.items() if file is not None}
+    taken = {}
     for flag, file in outputs.items():
-        name = f"{flag} {printable(file)}"
-        if (suffix := suffixes.get(flag)) and file.suffix.lower() != suffix: raise ValueError(f"{name}: give a file that ends in {suffix}")
-        if file.is_dir(): raise ValueError(f"{name}: is a folder; give a file")
-        if file.exists() and not file.is_file(): raise ValueError(f"{name}: is a device or a pipe; give a file")
+        name = f'{flag} {printable(file)}'
+        if (suffix := suffixes.get(flag)) and file.suffix.lower() != suffix:
+            raise ValueError(f'{name}: give a file that ends in {suffix}')
+        if file.is_dir():
+            raise ValueError(f'{name}: is a folder; give a file')
+        if file.exists() and not file.is_file():
+            raise ValueError(f'{name}: is a device or a pipe; give a file')
         other, _ = taken.setdefault(_identity(file), (flag, name))
-        if other != flag: raise ValueError(f"{name}: is also the file of {other}; give another file")
+        if other != flag:
+            raise ValueError(f'{name}: is also the file of {other}; give another file')
         _refuse_place(name, file.parent)
     for given in inputs if outputs else ():
         _, name = taken.get(given is not None and _identity(given), (None, None))
-        if name: raise ValueError(f"{name}: is read by this command, and would be lost; give another file")
+        if name:
+            raise ValueError(f'{name}: is read by this command, and would be lost; give another file')
     for flag, name in taken.values():
         file = outputs[flag]
         if flag not in continued and file.exists() and not is_ours(file):
-            raise ValueError(f"{name}: is there already, and {MARK} did not write it; give another file, or remove it")
+            raise ValueError(
+                f'{name}: is there already, and {MARK} did not write it; give another file, or remove it'
+            )
+
 
 def _refuse_place(name, folder):
     "ValueError where a file cannot be made in `folder`, or in the folders that would have to be made."
-    while not folder.exists(): folder = folder.parent
-    if not folder.is_dir(): raise ValueError(f"{name}: {printable(folder)} is a file, not a folder; give another place")
-    if not os.access(folder, os.W_OK): raise ValueError(f"{name}: nothing may be written in {printable(folder)}; give another place")
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f'{name}: {printable(folder)} is a file, not a folder; give another place')
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f'{name}: nothing may be written in {printable(folder)}; give another place')
 
 # %% ../nbs/00a_files.ipynb #a3667ada
 @contextmanager
 def only_writer(
-    place:str|Path,   # a file or a folder
-    patience:float=6, # seconds to wait: the reading processes of a killed run take up to five to notice, and hold what it held
+    place: str | Path,  # a file or a folder
+    # seconds to wait: the reading processes of a killed run take up to five to notice, and hold what it held
+    patience: float = 6,
 ):
     "A context in which no other process writes there; OSError where one does."
     place = Path(place)
@@ -250,169 +338,255 @@ def only_writer(
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout: raise OSError(f"{place}: another process is writing it; wait for it, or give another place") from None
-    except OSError as error: raise OSError(f"{place}: cannot be written ({error.strerror or error}); make room, or give another place") from error
-    try: yield
-    finally: lock.release()
+    except Timeout:
+        raise OSError(f'{place}: another process is writing it; wait for it, or give another place') from None
+    except OSError as error:
+        raise OSError(
+            f'{place}: cannot be written ({error.strerror or error}); make room, or give another place'
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../nbs/00a_files.ipynb #847633d3
 @dataclass(frozen=True)
 class Within:
     "The numbers that a setting may be: `Annotated[int, Within(1, 100)]`."
-    low:float        # the smallest
-    high:float       # the largest
-    above:bool=False # True: `low` itself is left out
 
-    def __contains__(self, value): return (self.low < value if self.above else self.low <= value) and value <= self.high
-    def __str__(self): return f"above {self.low:,} and at most {self.high:,}" if self.above else f"from {self.low:,} to {self.high:,}"
+    low: float  # the smallest
+    high: float  # the largest
+    above: bool = False  # True: `low` itself is left out
 
-Size = Annotated[int, Within(1, 2**20)]   # of something that there must be; the largest is beyond every machine that we know
+    def __contains__(self, value):
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self):
+        return (
+            f'above {self.low:,} and at most {self.high:,}'
+            if self.above
+            else f'from {self.low:,} to {self.high:,}'
+        )
+
+
+Size = Annotated[
+    int, Within(1, 2**20)
+]  # of something that there must be; the largest is beyond every machine that we know
 Count = Annotated[int, Within(0, 10**9)]  # of something that there may be
 Share = Annotated[float, Within(0, 1)]
 
-_LONGEST_TEXT = 100_000 # letters
-_TYPES = {int: 'a whole number', float: 'a number', bool: 'true or false', str: f'text of at most {_LONGEST_TEXT:,} letters',
-          dict: 'a table', list: 'a list', tuple: 'a list', type(None): 'not set'}
+_LONGEST_TEXT = 100_000  # letters
+_TYPES = {
+    int: 'a whole number',
+    float: 'a number',
+    bool: 'true or false',
+    str: f'text of at most {_LONGEST_TEXT:,} letters',
+    dict: 'a table',
+    list: 'a list',
+    tuple: 'a list',
+    type(None): 'not set',
+}
+
 
 def _fits(value, hint):
-    "Whether a plain value may stand where a type is asked for: a whole number for a float, a list for a tuple; nan and infinity nowhere."
-    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind is Annotated: return _fits(value, parts[0]) and value in parts[1]
-    if kind in (types.UnionType, typing.Union): return any(_fits(value, part) for part in parts)
-    if kind is typing.Literal: return isinstance(value, str) and value in parts
-    if kind in (object, typing.Any): return True
-    if isinstance(value, bool): return kind is bool
-    if kind is float: return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-    if kind is int: return isinstance(value, int) and -2**63 <= value < 2**63
-    if kind is str: return isinstance(value, str) and len(value) <= _LONGEST_TEXT
+    """Whether a plain value may stand where a type is asked for: a whole number for a float, a list for a
+    tuple; nan and infinity nowhere.
+    """
+    kind = typing.get_origin(hint) or hint
+    parts = typing.get_args(hint)
+    if kind is Annotated:
+        return _fits(value, parts[0]) and value in parts[1]
+    if kind in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if kind is typing.Literal:
+        return isinstance(value, str) and value in parts
+    if kind in (object, typing.Any):
+        return True
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    if kind is int:
+        return isinstance(value, int) and -(2**63) <= value < 2**63
+    if kind is str:
+        return isinstance(value, str) and len(value) <= _LONGEST_TEXT
     if kind is tuple and parts and parts[-1] is not ...:
         return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_fits, value, parts))
-    if kind in (list, tuple): return isinstance(value, (list, tuple)) and all(_fits(item, part) for part in parts[:1] for item in value)
-    if kind is dict: return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if kind in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(
+            _fits(item, part) for part in parts[:1] for item in value
+        )
+    if kind is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     return isinstance(value, kind)
+
 
 def _wanted(hint):
     "What `_fits` asks for, in words."
-    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if kind is Annotated: return f"{_wanted(parts[0])} {parts[1]}"
-    if kind in (types.UnionType, typing.Union): return ', or '.join(map(_wanted, parts))
-    if kind is typing.Literal: return ' or '.join(map(repr, parts))
+    kind = typing.get_origin(hint) or hint
+    parts = typing.get_args(hint)
+    if kind is Annotated:
+        return f'{_wanted(parts[0])} {parts[1]}'
+    if kind in (types.UnionType, typing.Union):
+        return ', or '.join(map(_wanted, parts))
+    if kind is typing.Literal:
+        return ' or '.join(map(repr, parts))
     if kind in (list, tuple) and parts:
-        number = '' if kind is list or parts[-1] is ... else f" of {len(parts)}"
-        return f"a list{number}, each {_wanted(parts[0])}"
+        number = '' if kind is list or parts[-1] is ... else f' of {len(parts)}'
+        return f'a list{number}, each {_wanted(parts[0])}'
     return _TYPES.get(kind, 'a table of settings')
+
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 60
 
+
 def short(
-    value, # anything
-) -> str: # one line
+    value,  # anything
+) -> str:  # one line
     "A value as an error shows it: as Python writes it, the middle left out where it is long."
     return printable(_repr.repr(value))
 
+
 def check_value(
-    name:str, # what the error calls it
-    value,    # plain: what JSON or TOML can say
-    hint,     # its type, as in an annotation
+    name: str,  # what the error calls it
+    value,  # plain: what JSON or TOML can say
+    hint,  # its type, as in an annotation
 ):
     "ValueError where a value is not of the type, or outside the bounds, that an annotation states."
-    if not _fits(value, hint): raise ValueError(f"{name} is {short(value)}; it must be {_wanted(hint)}")
+    if not _fits(value, hint):
+        raise ValueError(f'{name} is {short(value)}; it must be {_wanted(hint)}')
+
 
 def settings_of(
-    cls, # a dataclass
-) -> list: # of (field, annotation)
+    cls,  # a dataclass
+) -> list:  # of (field, annotation)
     "The settings of a config and what each may be."
     hints = typing.get_type_hints(cls, include_extras=True)
     return [(f, hints[f.name]) for f in fields(cls)]
 
+
 def check_settings(
-    config, # a dataclass of plain values; call this first in its `__post_init__`
+    config,  # a dataclass of plain values; call this first in its `__post_init__`
 ):
-    "ValueError naming the first setting that is not what its annotation says; lists become tuples where it says so."
+    """ValueError naming the first setting that is not what its annotation says; lists become tuples where it
+    says so.
+    """
     for f, hint in settings_of(type(config)):
         value = getattr(config, f.name)
         check_value(f.name, value, hint)
-        if tuple in (hint, typing.get_origin(hint)): object.__setattr__(config, f.name, tuple(value))
+        if tuple in (hint, typing.get_origin(hint)):
+            object.__setattr__(config, f.name, tuple(value))
 
 # %% ../nbs/00a_files.ipynb #5eb29cee
 def part_of(
-    hint, # annotation of a setting
+    hint,  # annotation of a setting
 ):
     "The dataclass that a setting holds, or None."
-    return next((kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
+    return next(
+        (kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)),
+        None,
+    )
+
 
 def setting_names(
-    cls,         # a dataclass, perhaps of dataclasses
-    above:str='' # dotted name of the part, with its dot
+    cls,  # a dataclass, perhaps of dataclasses
+    above: str = '',  # dotted name of the part, with its dot
 ) -> Iterable[str]:
     "The dotted name of every setting in a tree."
     for f, hint in settings_of(cls):
         part = part_of(hint)
         yield from setting_names(part, f'{above}{f.name}.') if part else [above + f.name]
 
+
 def meant(
-    name:str, # dotted
-    root,     # the tree's own dataclass
-) -> str: # the end of an error
+    name: str,  # dotted
+    root,  # the tree's own dataclass
+) -> str:  # the end of an error
     "The most similar names of a tree."
     paths, last = list(setting_names(root)), lambda path: path.rpartition('.')[2]
     same = [path for path in paths if last(path) == last(name)]
-    near = same or difflib.get_close_matches(name, paths, 3) or difflib.get_close_matches(last(name), map(last, paths), 3)
-    if near: return f"; did you mean {' or '.join(near[:3])}?"
-    return f"; there are {', '.join(paths[:5])}" + (f" and {len(paths) - 5} more" if len(paths) > 5 else '')
+    near = (
+        same
+        or difflib.get_close_matches(name, paths, 3)
+        or difflib.get_close_matches(last(name), map(last, paths), 3)
+    )
+    if near:
+        return f'; did you mean {" or ".join(near[:3])}?'
+    return f'; there are {", ".join(paths[:5])}' + (f' and {len(paths) - 5} more' if len(paths) > 5 else '')
+
 
 def from_plain(
-    cls,           # a dataclass, perhaps of dataclasses
-    values:dict,   # as TOML or JSON give it
-    file='config', # named in errors
-    above:str='',  # dotted name of the part, with its dot
-    root=None,     # the tree's own dataclass
+    cls,  # a dataclass, perhaps of dataclasses
+    values: dict,  # as TOML or JSON give it
+    file='config',  # named in errors
+    above: str = '',  # dotted name of the part, with its dot
+    root=None,  # the tree's own dataclass
 ):
-    "A config from plain values; ValueError for a name that no setting has (with the one that was meant) and for a value that its annotation does not allow."
-    root, known, made = root or cls, {f.name: hint for f, hint in settings_of(cls)}, {}
+    """A config from plain values; ValueError for a name that no setting has (with the one that was meant) and
+    for a value that its annotation does not allow.
+    """
+    root = root or cls
+    known = {f.name: hint for f, hint in settings_of(cls)}
+    made = {}
     for name, value in values.items():
-        if name not in known: raise ValueError(f"{file}: no setting is called {short(above + name)}{meant(above + name, root)}")
+        if name not in known:
+            raise ValueError(f'{file}: no setting is called {short(above + name)}{meant(above + name, root)}')
         part = part_of(known[name])
-        if part and isinstance(value, dict): value = from_plain(part, value, file, f'{above}{name}.', root)
-        else: check_value(f"{file}: {above}{name}", value, known[name])
+        if part and isinstance(value, dict):
+            value = from_plain(part, value, file, f'{above}{name}.', root)
+        else:
+            check_value(f'{file}: {above}{name}', value, known[name])
         made[name] = value
     try:
         config = cls(**made)
         check_settings(config)
-    except ValueError as error: raise ValueError(f"{file}: {above}{error}") from error
+    except ValueError as error:
+        raise ValueError(f'{file}: {above}{error}') from error
     return config
 
 # %% ../nbs/00a_files.ipynb #65746e36
 def reason(
-    error:BaseException, # of a library
-) -> str: # one line of at most 120 letters, for the brackets in an error of ours
+    error: BaseException,  # of a library
+) -> str:  # one line of at most 120 letters, for the brackets in an error of ours
     "What an exception says, or its type where that says more."
     text = ' '.join(printable(str(error).strip().partition('\n')[0]).split())
-    if not text or isinstance(error, (KeyError, AttributeError, TypeError, IndexError)): text = f"{type(error).__name__} {text}".strip()
+    if not text or isinstance(error, (KeyError, AttributeError, TypeError, IndexError)):
+        text = f'{type(error).__name__} {text}'.strip()
     return textwrap.shorten(text, 120, placeholder=' …')
 
 # %% ../nbs/00a_files.ipynb #7bb587dc
 class StopAtSignal:
-    "A context: the first SIGTERM or Ctrl-C is remembered in `number`, the second one ends the process; outside the main thread it gets none."
+    """A context: the first SIGTERM or Ctrl-C is remembered in `number`, the second one ends the process;
+    outside the main thread it gets none.
+    """
+
     number = None
+
     def __enter__(self):
         here = threading.current_thread() is threading.main_thread()
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM) if here}
+        self.before = {
+            number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM) if here
+        }
         return self
 
     def receive(self, number, frame):
         "SystemExit where there was a signal before this one."
-        if self.number is not None: raise SystemExit(128 + number)
+        if self.number is not None:
+            raise SystemExit(128 + number)
         self.number = number
 
     def __exit__(self, *_):
-        for number, handler in self.before.items(): signal.signal(number, handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 # %% ../nbs/00a_files.ipynb #f0e910d4
 def outlive_signals(
-    worker:int, # number of the process, as `DataLoader` passes it to `worker_init_fn`
+    worker: int,  # number of the process, as `DataLoader` passes it to `worker_init_fn`
 ):
-    "A process that reads photos lets the run finish its step: the terminal's Ctrl-C and a scheduler's SIGTERM reach it too."
+    """A process that reads photos lets the run finish its step: the terminal's Ctrl-C and a scheduler's
+    SIGTERM reach it too.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'alarm'): signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # half a minute's grace
+    if hasattr(signal, 'alarm'):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # half a minute's grace

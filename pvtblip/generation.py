@@ -26,137 +26,203 @@ from .tokenizer import collapse_whitespace
 # %% ../nbs/04_generation.ipynb #f49e6342
 _Few = Annotated[int, Within(1, 1000)]
 
+
 @dataclass
 class GenerationConfig:
     "How captions are chosen; names and meanings are those of transformers' `GenerationConfig`."
-    num_beams: _Few = 1            # 1: greedy or sampling; more: beam search
-    max_length: Count|None = None  # token positions, prompt and [CLS] included; None: the captioner's
-    min_length: Count = 0          # no [SEP] before this many positions, prompt included
-    length_penalty: Annotated[float, Within(-10, 10)] = 1. # scores are divided by generated length ** length_penalty
-    early_stopping: bool|Literal['never'] = False # True: stop at K finished beams; False: when none can improve by the usual estimate; 'never': by the strict one
-    no_repeat_ngram_size: Count = 0 # no n tokens twice in the same order; 0: off
-    repetition_penalty: Annotated[float, Within(0.01, 100)] = 1. # above 1: what was said, the prompt too, is less likely to come again; 1: off
-    do_sample: bool = False        # draw words instead of taking the best
-    temperature: Annotated[float, Within(0.01, 100)] = 1. # below 1: safer, above 1: wilder
-    top_k: Count = 0               # draw among the k most likely; 0: off
-    top_p: Annotated[float, Within(0, 1, above=True)] = 1. # draw among the fewest words that hold probability p; 1: off
-    min_p: Share = 0.              # draw among words at least this share as likely as the likeliest; 0: off
-    num_beam_groups: _Few = 1      # groups of beams that avoid each other's words; 1: plain beam search
-    diversity_penalty: Annotated[float, Within(0, 1000)] = 0. # what a word costs for each beam of an earlier group that has just said it
-    prefix: str = ''               # text that the caption begins with, behind the model's own prompt
-    force_words_ids: list|None = None # token id lists that the caption must say; a list of such lists: one of them; `word_ids` makes them
-    bad_words_ids: list|None = None # token id lists that it must not say
-    num_return_sequences: Annotated[int, Within(1, 10_000)] = 1 # captions an image: the best beams, or as many draws
-    output_attentions: bool = False # return the cross-attention over each caption too
 
-    def __post_init__(self): check_settings(self)
+    num_beams: _Few = 1  # 1: greedy or sampling; more: beam search
+    max_length: Count | None = None  # token positions, prompt and [CLS] included; None: the captioner's
+    min_length: Count = 0  # no [SEP] before this many positions, prompt included
+    length_penalty: Annotated[float, Within(-10, 10)] = (
+        1.0  # scores are divided by generated length ** length_penalty
+    )
+    early_stopping: bool | Literal['never'] = (
+        # True: stop at K finished beams; False: when none can improve by the usual estimate; 'never': by the
+        # strict one
+        False
+    )
+    no_repeat_ngram_size: Count = 0  # no n tokens twice in the same order; 0: off
+    repetition_penalty: Annotated[float, Within(0.01, 100)] = (
+        1.0  # above 1: what was said, the prompt too, is less likely to come again; 1: off
+    )
+    do_sample: bool = False  # draw words instead of taking the best
+    temperature: Annotated[float, Within(0.01, 100)] = 1.0  # below 1: safer, above 1: wilder
+    top_k: Count = 0  # draw among the k most likely; 0: off
+    top_p: Annotated[float, Within(0, 1, above=True)] = (
+        1.0  # draw among the fewest words that hold probability p; 1: off
+    )
+    min_p: Share = 0.0  # draw among words at least this share as likely as the likeliest; 0: off
+    num_beam_groups: _Few = 1  # groups of beams that avoid each other's words; 1: plain beam search
+    diversity_penalty: Annotated[float, Within(0, 1000)] = (
+        0.0  # what a word costs for each beam of an earlier group that has just said it
+    )
+    prefix: str = ''  # text that the caption begins with, behind the model's own prompt
+    force_words_ids: list | None = (
+        # token id lists that the caption must say; a list of such lists: one of them; `word_ids` makes them
+        None
+    )
+    bad_words_ids: list | None = None  # token id lists that it must not say
+    num_return_sequences: Annotated[int, Within(1, 10_000)] = (
+        1  # captions an image: the best beams, or as many draws
+    )
+    output_attentions: bool = False  # return the cross-attention over each caption too
 
-    def prompt_ids(self,
-        model:Captioner, # its prompt and tokenizer
-    ) -> list[int]: # the model's prompt, then the prefix
+    def __post_init__(self):
+        check_settings(self)
+
+    def prompt_ids(
+        self,
+        model: Captioner,  # its prompt and tokenizer
+    ) -> list[int]:  # the model's prompt, then the prefix
         "What stands before the first generated token."
         return model.tokenizer.prompt_ids + text_ids(model.tokenizer, self.prefix)
 
-    def check(self,
-        model:Captioner, # its prompt, positions and vocabulary set the limits
+    def check(
+        self,
+        model: Captioner,  # its prompt, positions and vocabulary set the limits
     ) -> 'GenerationConfig':
         "A copy with max_length filled in; raises ValueError where a value makes no sense for this captioner."
-        prompt, own, positions = len(self.prompt_ids(model)), model.tokenizer.prompt_length, model.config.decoder.max_position_embeddings
+        prompt = len(self.prompt_ids(model))
+        own = model.tokenizer.prompt_length
+        positions = model.config.decoder.max_position_embeddings
         most = (model.config.decoder.vocab_size if model.output_ids is None else len(model.output_ids)) // 2
-        new = replace(self, max_length=model.config.max_length if self.max_length is None else self.max_length)
+        new = replace(
+            self, max_length=model.config.max_length if self.max_length is None else self.max_length
+        )
+
         def need(ok, name, want):
-            if not ok: raise ValueError(f"{name} is {getattr(new, name)!r}; it must be {want}")
-        most = min(most*new.num_beam_groups, 1000)
+            if not ok:
+                raise ValueError(f'{name} is {getattr(new, name)!r}; it must be {want}')
+
+        most = min(most * new.num_beam_groups, 1000)
         need(new.num_beams <= most, 'num_beams', f'a whole number from 1 to {most}')
-        need(new.num_beams % new.num_beam_groups == 0, 'num_beams', f'a multiple of num_beam_groups ({new.num_beam_groups})')
-        need(new.num_beam_groups == 1 or not new.force_words_ids, 'num_beam_groups', '1 when words are forced')
-        need(new.num_beam_groups > 1 or new.diversity_penalty == 0, 'diversity_penalty', '0 for a single group; set num_beam_groups too')
-        need(own < new.max_length <= positions, 'max_length', f"more than the prompt's {own} tokens and at most {positions}")
-        if prompt >= new.max_length: raise ValueError(f"prefix {short(new.prefix)} has {prompt - own} tokens, and there is room for {new.max_length - own - 1}; shorten it"
-                                                      + (f", or raise max_length ({new.max_length})" if new.max_length < positions else ''))
+        need(
+            new.num_beams % new.num_beam_groups == 0,
+            'num_beams',
+            f'a multiple of num_beam_groups ({new.num_beam_groups})',
+        )
+        need(
+            new.num_beam_groups == 1 or not new.force_words_ids, 'num_beam_groups', '1 when words are forced'
+        )
+        need(
+            new.num_beam_groups > 1 or new.diversity_penalty == 0,
+            'diversity_penalty',
+            '0 for a single group; set num_beam_groups too',
+        )
+        need(
+            own < new.max_length <= positions,
+            'max_length',
+            f"more than the prompt's {own} tokens and at most {positions}",
+        )
+        if prompt >= new.max_length:
+            raise ValueError(
+                f'prefix {short(new.prefix)} has {prompt - own} tokens, and there is room for '
+                f'{new.max_length - own - 1}; shorten it'
+                + (f', or raise max_length ({new.max_length})' if new.max_length < positions else '')
+            )
         need(new.min_length <= new.max_length, 'min_length', f'from 0 to max_length ({new.max_length})')
-        need(new.do_sample or new.num_return_sequences <= new.num_beams, 'num_return_sequences', f'from 1 to num_beams ({new.num_beams})')
+        need(
+            new.do_sample or new.num_return_sequences <= new.num_beams,
+            'num_return_sequences',
+            f'from 1 to num_beams ({new.num_beams})',
+        )
         need(new.num_beams == 1 or not new.do_sample, 'num_beams', '1 when do_sample is on')
         need(new.num_beams > 1 or not new.force_words_ids, 'num_beams', '2 or more when words are forced')
-        if new.prefix or new.force_words_ids or new.bad_words_ids: check_words(new, model)
+        if new.prefix or new.force_words_ids or new.bad_words_ids:
+            check_words(new, model)
         return new
 
 # %% ../nbs/04_generation.ipynb #e15c76fd
 def text_ids(
-    tokenizer, # a CaptionTokenizer
-    text:str,  # words of a caption
-) -> list[int]: # their WordPieces, no special tokens
+    tokenizer,  # a CaptionTokenizer
+    text: str,  # words of a caption
+) -> list[int]:  # their WordPieces, no special tokens
     "Token ids of a piece of a caption, as training saw them."
-    return tokenizer.tokenizer(collapse_whitespace(text), add_special_tokens=False, split_special_tokens=True)['input_ids']
+    return tokenizer.tokenizer(
+        collapse_whitespace(text), add_special_tokens=False, split_special_tokens=True
+    )['input_ids']
 
 # %% ../nbs/04_generation.ipynb #9d488eb0
 def keep_top_k(
-    logits, # (N, V)
-    k,      # how many stay; words as likely as the last one stay too
-): # (N, V), the others at -inf
+    logits,  # (N, V)
+    k,  # how many stay; words as likely as the last one stay too
+):  # (N, V), the others at -inf
     "Keep the k likeliest words of every row (Fan et al. 2018, arXiv:1805.04833)."
     return logits.masked_fill(logits < logits.topk(min(k, logits.shape[-1]))[0][..., -1:], -torch.inf)
 
 # %% ../nbs/04_generation.ipynb #568e4f3d
 def keep_top_p(
-    logits, # (N, V)
-    p,      # probability that must stay, 0 < p <= 1
-): # (N, V), the others at -inf
-    "Keep the fewest words that hold probability p, the one that crosses p and always the first included (Holtzman et al. 2020, arXiv:1904.09751)."
+    logits,  # (N, V)
+    p,  # probability that must stay, 0 < p <= 1
+):  # (N, V), the others at -inf
+    """Keep the fewest words that hold probability p, the one that crosses p and always the first included
+    (Holtzman et al. 2020, arXiv:1904.09751).
+    """
     ordered, index = logits.sort(descending=True)
     probability = ordered.softmax(-1)
-    before = probability.cumsum(-1) - probability                # what the likelier words hold without this one
-    before[..., 0] = 0.                                          # exactly, whatever the rounding
+    before = probability.cumsum(-1) - probability  # what the likelier words hold without this one
+    before[..., 0] = 0.0  # exactly, whatever the rounding
     return torch.empty_like(logits).scatter(-1, index, ordered.masked_fill(before >= p, -torch.inf))
 
 # %% ../nbs/04_generation.ipynb #4b2c6e83
 def keep_min_p(
-    logits, # (N, V)
-    p,      # share of the likeliest word's probability that a word needs, 0 to 1
-): # (N, V), the others at -inf
-    "Keep the words that are at least p times as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."
+    logits,  # (N, V)
+    p,  # share of the likeliest word's probability that a word needs, 0 to 1
+):  # (N, V), the others at -inf
+    """Keep the words that are at least p times as likely as the likeliest (Nguyen et al. 2024,
+    arXiv:2407.01082).
+    """
     probability = logits.softmax(-1)
-    return logits.masked_fill(probability < p*probability.amax(-1, keepdim=True), -torch.inf)
+    return logits.masked_fill(probability < p * probability.amax(-1, keepdim=True), -torch.inf)
 
 # %% ../nbs/04_generation.ipynb #5ca23860
 def repeated_ngrams(
-    rows, # token id lists so far
-    n,    # length of the n-gram
-) -> list[list[int]]: # per row the tokens that would complete an n-gram that already stands there
+    rows,  # token id lists so far
+    n,  # length of the n-gram
+) -> list[list[int]]:  # per row the tokens that would complete an n-gram that already stands there
     "Which next tokens would say the same n tokens again (Paulus et al. 2017, arXiv:1705.04304)."
+
     def banned(ids):
-        tail = ids[len(ids)-n+1:]                                        # the n-1 tokens that a new one would follow
-        return [ids[i+n-1] for i in range(len(ids)-n+1) if ids[i:i+n-1] == tail]
+        tail = ids[len(ids) - n + 1 :]  # the n-1 tokens that a new one would follow
+        return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == tail]
+
     return [banned(ids) for ids in rows]
 
 # %% ../nbs/04_generation.ipynb #efb73ca2
 def bad_endings(
     rows,  # token id lists so far
-    words, # token id lists that must not be said
-) -> list[list[int]]: # per row the tokens that would complete one of them
+    words,  # token id lists that must not be said
+) -> list[list[int]]:  # per row the tokens that would complete one of them
     "Which next tokens would say a forbidden word (transformers' `NoBadWordsLogitsProcessor`)."
-    return [[word[-1] for word in words if ids[len(ids)-len(word)+1:] == word[:-1]] for ids in rows]
+    return [[word[-1] for word in words if ids[len(ids) - len(word) + 1 :] == word[:-1]] for ids in rows]
 
 # %% ../nbs/04_generation.ipynb #2be648f3
 def penalise_repetition(
     values,  # (N, V) logits or log-probabilities
-    said,    # (N, V) bool: tokens that stand in the row already
-    penalty, # above 1: less likely to come again
-): # (N, V)
+    said,  # (N, V) bool: tokens that stand in the row already
+    penalty,  # above 1: less likely to come again
+):  # (N, V)
     "Make what was said less likely (CTRL, Keskar et al. 2019, arXiv:1909.05858)."
-    return torch.where(said, torch.where(values < 0, values*penalty, values/penalty), values)
+    return torch.where(said, torch.where(values < 0, values * penalty, values / penalty), values)
 
 # %% ../nbs/04_generation.ipynb #99d538a5
 class Rules:
     "What may be said next: repetition penalty, n-grams, bad words, min_length."
-    def __init__(self,
-        config:GenerationConfig, # checked
-        ids,                     # (V',) token ids of the columns
-        sep:int,                 # column of [SEP]
+
+    def __init__(
+        self,
+        config: GenerationConfig,  # checked
+        ids,  # (V',) token ids of the columns
+        sep: int,  # column of [SEP]
     ):
         self.config, self.sep = config, sep
-        self.bad = [list(word) for word in config.bad_words_ids or [] if list(word) != [int(ids[sep])]]  # [SEP] alone stays allowed
-        self.column = torch.full((int(ids.max())+2,), -1, device=ids.device)                             # token id -> column; -1: cannot be said
+        self.bad = [
+            list(word) for word in config.bad_words_ids or [] if list(word) != [int(ids[sep])]
+        ]  # [SEP] alone stays allowed
+        self.column = torch.full(
+            (int(ids.max()) + 2,), -1, device=ids.device
+        )  # token id -> column; -1: cannot be said
         self.column[ids] = torch.arange(len(ids), device=ids.device)
 
     @property
@@ -164,147 +230,208 @@ class Rules:
         "Can it happen that no word is left?"
         return bool(self.config.no_repeat_ngram_size or self.bad or self.config.min_length)
 
-    def columns(self,
-        ids, # token ids, any shape
-    ): # same shape; -1: cannot be said
+    def columns(
+        self,
+        ids,  # token ids, any shape
+    ):  # same shape; -1: cannot be said
         "Where the values of these tokens stand."
-        return self.column[ids.clamp(max=len(self.column)-1)]
+        return self.column[ids.clamp(max=len(self.column) - 1)]
 
-    def __call__(self,
-        values, # (N, V') logits or log-probabilities; stays as it is
-        rows,   # (N, T) all tokens so far
-    ): # (N, V')
+    def __call__(
+        self,
+        values,  # (N, V') logits or log-probabilities; stays as it is
+        rows,  # (N, T) all tokens so far
+    ):  # (N, V')
         "The values to choose by: penalised, and -inf where a rule forbids."
         config = self.config
         if config.repetition_penalty != 1:
-            said = torch.zeros(len(values), values.shape[1]+1, dtype=torch.bool, device=values.device)
-            said.scatter_(1, self.columns(rows) % said.shape[1], True)           # -1 lands in the last column
+            said = torch.zeros(len(values), values.shape[1] + 1, dtype=torch.bool, device=values.device)
+            said.scatter_(1, self.columns(rows) % said.shape[1], True)  # -1 lands in the last column
             values = penalise_repetition(values, said[:, :-1], config.repetition_penalty)
-        if n := config.no_repeat_ngram_size: values = self._without(values, repeated_ngrams(rows.tolist(), n))
-        if self.bad: values = self._without(values, bad_endings(rows.tolist(), self.bad))
-        if rows.shape[1] < config.min_length: values = values.index_fill(1, torch.tensor([self.sep], device=values.device), -torch.inf)
+        if n := config.no_repeat_ngram_size:
+            values = self._without(values, repeated_ngrams(rows.tolist(), n))
+        if self.bad:
+            values = self._without(values, bad_endings(rows.tolist(), self.bad))
+        if rows.shape[1] < config.min_length:
+            values = values.index_fill(1, torch.tensor([self.sep], device=values.device), -torch.inf)
         return values
 
-    def _without(self, values, banned): # (N, V'), a list of token ids for each row
+    def _without(self, values, banned):  # (N, V'), a list of token ids for each row
         "-inf for the banned tokens."
-        row = torch.tensor([i for i, ids in enumerate(banned) for _ in ids], dtype=torch.long, device=values.device)
-        column = self.columns(torch.tensor([i for ids in banned for i in ids], dtype=torch.long, device=values.device))
+        row = torch.tensor(
+            [i for i, ids in enumerate(banned) for _ in ids], dtype=torch.long, device=values.device
+        )
+        column = self.columns(
+            torch.tensor([i for ids in banned for i in ids], dtype=torch.long, device=values.device)
+        )
         return values.index_put((row[column >= 0], column[column >= 0]), values.new_tensor(-torch.inf))
 
 # %% ../nbs/04_generation.ipynb #9dcff808
 def output_layer(
-    model:Captioner, # its words that may be said
-) -> nn.Module: # (..., D) -> (..., V'), and its `ids` (V',)
-    "The head's last product for the words that may be said, their rows gathered once and not at every step; the packed one where `20_fast` has made one."
+    model: Captioner,  # its words that may be said
+) -> nn.Module:  # (..., D) -> (..., V'), and its `ids` (V',)
+    """The head's last product for the words that may be said, their rows gathered once and not at every step;
+    the packed one where `20_fast` has made one.
+    """
     weight, bias = model.decoder.word_embedding, model.decoder.cls['predictions'].bias
-    ids = torch.arange(len(bias), device=bias.device) if model.output_ids is None else model.output_ids  # (V',)
+    ids = (
+        torch.arange(len(bias), device=bias.device) if model.output_ids is None else model.output_ids
+    )  # (V',)
     packed = getattr(model, 'packed_output_layer', None)
-    if packed is not None and torch.equal(packed.ids, ids): return packed
-    if model.output_ids is not None: weight, bias = (nn.Parameter(x[ids], requires_grad=False) for x in (weight, bias))
-    layer = nn.Linear(1, 1, device='meta')                       # a shell for weights that are there already
+    if packed is not None and torch.equal(packed.ids, ids):
+        return packed
+    if model.output_ids is not None:
+        weight, bias = (nn.Parameter(x[ids], requires_grad=False) for x in (weight, bias))
+    layer = nn.Linear(1, 1, device='meta')  # a shell for weights that are there already
     layer.weight, layer.bias, layer.ids = weight, bias, ids
     return layer
 
+
 class NextToken:
     "The decoder as a search sees it: new tokens in, logits of the words that may be said out."
-    def __init__(self,
-        model:Captioner, # in evaluation mode; stays as it is
-        image_tokens,    # (B, S, D)
+
+    def __init__(
+        self,
+        model: Captioner,  # in evaluation mode; stays as it is
+        image_tokens,  # (B, S, D)
     ):
-        self.decoder, self.cache = model.decoder, model.decoder.new_cache(image_tokens)
-        self.transform, self.head = model.decoder.cls['predictions'].transform, output_layer(model)
+        self.decoder = model.decoder
+        self.cache = model.decoder.new_cache(image_tokens)
+        self.transform = model.decoder.cls['predictions'].transform
+        self.head = output_layer(model)
         self.ids, self.pad = self.head.ids, model.tokenizer.pad_token_id
         self.sep = int((self.ids == model.tokenizer.sep_token_id).nonzero())
-        self.dtype = torch.promote_types(self.head.weight.dtype, torch.float32)  # of log-probabilities and scores
+        self.dtype = torch.promote_types(
+            self.head.weight.dtype, torch.float32
+        )  # of log-probabilities and scores
 
-    def __call__(self,
-        new_ids, # (N, t) tokens that the cache has not seen
-    ): # (N, V')
+    def __call__(
+        self,
+        new_ids,  # (N, t) tokens that the cache has not seen
+    ):  # (N, V')
         "Logits of the next token."
-        hidden = self.decoder.hidden_states(new_ids, self.cache)[0][:, -1]       # (N, D)
+        hidden = self.decoder.hidden_states(new_ids, self.cache)[0][:, -1]  # (N, D)
         hidden = self.transform['LayerNorm'](F.gelu(self.transform['dense'](hidden)))
-        return self.head(hidden).to(self.dtype)                                  # (N, V')
+        return self.head(hidden).to(self.dtype)  # (N, V')
 
-    def select(self,
-        rows,        # text rows that go on, in which order
-        images=None, # images that go on; None: all
+    def select(
+        self,
+        rows,  # text rows that go on, in which order
+        images=None,  # images that go on; None: all
     ):
         "Keep, repeat or reorder text rows and keep some images."
         self.cache.select(rows)
-        if images is not None: self.cache.select_images(images)
+        if images is not None:
+            self.cache.select_images(images)
 
 # %% ../nbs/04_generation.ipynb #166bb792
 @dataclass
 class GenerationOutput:
     "What was said, and how sure the captioner was. P: tokens of the prompt and the prefix."
-    sequences: torch.Tensor       # (B, R, T) token ids, prompt included, padded after [SEP]
-    scores: torch.Tensor          # (B, R) what the search ranked by / generated length ** length_penalty: in beam search with the penalties for repetition and for other groups' words, else the sum of token_logprobs
-    token_logprobs: torch.Tensor  # (B, R, T-P) log-probability of each generated token, [SEP] included, 0 on padding; in every strategy the model's own, before temperature, filters and penalties
-    cross_attentions: torch.Tensor|None = None # (B, R, layers, H, T-1, S) with output_attentions: row t is where the decoder looked when it chose token t+1
+
+    sequences: torch.Tensor  # (B, R, T) token ids, prompt included, padded after [SEP]
+    # (B, R) what the search ranked by / generated length ** length_penalty: in beam search with the penalties
+    # for repetition and for other groups' words, else the sum of token_logprobs
+    scores: torch.Tensor
+    # (B, R, T-P) log-probability of each generated token, [SEP] included, 0 on padding; in every strategy the
+    # model's own, before temperature, filters and penalties
+    token_logprobs: torch.Tensor
+    cross_attentions: torch.Tensor | None = (
+        # (B, R, layers, H, T-1, S) with output_attentions: row t is where the decoder looked when it chose
+        # token t+1
+        None
+    )
 
 # %% ../nbs/04_generation.ipynb #00eed6f9
 def pick(
-    probability, # (N, V') need not sum to 1
-    uniform,     # (N,) in [0, 1)
-): # (N,) an index of each row, never one of probability 0
+    probability,  # (N, V') need not sum to 1
+    uniform,  # (N,) in [0, 1)
+):  # (N,) an index of each row, never one of probability 0
     "Draw by inverse cumulative probability."
     cumulative = probability.cumsum(-1)
-    reached = cumulative <= uniform[:, None]*cumulative[:, -1:]
-    return torch.minimum(reached.sum(-1), (cumulative < cumulative[:, -1:]).sum(-1))  # the second: where rounding runs past the end
+    reached = cumulative <= uniform[:, None] * cumulative[:, -1:]
+    return torch.minimum(
+        reached.sum(-1), (cumulative < cumulative[:, -1:]).sum(-1)
+    )  # the second: where rounding runs past the end
 
 # %% ../nbs/04_generation.ipynb #79a71833
-def _uniform(generators, R, steps): # one generator an image
+def _uniform(generators, R, steps):  # one generator an image
     "Each image's own numbers for all its draws, (B*R, steps), or None without a list of generators."
-    if not isinstance(generators, (list, tuple)): return None
+    if not isinstance(generators, (list, tuple)):
+        return None
     return torch.cat([torch.rand(R, steps, generator=g, device=g.device) for g in generators])
 
-def _choose(values, config, generator, uniform): # (N, V'), uniform (N,) or None
+
+def _choose(values, config, generator, uniform):  # (N, V'), uniform (N,) or None
     "One index per row: the best, or a draw from what temperature and filters leave. (N,)"
-    if not config.do_sample: return values.argmax(-1)
+    if not config.do_sample:
+        return values.argmax(-1)
     values = values / config.temperature
-    if config.top_k: values = keep_top_k(values, config.top_k)
-    if config.top_p < 1: values = keep_top_p(values, config.top_p)
-    if config.min_p: values = keep_min_p(values, config.min_p)
-    if uniform is None: return values.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+    if config.top_k:
+        values = keep_top_k(values, config.top_k)
+    if config.top_p < 1:
+        values = keep_top_p(values, config.top_p)
+    if config.min_p:
+        values = keep_min_p(values, config.min_p)
+    if uniform is None:
+        return values.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
     return pick(values.softmax(-1), uniform)
 
-def _stay(going): # (B',) bool: which of the images in the cache go on
-    "Indices of those that stay in the cache, or None: dropping some copies the others, so it must halve the work."
-    return going.nonzero()[:, 0] if 2*int(going.sum()) <= len(going) else None
 
-def _rows_of(images, R): # (B',) -> (B'*R,)
+def _stay(going):  # (B',) bool: which of the images in the cache go on
+    """Indices of those that stay in the cache, or None: dropping some copies the others, so it must halve the
+    work.
+    """
+    return going.nonzero()[:, 0] if 2 * int(going.sum()) <= len(going) else None
+
+
+def _rows_of(images, R):  # (B',) -> (B'*R,)
     "The R adjacent rows of each image."
-    return (images[:, None]*R + torch.arange(R, device=images.device)).flatten()
+    return (images[:, None] * R + torch.arange(R, device=images.device)).flatten()
 
-def _not_stuck(values, going, rows, t): # (N, V'), (N,), (N,)
+
+def _not_stuck(values, going, rows, t):  # (N, V'), (N,), (N,)
     "Values with which every row can go on; raises ValueError where a row that must go on has no word left."
     stuck = values.amax(-1) == -torch.inf
-    if (stuck & going).any(): raise ValueError(f"caption {int(rows[stuck & going][0])}: no word is left at position {t}; "
-        "no_repeat_ngram_size, bad_words_ids and min_length together forbid all: loosen one, or lower max_length")
-    return values.masked_fill(stuck[:, None], 0.)
+    if (stuck & going).any():
+        raise ValueError(
+            f'caption {int(rows[stuck & going][0])}: no word is left at position {t}; '
+            'no_repeat_ngram_size, bad_words_ids and min_length together forbid all: loosen one, or '
+            'lower max_length'
+        )
+    return values.masked_fill(stuck[:, None], 0.0)
 
 # %% ../nbs/04_generation.ipynb #0c79320e
 def _one_by_one(step, rules, prompt, config, generator):
-    "Greedy search or sampling, R rows an image; yields after each token sequences (B, R, L), scores (B, R), log-probabilities (B, R, L-P), nan where no token is."
-    (B, P), L, R, device = prompt.shape, config.max_length, config.num_return_sequences, prompt.device
-    sequences = F.pad(prompt, (0, L-P), value=step.pad).repeat_interleave(R, 0)  # (B*R, L)
-    logprobs = torch.full((B*R, L-P), torch.nan, dtype=step.dtype, device=device) # nan: no token here
-    uniform = _uniform(generator, R, L-P)
-    rows, going, new_ids = torch.arange(B*R, device=device), torch.ones(B*R, dtype=torch.bool, device=device), prompt
+    """Greedy search or sampling, R rows an image; yields after each token sequences (B, R, L), scores (B, R),
+    log-probabilities (B, R, L-P), nan where no token is.
+    """
+    (B, P) = prompt.shape
+    L = config.max_length
+    R = config.num_return_sequences
+    device = prompt.device
+    sequences = F.pad(prompt, (0, L - P), value=step.pad).repeat_interleave(R, 0)  # (B*R, L)
+    logprobs = torch.full((B * R, L - P), torch.nan, dtype=step.dtype, device=device)  # nan: no token here
+    uniform = _uniform(generator, R, L - P)
+    rows = torch.arange(B * R, device=device)
+    going = torch.ones(B * R, dtype=torch.bool, device=device)
+    new_ids = prompt
     for t in range(P, L):
-        logits = step(new_ids)                                                   # (B, V') after the prompt, then (N, V')
+        logits = step(new_ids)  # (B, V') after the prompt, then (N, V')
         if t == P and R > 1:
             logits = logits.repeat_interleave(R, 0)
-            step.select(rows//R)
+            step.select(rows // R)
         values = rules(logits, sequences[rows, :t])
-        if rules.forbids: values = _not_stuck(values, going, rows, t)
-        chosen = _choose(values, config, generator, None if uniform is None else uniform[rows, t-P]) # (N,)
+        if rules.forbids:
+            values = _not_stuck(values, going, rows, t)
+        chosen = _choose(values, config, generator, None if uniform is None else uniform[rows, t - P])  # (N,)
         sequences[rows[going], t] = step.ids[chosen[going]]
-        logprobs[rows[going], t-P] = logits.log_softmax(-1).gather(1, chosen[:, None])[going, 0]
+        logprobs[rows[going], t - P] = logits.log_softmax(-1).gather(1, chosen[:, None])[going, 0]
         going = going & (chosen != step.sep)
-        scores = logprobs.nansum(1) / (~logprobs.isnan()).sum(1)**config.length_penalty
-        yield sequences.view(B, R, L), scores.view(B, R), logprobs.view(B, R, L-P)
-        if not going.any(): break
+        scores = logprobs.nansum(1) / (~logprobs.isnan()).sum(1) ** config.length_penalty
+        yield sequences.view(B, R, L), scores.view(B, R), logprobs.view(B, R, L - P)
+        if not going.any():
+            break
         if (stay := _stay(going.view(-1, R).any(1))) is not None:
             keep = _rows_of(stay, R)
             step.select(keep, stay)
@@ -312,56 +439,79 @@ def _one_by_one(step, rules, prompt, config, generator):
         new_ids = step.ids[chosen][:, None]
 
 # %% ../nbs/04_generation.ipynb #4db51f66
-def _pick_beams(x, index): # (M, k, ...), (M, k') -> (M, k', ...)
+def _pick_beams(x, index):  # (M, k, ...), (M, k') -> (M, k', ...)
     "Choose beams of every search."
-    return x.gather(1, index.view(*index.shape, *[1]*(x.dim()-2)).expand(-1, -1, *x.shape[2:]))
+    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
 
-def _first(good, n): # (M, k) bool
+
+def _first(good, n):  # (M, k) bool
     "Places of the first n good ones, in order; where there are fewer, others behind them. (M, n)"
     return (~good).to(torch.uint8).argsort(dim=1, stable=True)[:, :n]
 
-def _candidates(values, scores, n): # (M, j, V'), j is 1 at the first step; (M, k) sums so far
+
+def _candidates(values, scores, n):  # (M, j, V'), j is 1 at the first step; (M, k) sums so far
     "The n best continuations of each search, best first: (sums, beam, token index), each (M, n)."
-    best, token = values.topk(n)                                                 # (M, j, n)
-    sums, place = (best + scores[:, :best.shape[1], None]).flatten(1).topk(n)
+    best, token = values.topk(n)  # (M, j, n)
+    sums, place = (best + scores[:, : best.shape[1], None]).flatten(1).topk(n)
     return sums, place // n, token.flatten(1).gather(1, place)
 
-def _must_stop(scores, finished, t, config, P): # (M, k) running sums; (M, k) finished scores, best first; position just filled
+
+def _must_stop(
+    scores, finished, t, config, P
+):  # (M, k) running sums; (M, k) finished scores, best first; position just filled
     "Which searches cannot improve or go on, or have come to the end of their positions. (M,)"
-    reach = config.max_length - P if config.early_stopping == 'never' and config.length_penalty > 0 else t+1-P
+    reach = (
+        config.max_length - P if config.early_stopping == 'never' and config.length_penalty > 0 else t + 1 - P
+    )
     best = scores.amax(1)
-    full = finished[:, -1] > -torch.inf                                          # k captions have ended
+    full = finished[:, -1] > -torch.inf  # k captions have ended
     hopeless = best / reach**config.length_penalty <= finished[:, -1]
-    return full & (hopeless | (config.early_stopping is True)) | (best == -torch.inf) | (t+1 == config.max_length)
+    return (
+        full & (hopeless | (config.early_stopping is True))
+        | (best == -torch.inf)
+        | (t + 1 == config.max_length)
+    )
 
 # %% ../nbs/04_generation.ipynb #89267afc
-def _group_by_group(values, scores, going, config, sep): # (B', G, j, V'), (B', G, k), (B', G)
-    "Candidates like `_candidates`, each group avoiding what the earlier ones go on with (Vijayakumar et al. 2016, arXiv:1610.02424)."
-    k, found = scores.shape[-1], []
-    said = values.new_zeros(len(values), 1, values.shape[-1])                    # (B', 1, V') beams that take each word
+def _group_by_group(values, scores, going, config, sep):  # (B', G, j, V'), (B', G, k), (B', G)
+    """Candidates like `_candidates`, each group avoiding what the earlier ones go on with (Vijayakumar et al.
+    2016, arXiv:1610.02424).
+    """
+    k = scores.shape[-1]
+    found = []
+    said = values.new_zeros(len(values), 1, values.shape[-1])  # (B', 1, V') beams that take each word
     for g in range(values.shape[1]):
-        sums, beam, token = _candidates(values[:, g] - config.diversity_penalty*said, scores[:, g], 2*k)
-        on = _first(token != sep, k)                                             # (B', k)
+        sums, beam, token = _candidates(values[:, g] - config.diversity_penalty * said, scores[:, g], 2 * k)
+        on = _first(token != sep, k)  # (B', k)
         counts = going[:, g, None] & (sums.gather(1, on) > -torch.inf)
         said[:, 0].scatter_add_(1, token.gather(1, on), counts.to(said.dtype))
         found.append((sums, beam, token))
-    return [torch.stack(x, 1).flatten(0, 1) for x in zip(*found)]                # (B'*G, 2k) each
+    return [torch.stack(x, 1).flatten(0, 1) for x in zip(*found)]  # (B'*G, 2k) each
 
 # %% ../nbs/04_generation.ipynb #534172f7
 def alternatives(
-    words, # as `GenerationConfig.force_words_ids`: token id lists, or lists of such lists
-) -> list[list[list[int]]]: # for each word its alternatives
+    words,  # as `GenerationConfig.force_words_ids`: token id lists, or lists of such lists
+) -> list[list[list[int]]]:  # for each word its alternatives
     "Every forced word as a list of ways to say it."
     return [[list(one) for one in (word if isinstance(word[0], (list, tuple)) else [word])] for word in words]
 
+
 def tokens_missing(
-    ids,              # caption so far, token ids
-    words,            # what must be said: a list of alternatives for each word, each a list of token ids
-    pieces=frozenset(), # ids that continue a word: the ##s
-) -> int: # 0: everything was said
+    ids,  # caption so far, token ids
+    words,  # what must be said: a list of alternatives for each word, each a list of token ids
+    pieces=frozenset(),  # ids that continue a word: the ##s
+) -> int:  # 0: everything was said
     "How many tokens must at least be added until each word, or one of its alternatives, was said."
-    def said(word): return any(ids[i:i+len(word)] == word and (i+len(word) == len(ids) or ids[i+len(word)] not in pieces) for i in range(len(ids)))
-    def begun(word): return max(n for n in range(len(word)) if ids[len(ids)-n:] == word[:n])
+
+    def said(word):
+        return any(
+            ids[i : i + len(word)] == word and (i + len(word) == len(ids) or ids[i + len(word)] not in pieces)
+            for i in range(len(ids))
+        )
+
+    def begun(word):
+        return max(n for n in range(len(word)) if ids[len(ids) - n :] == word[:n])
+
     open_words = [(min(map(len, word)), word) for word in words if not any(map(said, word))]
     saved = [shortest - len(one) + begun(one) for shortest, word in open_words for one in word]
     return sum(shortest for shortest, _ in open_words) - max([0, *saved])
@@ -369,214 +519,361 @@ def tokens_missing(
 # %% ../nbs/04_generation.ipynb #56af3233
 class ForcedWords:
     "For every token that may come next, how many tokens of forced words are still missing then."
-    def __init__(self,
-        words,     # see `GenerationConfig.force_words_ids`
-        ids,       # (V',) token ids of the columns
-        sep:int,   # column of [SEP]
+
+    def __init__(
+        self,
+        words,  # see `GenerationConfig.force_words_ids`
+        ids,  # (V',) token ids of the columns
+        sep: int,  # column of [SEP]
         is_piece,  # (V',) bool: tokens that continue a word
-        start:int, # position of the caption's first token: what the model's own prompt says does not count
+        start: int,  # position of the caption's first token: what the model's own prompt says does not count
     ):
         self.words = alternatives(words)
-        self.total, self.start, self.is_piece, self.sep = tokens_missing([], self.words), start, is_piece, sep
-        self.pieces = {-2, *ids[is_piece].tolist()}                              # -2 stands for any other piece, -1 for any other word
+        self.total = tokens_missing([], self.words)
+        self.start = start
+        self.is_piece = is_piece
+        self.sep = sep
+        self.pieces = {-2, *ids[is_piece].tolist()}  # -2 stands for any other piece, -1 for any other word
         tokens = {token for word in self.words for one in word for token in one}
         self.columns = [(column, token) for column, token in enumerate(ids.tolist()) if token in tokens]
 
-    def missing(self,
-        rows, # (N, T) all tokens so far
-    ): # (N, V')
+    def missing(
+        self,
+        rows,  # (N, T) all tokens so far
+    ):  # (N, V')
         "Tokens still missing behind each next token."
-        return torch.stack([self._behind(ids[self.start:]) for ids in rows.tolist()])
+        return torch.stack([self._behind(ids[self.start :]) for ids in rows.tolist()])
 
-    def _behind(self, ids): # a caption so far -> (V',)
+    def _behind(self, ids):  # a caption so far -> (V',)
         count = lambda token: tokens_missing([*ids, token], self.words, self.pieces)
-        missing = torch.full_like(self.is_piece, count(-1), dtype=torch.long).masked_fill(self.is_piece, count(-2))
-        for column, token in self.columns: missing[column] = count(token)
+        missing = torch.full_like(self.is_piece, count(-1), dtype=torch.long).masked_fill(
+            self.is_piece, count(-2)
+        )
+        for column, token in self.columns:
+            missing[column] = count(token)
         return missing
 
-    def fits(self,
-        missing, # (N, V')
-        room:int, # positions behind the next token
-    ): # (N, V') bool
+    def fits(
+        self,
+        missing,  # (N, V')
+        room: int,  # positions behind the next token
+    ):  # (N, V') bool
         "Can what is missing still be said? Behind [SEP] nothing can."
-        room = torch.full_like(missing[0], room).index_fill(0, torch.tensor([self.sep], device=missing.device), 0)
+        room = torch.full_like(missing[0], room).index_fill(
+            0, torch.tensor([self.sep], device=missing.device), 0
+        )
         return missing <= room
 
 # %% ../nbs/04_generation.ipynb #813bf1dd
-def _bank_by_bank(values, missing, scores, forced, n): # (M, j, V') twice, (M, k)
-    "Candidates like `_candidates`: every bank's best, then every second, ... (Hokamp & Liu 2017, arXiv:1704.07138; Post & Vilar 2018, arXiv:1804.06609)."
-    banks = [_candidates(values.masked_fill(missing != lack, -torch.inf), scores, n) for lack in range(forced.total+1)]
-    sums, beam, token = (torch.stack(x, -1).flatten(1) for x in zip(*banks))      # (M, n*banks), the bank that lacks least first
+def _bank_by_bank(values, missing, scores, forced, n):  # (M, j, V') twice, (M, k)
+    """Candidates like `_candidates`: every bank's best, then every second, ... (Hokamp & Liu 2017,
+    arXiv:1704.07138; Post & Vilar 2018, arXiv:1804.06609).
+    """
+    banks = [
+        _candidates(values.masked_fill(missing != lack, -torch.inf), scores, n)
+        for lack in range(forced.total + 1)
+    ]
+    sums, beam, token = (
+        torch.stack(x, -1).flatten(1) for x in zip(*banks)
+    )  # (M, n*banks), the bank that lacks least first
     some = _first(sums > -torch.inf, n)
     return [x.gather(1, some) for x in (sums, beam, token)]
 
 # %% ../nbs/04_generation.ipynb #117ffaab
-def _continuations(values, rows, scores, going, config, forced, sep): # (N, V'), (N, T), (M, k), (M,)
-    "The 2k best continuations of each search, plain, in groups or in banks: (sums, beam, token index), each (M, 2k)."
-    (M, k), G, V = scores.shape, config.num_beam_groups, values.shape[1]
+def _continuations(values, rows, scores, going, config, forced, sep):  # (N, V'), (N, T), (M, k), (M,)
+    """The 2k best continuations of each search, plain, in groups or in banks: (sums, beam, token index), each
+    (M, 2k).
+    """
+    (M, k) = scores.shape
+    G = config.num_beam_groups
+    V = values.shape[1]
     if forced:
         missing = forced.missing(rows)
-        values = values.masked_fill(~forced.fits(missing, config.max_length-1-rows.shape[1]), -torch.inf)
-        return _bank_by_bank(values.view(M, -1, V), missing.view(M, -1, V), scores, forced, 2*k)
-    if G == 1: return _candidates(values.view(M, -1, V), scores, 2*k)
-    values = values.view(M//G, -1, 1, V).expand(-1, G, -1, -1) if len(rows) < M*k else values.view(M//G, G, k, V)   # the first step has one row an image
+        values = values.masked_fill(~forced.fits(missing, config.max_length - 1 - rows.shape[1]), -torch.inf)
+        return _bank_by_bank(values.view(M, -1, V), missing.view(M, -1, V), scores, forced, 2 * k)
+    if G == 1:
+        return _candidates(values.view(M, -1, V), scores, 2 * k)
+    values = (
+        values.view(M // G, -1, 1, V).expand(-1, G, -1, -1)
+        if len(rows) < M * k
+        else values.view(M // G, G, k, V)
+    )  # the first step has one row an image
     return _group_by_group(values, scores.view(-1, G, k), going.view(-1, G), config, sep)
 
 # %% ../nbs/04_generation.ipynb #08c37788
-def _beam_search(step, rules, forced, prompt, config): # forced: ForcedWords or None
-    "Beam search with transformers' rules: sequences (B, K, L), scores (B, K), log-probabilities (B, K, L-P), best first; -inf where none was finished."
-    (B, P), L, K, G, device = prompt.shape, config.max_length, config.num_beams, config.num_beam_groups, prompt.device
-    k = K // G                                                                   # beams of each search; a group is a search of its own
-    running = F.pad(prompt, (0, L-P), value=step.pad).repeat_interleave(K, 0).view(B*G, k, L)
-    logprobs = torch.full((B*G, k, L-P), torch.nan, dtype=step.dtype, device=device) # nan: no token here
-    scores = torch.zeros(B*G, k, dtype=step.dtype, device=device)                # sums of log-probabilities
-    finished = [running, torch.full_like(scores, -torch.inf), logprobs]          # the k best that have ended
-    done = [x.clone() for x in finished]                                         # the same, of searches that have stopped
-    searches, going = torch.arange(B*G, device=device), torch.ones(B*G, dtype=torch.bool, device=device)
+def _beam_search(step, rules, forced, prompt, config):  # forced: ForcedWords or None
+    """Beam search with transformers' rules: sequences (B, K, L), scores (B, K), log-probabilities (B, K,
+    L-P), best first; -inf where none was finished.
+    """
+    (B, P) = prompt.shape
+    L = config.max_length
+    K = config.num_beams
+    G = config.num_beam_groups
+    device = prompt.device
+    k = K // G  # beams of each search; a group is a search of its own
+    running = F.pad(prompt, (0, L - P), value=step.pad).repeat_interleave(K, 0).view(B * G, k, L)
+    logprobs = torch.full((B * G, k, L - P), torch.nan, dtype=step.dtype, device=device)  # nan: no token here
+    scores = torch.zeros(B * G, k, dtype=step.dtype, device=device)  # sums of log-probabilities
+    finished = [running, torch.full_like(scores, -torch.inf), logprobs]  # the k best that have ended
+    done = [x.clone() for x in finished]  # the same, of searches that have stopped
+    searches = torch.arange(B * G, device=device)
+    going = torch.ones(B * G, dtype=torch.bool, device=device)
     new_ids, rows = prompt, prompt
     for t in range(P, L):
-        own = step(new_ids).log_softmax(-1)                                      # (N, V')
-        sums, beam, token = _continuations(rules(own, rows), rows, scores, going, config, forced, step.sep)  # (M, 2k)
+        own = step(new_ids).log_softmax(-1)  # (N, V')
+        sums, beam, token = _continuations(
+            rules(own, rows), rows, scores, going, config, forced, step.sep
+        )  # (M, 2k)
         place = torch.arange(len(searches), device=device)[:, None]
-        row = (place//G if t == P else place*k) + beam                           # in the cache, (M, 2k)
+        row = (place // G if t == P else place * k) + beam  # in the cache, (M, 2k)
         running, logprobs = _pick_beams(running, beam), _pick_beams(logprobs, beam)
-        running[:, :, t], logprobs[:, :, t-P] = step.ids[token], own[row, token]
-        ended = (token == step.sep) | (t+1 == L)                                 # (M, 2k)
+        running[:, :, t], logprobs[:, :, t - P] = step.ids[token], own[row, token]
+        ended = (token == step.sep) | (t + 1 == L)  # (M, 2k)
         # what has ended among the k best may be returned
-        value = (sums / (t+1-P)**config.length_penalty).masked_fill(~ended, -torch.inf)[:, :k]
+        value = (sums / (t + 1 - P) ** config.length_penalty).masked_fill(~ended, -torch.inf)[:, :k]
         value, place = torch.cat((finished[1], value), 1).topk(k)
-        finished = [_pick_beams(torch.cat((finished[0], running[:, :k]), 1), place), value,
-                    _pick_beams(torch.cat((finished[2], logprobs[:, :k]), 1), place)]
+        finished = [
+            _pick_beams(torch.cat((finished[0], running[:, :k]), 1), place),
+            value,
+            _pick_beams(torch.cat((finished[2], logprobs[:, :k]), 1), place),
+        ]
         # what has not ended goes on
         place = _first(~ended, k)
         scores = sums.masked_fill(ended, -torch.inf).gather(1, place)
-        running, logprobs, row = _pick_beams(running, place), _pick_beams(logprobs, place), row.gather(1, place)
+        running = _pick_beams(running, place)
+        logprobs = _pick_beams(logprobs, place)
+        row = row.gather(1, place)
         # searches that stop now hand in their best
         stop = _must_stop(scores, value, t, config, P) & going
         if stop.any():
-            for all_searches, these in zip(done, finished): all_searches[searches[stop]] = these[stop]
+            for all_searches, these in zip(done, finished):
+                all_searches[searches[stop]] = these[stop]
             going = going & ~stop
-            if not going.any(): break
-        if (stay := _stay(going.view(-1, G).any(1))) is None: step.select(row.flatten())
+            if not going.any():
+                break
+        if (stay := _stay(going.view(-1, G).any(1))) is None:
+            step.select(row.flatten())
         else:
-            keep = _rows_of(stay, G)                                             # searches of the images that stay
+            keep = _rows_of(stay, G)  # searches of the images that stay
             step.select(row[keep].flatten(), stay)
-            searches, going, running, scores, logprobs = (x[keep] for x in (searches, going, running, scores, logprobs))
+            searches, going, running, scores, logprobs = (
+                x[keep] for x in (searches, going, running, scores, logprobs)
+            )
             finished = [x[keep] for x in finished]
-        rows = running[:, :, :t+1].flatten(0, 1)                                 # (N, t+1)
+        rows = running[:, :, : t + 1].flatten(0, 1)  # (N, t+1)
         new_ids = rows[:, -1:]
     sequences, scores, logprobs = (x.view(B, K, *x.shape[2:]) for x in done)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)             # the best of all groups first
+    scores, order = scores.sort(dim=1, descending=True, stable=True)  # the best of all groups first
     return _pick_beams(sequences, order), scores, _pick_beams(logprobs, order)
 
 # %% ../nbs/04_generation.ipynb #81277245
-def _contains(ids, part): return any(ids[i:i+len(part)] == part for i in range(len(ids)-len(part)+1))
-def _ngrams(ids, n): return [tuple(ids[i:i+n]) for i in range(len(ids)-n+1)]
+def _contains(ids, part):
+    return any(ids[i : i + len(part)] == part for i in range(len(ids) - len(part) + 1))
+
+
+def _ngrams(ids, n):
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
 
 # %% ../nbs/04_generation.ipynb #d2d0cf43
-def _clash(a, b, n): # token id lists; n-grams of this size come once
+def _clash(a, b, n):  # token id lists; n-grams of this size come once
     "Do two words share an n-gram, so that a caption cannot say both? Overlapping words can be said in one."
-    overlap = _contains(a, b) or _contains(b, a) or any(x[-i:] == y[:i] for x, y in ((a, b), (b, a)) for i in range(1, min(len(a), len(b))))
+    overlap = (
+        _contains(a, b)
+        or _contains(b, a)
+        or any(x[-i:] == y[:i] for x, y in ((a, b), (b, a)) for i in range(1, min(len(a), len(b))))
+    )
     return n > 0 and not overlap and bool({*_ngrams(a, n)} & {*_ngrams(b, n)})
 
 # %% ../nbs/04_generation.ipynb #1cb7cf29
 def check_words(
-    config:GenerationConfig, # max_length filled in
-    model:Captioner,         # its tokenizer and output vocabulary
+    config: GenerationConfig,  # max_length filled in
+    model: Captioner,  # its tokenizer and output vocabulary
 ):
-    "Raises ValueError where prefix, forced and forbidden words contradict each other or the n-gram rule, cannot be said, or do not fit."
+    """Raises ValueError where prefix, forced and forbidden words contradict each other or the n-gram rule,
+    cannot be said, or do not fit.
+    """
     tokenizer, size, n = model.tokenizer, model.config.decoder.vocab_size, config.no_repeat_ngram_size
     name = lambda ids: repr(' '.join(tokenizer.tokenizer.convert_ids_to_tokens(list(ids))).replace(' ##', ''))
-    def stop(what): raise ValueError(what)
-    prompt, prefix = config.prompt_ids(model), text_ids(tokenizer, config.prefix)
-    can_say = lambda ids: not any(i in tokenizer.tokenizer.all_special_ids or model.output_ids is not None and model.output_index[i] < 0 for i in ids)
+
+    def stop(what):
+        raise ValueError(what)
+
+    prompt = config.prompt_ids(model)
+    prefix = text_ids(tokenizer, config.prefix)
+    can_say = lambda ids: (
+        not any(
+            i in tokenizer.tokenizer.all_special_ids
+            or model.output_ids is not None
+            and model.output_index[i] < 0
+            for i in ids
+        )
+    )
     for word in collapse_whitespace(config.prefix).split():
-        if not can_say(text_ids(tokenizer, word)): stop(f"prefix {short(config.prefix)}: {short(word)} is not among the words that this model can say; choose another word")
-    for option, lists in (('bad_words_ids', config.bad_words_ids or []), ('force_words_ids', config.force_words_ids or [])):
-        nested = lambda word: isinstance(word, (list, tuple)) and bool(word) and isinstance(word[0], (list, tuple))
-        for ids in (one for word in lists for one in (word if nested(word) and option != 'bad_words_ids' else [word])):
-            if not isinstance(ids, (list, tuple)) or not ids or not all(isinstance(i, int) and 0 <= i < size for i in ids): stop(
-                f"{option} has {short(ids)}; it must hold lists of token ids from 0 to {size-1}, at least one each; `word_ids`, --bad-word and --force-word make them from words")
-    forced, bad = alternatives(config.force_words_ids or []), list(map(list, config.bad_words_ids or []))
+        if not can_say(text_ids(tokenizer, word)):
+            stop(
+                f'prefix {short(config.prefix)}: {short(word)} is not among the words that this model '
+                'can say; choose another word'
+            )
+    for option, lists in (
+        ('bad_words_ids', config.bad_words_ids or []),
+        ('force_words_ids', config.force_words_ids or []),
+    ):
+        nested = lambda word: (
+            isinstance(word, (list, tuple)) and bool(word) and isinstance(word[0], (list, tuple))
+        )
+        for ids in (
+            one for word in lists for one in (word if nested(word) and option != 'bad_words_ids' else [word])
+        ):
+            if (
+                not isinstance(ids, (list, tuple))
+                or not ids
+                or not all(isinstance(i, int) and 0 <= i < size for i in ids)
+            ):
+                stop(
+                    f'{option} has {short(ids)}; it must hold lists of token ids from 0 to '
+                    f'{size - 1}, at least one each; `word_ids`, --bad-word and --force-word make '
+                    'them from words'
+                )
+    forced = alternatives(config.force_words_ids or [])
+    bad = list(map(list, config.bad_words_ids or []))
     for option, ids in (('prefix', prefix), *(('force_words_ids', one) for word in forced for one in word)):
         silent = [i for i in ids if not can_say([i])]
-        if silent: stop(f"{option} {name(ids)}: {name(silent[:1])} is not among the words that this model can say; choose another word")
+        if silent:
+            stop(
+                f'{option} {name(ids)}: {name(silent[:1])} is not among the words that this model can '
+                'say; choose another word'
+            )
         for word in bad:
-            if _contains(ids, word): stop(f"{option} {name(ids)} says {name(word)}, which bad_words_ids forbids; drop one of them")
-    forced = [word for word in forced if tokens_missing(prefix, [word])]             # the others are said by the prefix
+            if _contains(ids, word):
+                stop(f'{option} {name(ids)} says {name(word)}, which bad_words_ids forbids; drop one of them')
+    forced = [word for word in forced if tokens_missing(prefix, [word])]  # the others are said by the prefix
     for one in (one for word in forced for one in word if n):
         begun = len(one) - tokens_missing(prefix, [[one]])
-        new = _ngrams(one, n)[max(0, begun-n+1):]
-        if len({*new}) < len(new) or {*new} & {*_ngrams(prompt, n)}: stop(
-            f"force_words_ids {name(one)} repeats {n} tokens in itself or of the prompt, which no_repeat_ngram_size={n} forbids; drop one of them")
+        new = _ngrams(one, n)[max(0, begun - n + 1) :]
+        if len({*new}) < len(new) or {*new} & {*_ngrams(prompt, n)}:
+            stop(
+                f'force_words_ids {name(one)} repeats {n} tokens in itself or of the prompt, which '
+                f'no_repeat_ngram_size={n} forbids; drop one of them'
+            )
     for i, word in enumerate(forced):
         for other in forced[:i]:
-            if all(_clash(a, b, n) for a in word for b in other): stop(
-                f"force_words_ids {name(other[0])} and {name(word[0])} share {n} tokens, which no_repeat_ngram_size={n} lets be said once; drop one of them")
-    missing, room = tokens_missing(prefix, forced), config.max_length - len(prompt)
-    if missing > room: stop(f"force_words_ids need {missing} tokens, behind prompt and prefix there is room for {room}; raise max_length ({config.max_length}) or force fewer words")
+            if all(_clash(a, b, n) for a in word for b in other):
+                stop(
+                    f'force_words_ids {name(other[0])} and {name(word[0])} share {n} tokens, which '
+                    f'no_repeat_ngram_size={n} lets be said once; drop one of them'
+                )
+    missing = tokens_missing(prefix, forced)
+    room = config.max_length - len(prompt)
+    if missing > room:
+        stop(
+            f'force_words_ids need {missing} tokens, behind prompt and prefix there is room for '
+            f'{room}; raise max_length ({config.max_length}) or force fewer words'
+        )
 
 # %% ../nbs/04_generation.ipynb #baaa9844
-def _search(model, image_tokens, config, generator): # config: checked
-    "What greedy search or sampling has after each token, or beam search at its end: sequences, scores, log-probabilities."
+def _search(model, image_tokens, config, generator):  # config: checked
+    """What greedy search or sampling has after each token, or beam search at its end: sequences, scores,
+    log-probabilities.
+    """
     step = NextToken(model, image_tokens)
     rules = Rules(config, step.ids, step.sep)
-    prompt = torch.tensor([config.prompt_ids(model)]*len(image_tokens), device=image_tokens.device)       # (B, P)
-    if config.num_beams == 1: yield from _one_by_one(step, rules, prompt, config, generator)
+    prompt = torch.tensor(
+        [config.prompt_ids(model)] * len(image_tokens), device=image_tokens.device
+    )  # (B, P)
+    if config.num_beams == 1:
+        yield from _one_by_one(step, rules, prompt, config, generator)
     else:
-        forced = config.force_words_ids and ForcedWords(config.force_words_ids, step.ids, step.sep, _is_piece(model, step.ids), model.tokenizer.prompt_length)
+        forced = config.force_words_ids and ForcedWords(
+            config.force_words_ids,
+            step.ids,
+            step.sep,
+            _is_piece(model, step.ids),
+            model.tokenizer.prompt_length,
+        )
         yield _beam_search(step, rules, forced, prompt, config)
 
 # %% ../nbs/04_generation.ipynb #7c9c54f3
-def _is_piece(model, ids): # (V',) -> (V',) bool
+def _is_piece(model, ids):  # (V',) -> (V',) bool
     "Which tokens continue a word?"
-    return torch.tensor([token.startswith('##') for token in model.tokenizer.tokenizer.convert_ids_to_tokens(ids.tolist())], device=ids.device)
+    return torch.tensor(
+        [token.startswith('##') for token in model.tokenizer.tokenizer.convert_ids_to_tokens(ids.tolist())],
+        device=ids.device,
+    )
 
 # %% ../nbs/04_generation.ipynb #76a18ddb
 @torch.inference_mode()
 def generate(
-    model:Captioner,               # in either mode: dropout is off in here
-    pixel_values=None,             # (B, 3, H, W)
-    config:GenerationConfig|None=None, # None: `options`, or greedy
-    image_tokens=None,             # (B, S, D) instead of pixel_values, where they are at hand
-    generator=None,                # for sampling, on the model's device: a torch.Generator, or a list with one for each image, whose draws then do not depend on the batch
-    **options,                     # fields of GenerationConfig, instead of config
+    model: Captioner,  # in either mode: dropout is off in here
+    pixel_values=None,  # (B, 3, H, W)
+    config: GenerationConfig | None = None,  # None: `options`, or greedy
+    image_tokens=None,  # (B, S, D) instead of pixel_values, where they are at hand
+    # for sampling, on the model's device: a torch.Generator, or a list with one for each image, whose draws
+    # then do not depend on the batch
+    generator=None,
+    **options,  # fields of GenerationConfig, instead of config
 ) -> GenerationOutput:
-    "Caption a batch of images, each encoded once however many captions hang on it; raises ValueError for settings that make no sense and where words rule out every caption."
-    if config is not None and options: raise ValueError(f"give config or options, not both: {sorted(options)}")
-    if (pixel_values is None) == (image_tokens is None): raise ValueError("give pixel_values (B, 3, H, W) or image_tokens (B, S, D), one of them")
-    config, B = (config or GenerationConfig(**options)).check(model), len(image_tokens if pixel_values is None else pixel_values)
-    if isinstance(generator, (list, tuple)) and len(generator) != B: raise ValueError(f"{len(generator)} generators for {B} images; give one for each")
+    """Caption a batch of images, each encoded once however many captions hang on it; raises ValueError for
+    settings that make no sense and where words rule out every caption.
+    """
+    if config is not None and options:
+        raise ValueError(f'give config or options, not both: {sorted(options)}')
+    if (pixel_values is None) == (image_tokens is None):
+        raise ValueError('give pixel_values (B, 3, H, W) or image_tokens (B, S, D), one of them')
+    config = (config or GenerationConfig(**options)).check(model)
+    B = len(image_tokens if pixel_values is None else pixel_values)
+    if isinstance(generator, (list, tuple)) and len(generator) != B:
+        raise ValueError(f'{len(generator)} generators for {B} images; give one for each')
     with evaluation_mode(model):
-        if image_tokens is None: image_tokens = model.encode_image(pixel_values)
-        for found in _search(model, image_tokens, config, generator): pass
-        sequences, scores, logprobs = (x[:, :config.num_return_sequences] for x in found)
+        if image_tokens is None:
+            image_tokens = model.encode_image(pixel_values)
+        for found in _search(model, image_tokens, config, generator):
+            pass
+        sequences, scores, logprobs = (x[:, : config.num_return_sequences] for x in found)
         _all_finished(scores, config)
         longest = int((~logprobs.isnan()).sum(-1).max())
-        sequences = sequences[..., :sequences.shape[-1]-logprobs.shape[-1]+longest]
-        looked = cross_attention(model, sequences[..., :-1].flatten(0, 1), image_tokens).unflatten(0, (B, -1)) if config.output_attentions else None
-    return GenerationOutput(sequences, scores, logprobs[..., :longest].nan_to_num(0.), looked)
+        sequences = sequences[..., : sequences.shape[-1] - logprobs.shape[-1] + longest]
+        looked = (
+            cross_attention(model, sequences[..., :-1].flatten(0, 1), image_tokens).unflatten(0, (B, -1))
+            if config.output_attentions
+            else None
+        )
+    return GenerationOutput(sequences, scores, logprobs[..., :longest].nan_to_num(0.0), looked)
 
 # %% ../nbs/04_generation.ipynb #a8cb8aa7
-def _all_finished(scores, config): # (B, R)
+def _all_finished(scores, config):  # (B, R)
     "Raises ValueError where rules left too few captions."
     few = (scores == -torch.inf).any(1).nonzero()[:, 0]
-    if len(few): raise ValueError(f"image {int(few[0])}: no {scores.shape[1]} caption(s) of at most max_length={config.max_length} keep to all rules; "
-        "loosen force_words_ids, bad_words_ids, no_repeat_ngram_size or min_length, or ask for fewer or with more num_beams")
+    if len(few):
+        raise ValueError(
+            f'image {int(few[0])}: no {scores.shape[1]} caption(s) of at most '
+            f'max_length={config.max_length} keep to all rules; '
+            'loosen force_words_ids, bad_words_ids, no_repeat_ngram_size or min_length, or ask for '
+            'fewer or with more num_beams'
+        )
 
 # %% ../nbs/04_generation.ipynb #331963fe
 def process_image(
-    images,          # a path, a PIL image or a (3, H, W) tensor ready for the encoder; a list of them; or a (B, 3, H, W) tensor
-    model:Captioner, # knows its size and normalisation
-): # (B, 3, H, W) on the model's device
-    "Images as the captioner wants them; raises FileNotFoundError or ValueError naming a file that is no photo."
+    # a path, a PIL image or a (3, H, W) tensor ready for the encoder; a list of them; or a (B, 3, H, W)
+    # tensor
+    images,
+    model: Captioner,  # knows its size and normalisation
+):  # (B, 3, H, W) on the model's device
+    """Images as the captioner wants them; raises FileNotFoundError or ValueError naming a file that is no
+    photo.
+    """
     transform = image_transform(model.config.encoder)
     images = [images] if _is_one(images) else list(images)
-    if not images: raise ValueError("no images: give a path, a PIL image, a tensor, or a list with at least one")
+    if not images:
+        raise ValueError('no images: give a path, a PIL image, a tensor, or a list with at least one')
     tensors = [image if torch.is_tensor(image) else transform(image) for image in images]
     sizes = {tuple(tensor.shape) for tensor in tensors}
-    if len(sizes) > 1: raise ValueError(f"the images are tensors of different shapes {sorted(sizes)}; give them one size, or as PIL images")
+    if len(sizes) > 1:
+        raise ValueError(
+            f'the images are tensors of different shapes {sorted(sizes)}; give them one size, or as '
+            'PIL images'
+        )
     return torch.stack(tensors).to(next(model.parameters()).device)
+
 
 def _is_one(images):
     "Is this one image, and not a batch or a list?"
@@ -584,100 +881,147 @@ def _is_one(images):
 
 # %% ../nbs/04_generation.ipynb #8915f1dd
 def word_ids(
-    model:Captioner, # its tokenizer and the words that it can say
-    words,           # words or phrases; inside, a list of alternatives may stand in a word's place
-) -> list: # token id lists, for `force_words_ids` and `bad_words_ids`
+    model: Captioner,  # its tokenizer and the words that it can say
+    words,  # words or phrases; inside, a list of alternatives may stand in a word's place
+) -> list:  # token id lists, for `force_words_ids` and `bad_words_ids`
     "Words as token ids; raises ValueError naming a word that this model cannot say."
-    if isinstance(words, str): raise ValueError(f"words are {words!r}; put them into a list")
-    return [word_ids(model, word) if isinstance(word, (list, tuple)) else _ids_of(model, word) for word in words]
+    if isinstance(words, str):
+        raise ValueError(f'words are {words!r}; put them into a list')
+    return [
+        word_ids(model, word) if isinstance(word, (list, tuple)) else _ids_of(model, word) for word in words
+    ]
+
 
 def _ids_of(model, word):
     "Token ids of one word or phrase."
-    ids, unknown = text_ids(model.tokenizer, word), model.tokenizer.tokenizer.unk_token_id
+    ids = text_ids(model.tokenizer, word)
+    unknown = model.tokenizer.tokenizer.unk_token_id
     silent = unknown in ids or model.output_ids is not None and any(model.output_index[i] < 0 for i in ids)
-    if not ids or silent: raise ValueError(f"{word!r} is not among the words that this model can say; leave it out or choose another word")
+    if not ids or silent:
+        raise ValueError(
+            f'{word!r} is not among the words that this model can say; leave it out or choose another word'
+        )
     return ids
+
 
 def _with_words(model, options, force_words, bad_words):
     "Options of `GenerationConfig` with words in them as ids."
-    if force_words: options['force_words_ids'] = word_ids(model, force_words)
-    if bad_words: options['bad_words_ids'] = word_ids(model, bad_words)
+    if force_words:
+        options['force_words_ids'] = word_ids(model, force_words)
+    if bad_words:
+        options['bad_words_ids'] = word_ids(model, bad_words)
     return options
 
+
 def generate_caption(
-    model:Captioner, # trained
-    images,          # a path, a PIL image, a (3, H, W) tensor, a (B, 3, H, W) tensor, or a list
+    model: Captioner,  # trained
+    images,  # a path, a PIL image, a (3, H, W) tensor, a (B, 3, H, W) tensor, or a list
     num_beams=None,  # None: 3, or 1 when `do_sample` is on
     force_words=(),  # words that the caption must say; a list in a word's place: one of them
-    bad_words=(),    # words that it must not say
-    **options,       # more of `GenerationConfig`, and `generator` for sampling
-): # a string for one image, a list of strings for several; with num_return_sequences above 1 each string is a list
-    "Say what is in one picture, or in each of several; raises what `process_image`, `word_ids` and `generate` raise."
-    if num_beams is None: num_beams = 1 if options.get('do_sample') else 3
-    out = generate(model, process_image(images, model), num_beams=num_beams, **_with_words(model, options, force_words, bad_words))
+    bad_words=(),  # words that it must not say
+    **options,  # more of `GenerationConfig`, and `generator` for sampling
+):  # a string for one image, a list of strings for several; with num_return_sequences above 1 each string is a list
+    """Say what is in one picture, or in each of several; raises what `process_image`, `word_ids` and
+    `generate` raise.
+    """
+    if num_beams is None:
+        num_beams = 1 if options.get('do_sample') else 3
+    out = generate(
+        model,
+        process_image(images, model),
+        num_beams=num_beams,
+        **_with_words(model, options, force_words, bad_words),
+    )
     captions = [model.tokenizer.decode_batch(rows) for rows in out.sequences]
-    if out.sequences.shape[1] == 1: captions = [caption for caption, in captions]
+    if out.sequences.shape[1] == 1:
+        captions = [caption for (caption,) in captions]
     return captions[0] if _is_one(images) else captions
 
 # %% ../nbs/04_generation.ipynb #7dc56563
 def settled(
-    text:str, # the beginning of a caption, decoded
+    text: str,  # the beginning of a caption, decoded
 ) -> str:
     "The part that stays whatever comes next: whole words, nothing behind an open quote."
-    if text[-1:] in ('"', "'"): return ''                                        # a quote or an apostrophe: the next token decides
+    if text[-1:] in ('"', "'"):
+        return ''  # a quote or an apostrophe: the next token decides
     opened = re.search(r"""(^| )["'](?= )""", text)
-    return text[:opened.start()] if opened else text[:max(text.rfind(' '), 0)]
+    return text[: opened.start()] if opened else text[: max(text.rfind(' '), 0)]
 
 # %% ../nbs/04_generation.ipynb #e1198afc
 def stream_caption(
-    model:Captioner, # trained
-    image,           # a path, a PIL image or a (3, H, W) tensor
-    bad_words=(),    # words that it must not say
+    model: Captioner,  # trained
+    image,  # a path, a PIL image or a (3, H, W) tensor
+    bad_words=(),  # words that it must not say
     generator=None,  # for sampling, see `generate`
-    **options,       # more of `GenerationConfig`; greedy search or, with do_sample, sampling
-): # an iterator of strings, which add up to what `generate_caption` with num_beams=1 says
-    "Say what is in a picture, word by word as the words come; raises what `generate_caption` raises, and ValueError for beams, whose words are not certain before the end."
-    if not _is_one(image): raise ValueError("stream_caption takes one image; call it for each")
+    **options,  # more of `GenerationConfig`; greedy search or, with do_sample, sampling
+):  # an iterator of strings, which add up to what `generate_caption` with num_beams=1 says
+    """Say what is in a picture, word by word as the words come; raises what `generate_caption` raises, and
+    ValueError for beams, whose words are not certain before the end.
+    """
+    if not _is_one(image):
+        raise ValueError('stream_caption takes one image; call it for each')
     config = GenerationConfig(**_with_words(model, options, (), bad_words))
-    if config.num_beams != 1: raise ValueError(f"num_beams is {config.num_beams}; words can come one by one only with 1: a beam search may take them back")
-    if config.num_return_sequences != 1: raise ValueError(f"num_return_sequences is {config.num_return_sequences}; one caption can be streamed at a time")
+    if config.num_beams != 1:
+        raise ValueError(
+            f'num_beams is {config.num_beams}; words can come one by one only with 1: a beam search '
+            'may take them back'
+        )
+    if config.num_return_sequences != 1:
+        raise ValueError(
+            f'num_return_sequences is {config.num_return_sequences}; one caption can be streamed at a time'
+        )
     return _stream(model, process_image(image, model), config.check(model), generator)
+
 
 def _stream(model, pixel_values, config, generator):
     "The words; between two of them the model is in its own mode."
     search, text, shown = None, '', ''
     while True:
         with torch.inference_mode(), evaluation_mode(model):
-            if search is None: search = _search(model, model.encode_image(pixel_values), config, generator)
+            if search is None:
+                search = _search(model, model.encode_image(pixel_values), config, generator)
             found = next(search, None)
-        if found is None: break
+        if found is None:
+            break
         text = model.tokenizer.decode(found[0][0, 0])
         if len(certain := settled(text)) > len(shown):
-            yield certain[len(shown):]
+            yield certain[len(shown) :]
             shown = certain
-    if text[len(shown):]: yield text[len(shown):]
+    if text[len(shown) :]:
+        yield text[len(shown) :]
 
 # %% ../nbs/04_generation.ipynb #b17a576a
 @torch.inference_mode()
 def cross_attention(
-    model:Captioner, # in evaluation mode
-    sequences,    # (N, T) token ids as `generate` returns them; captions of one image adjacent, N a multiple of B
-    image_tokens, # (B, S, D)
-): # (N, layers, H, T, S); row t is where the decoder looked while it read token t and chose token t+1
+    model: Captioner,  # in evaluation mode
+    # (N, T) token ids as `generate` returns them; captions of one image adjacent, N a multiple of B
+    sequences,
+    image_tokens,  # (B, S, D)
+):  # (N, layers, H, T, S); row t is where the decoder looked while it read token t and chose token t+1
     "The cross-attention of every layer and head over a finished caption; rows sum to 1."
     cache = model.decoder.new_cache(image_tokens)
     return torch.stack(model.decoder.hidden_states(sequences, cache, return_weights=True)[1], 1)
 
+
 def attention_map(
-    weights, # (..., S) attention over image tokens
-    grids,   # [(h, w)] of the stages that the encoder chose, `model.encoder.grids(size)`
-    size,    # (H, W) of the picture to lay it over
-): # (..., H, W), the stages' maps added up; raises ValueError where S is not the grids' number of tokens
-    "Attention as a picture: each stage's share on its own grid, enlarged and added; it still sums to about 1."
-    if weights.shape[-1] != sum(h*w for h, w in grids): raise ValueError(
-        f"{weights.shape[-1]} weights for grids {grids} with {sum(h*w for h, w in grids)} tokens; use model.encoder.grids(size) of the same image size")
+    weights,  # (..., S) attention over image tokens
+    grids,  # [(h, w)] of the stages that the encoder chose, `model.encoder.grids(size)`
+    size,  # (H, W) of the picture to lay it over
+):  # (..., H, W), the stages' maps added up; raises ValueError where S is not the grids' number of tokens
+    """Attention as a picture: each stage's share on its own grid, enlarged and added; it still sums to about
+    1.
+    """
+    if weights.shape[-1] != sum(h * w for h, w in grids):
+        raise ValueError(
+            f'{weights.shape[-1]} weights for grids {grids} with {sum(h * w for h, w in grids)} '
+            'tokens; use model.encoder.grids(size) of the same image size'
+        )
     maps = []
-    for part, (h, w) in zip(weights.split([h*w for h, w in grids], -1), grids):
-        grid = part.reshape(-1, 1, h, w) / (size[0]*size[1]/(h*w))
-        maps.append(F.interpolate(grid, size=size, mode='bilinear', align_corners=False).reshape(*weights.shape[:-1], *size))
+    for part, (h, w) in zip(weights.split([h * w for h, w in grids], -1), grids):
+        grid = part.reshape(-1, 1, h, w) / (size[0] * size[1] / (h * w))
+        maps.append(
+            F.interpolate(grid, size=size, mode='bilinear', align_corners=False).reshape(
+                *weights.shape[:-1], *size
+            )
+        )
     return sum(maps)

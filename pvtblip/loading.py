@@ -27,56 +27,103 @@ from .pvt_encoder import EncoderConfig, load_pixels, normalise_pixels
 from .tokenizer import CaptionTokenizer
 
 # %% ../nbs/12_loading.ipynb #71ea3baf
-_SIDE = re.compile(r"\b(left|right)(?=(most|wards?|-?hand(?:ed)?)?\b)", re.I)
-_SIDE_BEFORE = re.compile(r"\b(the|a|his|her|its|their|my|your|our|on|to|from|in|at|top|bottom|upper|lower|far|front|rear|back|(left|right) (and|or))\s+$", re.I)
-_SIDE_AFTER = re.compile(r"\s+(of|sides?|hands?|arms?|legs?|foot|feet|shoulders?|ears?|eyes?|wrists?|knees?|paws?|wings?|halves|half|corners?|edges?|lanes?|fronts?|rears?)\b", re.I)
-_NOT_A_SIDE = re.compile(r"\s+(way|time|moment|place|thing|kind)\b", re.I)  # "the right way"
-_WRITING = re.compile(r'["“”#\d]|\b(says?|saying|reads?|words?|letter(s|ing)?|writ(ten|ing)|number(s|ed)?|logos?|clocks?)\b', re.I)
+_SIDE = re.compile(r'\b(left|right)(?=(most|wards?|-?hand(?:ed)?)?\b)', re.I)
+_SIDE_BEFORE = re.compile(
+    r'\b(the|a|his|her|its|their|my|your|our|on|to|from|in|at|top|bottom|upper|lower|far|front|rear|'
+    r'back|(left|right) (and|or))\s+$',
+    re.I,
+)
+_SIDE_AFTER = re.compile(
+    r'\s+(of|sides?|hands?|arms?|legs?|foot|feet|shoulders?|ears?|eyes?|wrists?|knees?|paws?|wings?|'
+    r'halves|half|corners?|edges?|lanes?|fronts?|rears?)\b',
+    re.I,
+)
+_NOT_A_SIDE = re.compile(r'\s+(way|time|moment|place|thing|kind)\b', re.I)  # "the right way"
+_WRITING = re.compile(
+    r'["“”#\d]|\b(says?|saying|reads?|words?|letter(s|ing)?|writ(ten|ing)|number(s|ed)?|logos?|clocks?)\b',
+    re.I,
+)
+
 
 def _means_a_side(caption, found):
-    before, after = caption[:found.start()], caption[found.end():]
-    if found[2]: return True  # leftmost, right-handed
+    before, after = caption[: found.start()], caption[found.end() :]
+    if found[2]:
+        return True  # leftmost, right-handed
     return bool(_SIDE_BEFORE.search(before) or _SIDE_AFTER.match(after)) and not _NOT_A_SIDE.match(after)
 
+
 def _other_side(found):
-    other = "right" if found[1].lower() == "left" else "left"
+    other = 'right' if found[1].lower() == 'left' else 'left'
     return other.upper() if found[1].isupper() else other.title() if found[1].istitle() else other
+
 
 def swap_sides(
     caption: str,  # English
 ) -> str | None:  # what is true of the mirrored photo; None: do not mirror it
-    "Exchange the words left and right where they mean sides, case kept; None where they may mean something else, and for writing, numbers and clocks"
-    if _WRITING.search(caption) or not all(_means_a_side(caption, found) for found in _SIDE.finditer(caption)): return None
+    """Exchange the words left and right where they mean sides, case kept; None where they may mean something
+    else, and for writing, numbers and clocks
+    """
+    if _WRITING.search(caption) or not all(
+        _means_a_side(caption, found) for found in _SIDE.finditer(caption)
+    ):
+        return None
     return _SIDE.sub(_other_side, caption)
 
 # %% ../nbs/12_loading.ipynb #8cd2a580
 @dataclass
 class AugmentationConfig:
-    "How training photos are varied; off unless asked for. Plain values: JSON with `dataclasses.asdict`, back with `**`."
-    flip: Share = 0.                      # chance of a mirrored photo; its captions exchange left and right, or it stays as it is. English captions only
-    crop_scale: Annotated[float, Within(0.01, 1)] = 1. # smallest share of the area that a random crop keeps; 1: whole photos, since captions count and a crop cuts things off
-    colour_jitter: Share = 0.             # brightness, contrast and saturation change by up to this share; colour names suffer slowly
-    hue: Annotated[float, Within(0, 0.5)] = 0. # shift of the hue, in turns of the colour wheel, up to 0.5; colour names suffer at once
-    regardless_of_captions: bool = False  # True: crop photos whose captions name places, recolour those whose captions name colours
+    """How training photos are varied; off unless asked for. Plain values: JSON with `dataclasses.asdict`,
+    back with `**`.
+    """
 
-    def __post_init__(self): check_settings(self)
+    # chance of a mirrored photo; its captions exchange left and right, or it stays as it is. English captions
+    # only
+    flip: Share = 0.0
+    crop_scale: Annotated[float, Within(0.01, 1)] = (
+        # smallest share of the area that a random crop keeps; 1: whole photos, since captions count and a
+        # crop cuts things off
+        1.0
+    )
+    colour_jitter: Share = (
+        0.0  # brightness, contrast and saturation change by up to this share; colour names suffer slowly
+    )
+    hue: Annotated[float, Within(0, 0.5)] = (
+        0.0  # shift of the hue, in turns of the colour wheel, up to 0.5; colour names suffer at once
+    )
+    regardless_of_captions: bool = (
+        False  # True: crop photos whose captions name places, recolour those whose captions name colours
+    )
 
-    def decode_size(self,
+    def __post_init__(self):
+        check_settings(self)
+
+    def decode_size(
+        self,
         image_size: int,  # what the encoder reads, pixels
     ) -> int:  # side at which photos are decoded, so that the smallest crop need not be enlarged
         "`image_size` without crops, larger with them"
         return math.ceil(image_size / math.sqrt(self.crop_scale))
 
 # %% ../nbs/12_loading.ipynb #76a526e6
-_PLACE = re.compile(r"\b(left|right|top|bottom|upper|lower|corners?|edges?|cent(er|re)|middle|(back|fore)ground|distan(ce|t)|above|below|beneath|under|over|far|side)\b", re.I)
-_COLOUR = re.compile(r"\b(redd?|orange|yellow|green|blue|purple|violet|pink|brown|black|white|gr[ae]y|tan|beige|maroon|turquoise|gold(en)?|silver|blond(e)?|brunette"
-                     r"|\w+-colou?red|(multi|bright|dark|light)?-?colou?r(s|ed|ful)?|dark|bright|pale)(ish)?\b", re.I)
+_PLACE = re.compile(
+    r'\b(left|right|top|bottom|upper|lower|corners?|edges?|cent(er|re)|middle|(back|fore)ground|'
+    r'distan(ce|t)|above|below|beneath|under|over|far|side)\b',
+    re.I,
+)
+_COLOUR = re.compile(
+    r'\b(redd?|orange|yellow|green|blue|purple|violet|pink|brown|black|white|gr[ae]y|tan|beige|maroon|'
+    r'turquoise|gold(en)?|silver|blond(e)?|brunette'
+    r'|\w+-colou?red|(multi|bright|dark|light)?-?colou?r(s|ed|ful)?|dark|bright|pale)(ish)?\b',
+    re.I,
+)
+
 
 def speaks_of_place(
     captions: list[str],  # English
 ) -> bool:
     "Whether one of the captions says where something is"
     return any(map(_PLACE.search, captions))
+
 
 def speaks_of_colour(
     captions: list[str],  # English
@@ -86,157 +133,228 @@ def speaks_of_colour(
 
 # %% ../nbs/12_loading.ipynb #5f3e9bb7
 class AugmentedDataset(Dataset):
-    "A captioned data set whose photos are uint8, varied as its captions allow and normalised; an item depends on (seed, epoch, index) alone"
-    def __init__(self,
-        dataset,  # addressed by (epoch, index): items dict(pixel_values (3, h, w) uint8, captions, file) or BrokenImage; its `load` is `pixel_loader(...)` or a `PhotoCache`
+    """A captioned data set whose photos are uint8, varied as its captions allow and normalised; an item
+    depends on (seed, epoch, index) alone
+    """
+
+    def __init__(
+        self,
+        # addressed by (epoch, index): items dict(pixel_values (3, h, w) uint8, captions, file) or
+        # BrokenImage; its `load` is `pixel_loader(...)` or a `PhotoCache`
+        dataset,
         encoder: EncoderConfig,  # size, mean and std of what the encoder reads
         augmentation: AugmentationConfig | None = None,  # None: photos as they are, for evaluation
         seed: int = 0,
     ):
-        self.dataset, self.augmentation, self.seed = dataset, augmentation or AugmentationConfig(), seed
+        self.dataset = dataset
+        self.augmentation = augmentation or AugmentationConfig()
+        self.seed = seed
         bicubic, a, size = v2.InterpolationMode.BICUBIC, self.augmentation, encoder.image_size
         self.resize = v2.Resize([size, size], bicubic, antialias=True)
-        self.crop = v2.RandomResizedCrop(size, (a.crop_scale, 1), interpolation=bicubic, antialias=True) if a.crop_scale < 1 else None
-        self.jitter = v2.ColorJitter(*[a.colour_jitter]*3, a.hue) if a.colour_jitter or a.hue else None
+        self.crop = (
+            v2.RandomResizedCrop(size, (a.crop_scale, 1), interpolation=bicubic, antialias=True)
+            if a.crop_scale < 1
+            else None
+        )
+        self.jitter = v2.ColorJitter(*[a.colour_jitter] * 3, a.hue) if a.colour_jitter or a.hue else None
         self.normalise = normalise_pixels(encoder)
 
-    def __len__(self) -> int: return len(self.dataset)
+    def __len__(self) -> int:
+        return len(self.dataset)
 
     def __getattr__(self, name):
         "What the data set below knows (records, captions_per_image, ...)"
-        if name.startswith("__") or name == "dataset": raise AttributeError(name)
+        if name.startswith('__') or name == 'dataset':
+            raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def vary(self,
+    def vary(
+        self,
         pixels: torch.Tensor,  # (3, h, w) uint8
         captions: list[str],
     ) -> tuple[torch.Tensor, list[str]]:  # (3, H, W) uint8, captions that are true of it
         "Flip, crop and recolour with torch's generator, as far as the captions allow"
         free = self.augmentation.regardless_of_captions
-        if torch.rand(()) < self.augmentation.flip and None not in (swapped := [swap_sides(caption) for caption in captions]):
-            pixels, captions = pixels.flip(-1), swapped
-        pixels = self.crop(pixels) if self.crop and (free or not speaks_of_place(captions)) else self.resize(pixels)
-        if self.jitter and (free or not speaks_of_colour(captions)): pixels = self.jitter(pixels)
+        if torch.rand(()) < self.augmentation.flip and None not in (
+            swapped := [swap_sides(caption) for caption in captions]
+        ):
+            pixels = pixels.flip(-1)
+            captions = swapped
+        pixels = (
+            self.crop(pixels)
+            if self.crop and (free or not speaks_of_place(captions))
+            else self.resize(pixels)
+        )
+        if self.jitter and (free or not speaks_of_colour(captions)):
+            pixels = self.jitter(pixels)
         return pixels, captions
 
-    def __getitem__(self,
+    def __getitem__(
+        self,
         index: int | tuple[int, int],  # a record of epoch 0, or (epoch, record)
     ) -> dict | BrokenImage:  # as the data set below, with pixel_values (3, H, W) float
         "Load, vary, normalise"
         epoch, index = index if isinstance(index, tuple) else (0, index)
         item = self.dataset[epoch, index]
-        if isinstance(item, BrokenImage): return item
-        if item["pixel_values"].dtype != torch.uint8:
-            raise TypeError(f"pixel_values are {item['pixel_values'].dtype}; give the data set `pixel_loader(...)` or a PhotoCache as its load function")
-        pixels, captions = item["pixel_values"], item["captions"]
-        if self.augmentation == AugmentationConfig(): return item | dict(pixel_values=self.normalise(self.resize(pixels)))
+        if isinstance(item, BrokenImage):
+            return item
+        if item['pixel_values'].dtype != torch.uint8:
+            raise TypeError(
+                f'pixel_values are {item["pixel_values"].dtype}; give the data set '
+                '`pixel_loader(...)` or a PhotoCache as its load function'
+            )
+        pixels, captions = item['pixel_values'], item['captions']
+        if self.augmentation == AugmentationConfig():
+            return item | dict(pixel_values=self.normalise(self.resize(pixels)))
         with torch.random.fork_rng(devices=[]):  # the process's own random numbers are not touched
-            torch.manual_seed(random.Random(f"augment {self.seed} {epoch} {index}").getrandbits(63))
+            torch.manual_seed(random.Random(f'augment {self.seed} {epoch} {index}').getrandbits(63))
             pixels, captions = self.vary(pixels, captions)
         return item | dict(pixel_values=self.normalise(pixels.contiguous()), captions=captions)
 
 # %% ../nbs/12_loading.ipynb #c2372346
-def pixel_loader(
-    encoder: EncoderConfig,
-    augmentation: AugmentationConfig | None = None,
-):
+def pixel_loader(encoder: EncoderConfig, augmentation: AugmentationConfig | None = None):
     "The load function (path or PIL image -> (3, h, w) uint8) of a data set that `AugmentedDataset` wraps"
     return partial(load_pixels, size=(augmentation or AugmentationConfig()).decode_size(encoder.image_size))
 
 # %% ../nbs/12_loading.ipynb #b2b75746
 class PhotoCache:
-    """Photos as (3, size, size) uint8 in one memory-mapped file, built by the first process that asks; a load function for data sets
+    """Photos as (3, size, size) uint8 in one memory-mapped file, built by the first process that asks; a
+    load function for data sets
 
-    The name follows from the photos' paths, sizes and times and from `size`, so a changed photo means a new cache; old ones may be deleted by hand.
-    Raises OSError where the disk is too small (nothing is left behind) and ValueError where not one photo can be read."""
+    The name follows from the photos' paths, sizes and times and from `size`, so a changed photo means a
+    new cache; old ones may be deleted by hand.
+    Raises OSError where the disk is too small (nothing is left behind) and ValueError where not one
+    photo can be read."""
+
     FORMAT = 1  # part of the name; goes up when the decoding changes
-    def __init__(self,
+
+    def __init__(
+        self,
         files: list,  # the photos' paths
         size: int,  # side in pixels: `AugmentationConfig.decode_size`
         folder: str | Path,  # where caches are kept; made if it is not there
         num_threads: int = 4,  # that decode while it is built
         progress: bool = False,  # show a bar while it is built
     ):
-        if not files: raise ValueError("no photos; give the paths of the photos to keep")
-        self.size, self.rows = size, {file: row for row, file in enumerate(sorted({str(file) for file in files}))}
-        self.folder = Path(folder)/f"photos-{self._fingerprint()}"
+        if not files:
+            raise ValueError('no photos; give the paths of the photos to keep')
+        self.size = size
+        self.rows = {file: row for row, file in enumerate(sorted({str(file) for file in files}))}
+        self.folder = Path(folder) / f'photos-{self._fingerprint()}'
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if not self.folder.is_dir():
-            with FileLock(f"{self.folder}.lock"):
-                if not self.folder.is_dir(): self._build(num_threads, progress)
-        self.broken = json.loads((self.folder/"broken.json").read_text(encoding="utf-8"))  # file -> what is wrong with it
+            with FileLock(f'{self.folder}.lock'):
+                if not self.folder.is_dir():
+                    self._build(num_threads, progress)
+        self.broken = json.loads(
+            (self.folder / 'broken.json').read_text(encoding='utf-8')
+        )  # file -> what is wrong with it
         self._pixels = None
 
     def _fingerprint(self):
         "Hash of all that decides the pixels"
-        digest = hashlib.sha256(f"{self.FORMAT} {self.size}".encode())
+        digest = hashlib.sha256(f'{self.FORMAT} {self.size}'.encode())
         for file in self.rows:
             status = os.stat(file) if os.path.exists(file) else None
-            digest.update(json.dumps([os.path.abspath(file), status and [status.st_size, status.st_mtime_ns]]).encode())
+            digest.update(
+                json.dumps([os.path.abspath(file), status and [status.st_size, status.st_mtime_ns]]).encode()
+            )
         return digest.hexdigest()[:24]
 
     def _build(self, num_threads, progress):
         "Write all photos under a temporary name, then give the folder its own; whole or not at all"
-        partial_folder, needed = Path(f"{self.folder}.partial"), len(self.rows)*3*self.size**2
+        partial_folder = Path(f'{self.folder}.partial')
+        needed = len(self.rows) * 3 * self.size**2
         shutil.rmtree(partial_folder, ignore_errors=True)  # what a killed process left; the lock is ours
         try:
-            if (free := shutil.disk_usage(self.folder.parent).free) < needed: raise OSError(f"{free/1e9:.1f} GB are free")
+            if (free := shutil.disk_usage(self.folder.parent).free) < needed:
+                raise OSError(f'{free / 1e9:.1f} GB are free')
             partial_folder.mkdir()
-            broken = self._write(partial_folder/"pixels.npy", num_threads, progress)
-            (partial_folder/"broken.json").write_text(json.dumps(broken), encoding="utf-8")
+            broken = self._write(partial_folder / 'pixels.npy', num_threads, progress)
+            (partial_folder / 'broken.json').write_text(json.dumps(broken), encoding='utf-8')
             os.rename(partial_folder, self.folder)
         except OSError as error:
-            raise OSError(f"{self.folder.parent}: the photo cache could not be written ({error}); it needs {needed/1e9:.1f} GB: free some space, or give another folder") from error
-        finally: shutil.rmtree(partial_folder, ignore_errors=True)
+            raise OSError(
+                f'{self.folder.parent}: the photo cache could not be written ({error}); it needs '
+                f'{needed / 1e9:.1f} GB: free some space, or give another folder'
+            ) from error
+        finally:
+            shutil.rmtree(partial_folder, ignore_errors=True)
 
     def _write(self, path, num_threads, progress):
-        "Write the photos one behind the other (never through a memory map: a full disk would kill the process); returns the broken ones"
-        files, broken = list(self.rows), {}
-        with open(path, "wb") as out, ThreadPoolExecutor(num_threads) as pool, tqdm(total=len(files), desc="photo cache", disable=not progress) as bar:
-            np.lib.format.write_array_header_1_0(out, dict(descr="|u1", fortran_order=False, shape=(len(files), 3, self.size, self.size)))
+        """Write the photos one behind the other (never through a memory map: a full disk would kill the
+        process); returns the broken ones
+        """
+        files = list(self.rows)
+        broken = {}
+        with (
+            open(path, 'wb') as out,
+            ThreadPoolExecutor(num_threads) as pool,
+            tqdm(total=len(files), desc='photo cache', disable=not progress) as bar,
+        ):
+            np.lib.format.write_array_header_1_0(
+                out, dict(descr='|u1', fortran_order=False, shape=(len(files), 3, self.size, self.size))
+            )
             for start in range(0, len(files), 256):
-                for file, pixels in zip(files[start:start + 256], pool.map(self._read, files[start:start + 256])):
-                    if isinstance(pixels, str): broken[file], pixels = pixels, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+                for file, pixels in zip(
+                    files[start : start + 256], pool.map(self._read, files[start : start + 256])
+                ):
+                    if isinstance(pixels, str):
+                        broken[file], pixels = pixels, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
                     out.write(pixels.numpy().tobytes())
                     bar.update()
             out.flush()
             os.fsync(out.fileno())
-        if len(broken) == len(files): raise ValueError(f"not one of {len(files)} photos can be read; the first: {broken[files[0]]}")
+        if len(broken) == len(files):
+            raise ValueError(f'not one of {len(files)} photos can be read; the first: {broken[files[0]]}')
         return broken
 
     def _read(self, file):
-        try: return load_pixels(file, self.size)
-        except (ValueError, OSError) as error: return str(error)
+        try:
+            return load_pixels(file, self.size)
+        except (ValueError, OSError) as error:
+            return str(error)
 
-    def __call__(self,
+    def __call__(
+        self,
         path: str | Path,  # one of `files`
     ) -> torch.Tensor:  # (3, size, size) uint8
         "One photo; ValueError with the reason for a broken one, KeyError for one that is not in the cache"
         file = str(path)
-        if file not in self.rows: raise KeyError(f"{file} is not in the cache of {len(self.rows)} photos; build it with all photos of the data set")
-        if file in self.broken: raise ValueError(self.broken[file])
-        if self._pixels is None: self._pixels = np.load(self.folder/"pixels.npy", mmap_mode="r")
+        if file not in self.rows:
+            raise KeyError(
+                f'{file} is not in the cache of {len(self.rows)} photos; build it with all photos of '
+                'the data set'
+            )
+        if file in self.broken:
+            raise ValueError(self.broken[file])
+        if self._pixels is None:
+            self._pixels = np.load(self.folder / 'pixels.npy', mmap_mode='r')
         return torch.from_numpy(np.array(self._pixels[self.rows[file]]))
 
-    def __getstate__(self): return self.__dict__ | dict(_pixels=None)  # worker processes map the file themselves
+    def __getstate__(self):
+        return self.__dict__ | dict(_pixels=None)  # worker processes map the file themselves
 
 # %% ../nbs/12_loading.ipynb #fcbf22e4
-def caption_lengths(
-    records: list[Record],
-    tokenizer: CaptionTokenizer,
-) -> list[int]:  # for each photo
+def caption_lengths(records: list[Record], tokenizer: CaptionTokenizer) -> list[int]:  # for each photo
     "Tokens of each photo's longest caption, prompt included, for `LengthBatchSampler`"
     lengths = []
     for start in range(0, len(records), 500):
-        captions = [record.captions for record in records[start:start + 500]]
-        tokens = iter(tokenizer([text for texts in captions for text in texts])["attention_mask"].sum(1).tolist())
+        captions = [record.captions for record in records[start : start + 500]]
+        tokens = iter(
+            tokenizer([text for texts in captions for text in texts])['attention_mask'].sum(1).tolist()
+        )
         lengths += [max(next(tokens) for _ in texts) for texts in captions]
     return lengths
 
 # %% ../nbs/12_loading.ipynb #a320fc4a
 class LengthBatchSampler(SeededBatchSampler):
-    "As `SeededBatchSampler`, with photos whose captions are of like length in one batch; still a function of (seed, step)"
-    def __init__(self,
+    """As `SeededBatchSampler`, with photos whose captions are of like length in one batch; still a function
+    of (seed, step)
+    """
+
+    def __init__(
+        self,
         lengths: list[int],  # of each photo's longest caption: `caption_lengths`
         batch_size: int,  # B
         seed: int = 0,
@@ -244,21 +362,34 @@ class LengthBatchSampler(SeededBatchSampler):
         start_batch: int = 0,  # batches already done since the very beginning
         num_batches: int | None = None,  # batches to give; None: without end
         window: int = 50,  # batches among which photos are exchanged; 1: no grouping
-        together: int = 1,  # batches of like length that follow each other: processes times accumulation steps, so that none waits for a longer one
+        # batches of like length that follow each other: processes times accumulation steps, so that none
+        # waits for a longer one
+        together: int = 1,
     ):
         super().__init__(len(lengths), batch_size, seed, drop_last, start_batch, num_batches)
-        if min(window, together) < 1: raise ValueError(f"window {window} and together {together} must be 1 or more")
-        self.lengths, self.window, self.together, self._bucketed = lengths, window, together, (None, None)
+        if min(window, together) < 1:
+            raise ValueError(f'window {window} and together {together} must be 1 or more')
+        self.lengths = lengths
+        self.window = window
+        self.together = together
+        self._bucketed = (None, None)
 
-    def order(self,
+    def order(
+        self,
         epoch: int,  # which pass over the data
     ) -> list[int]:  # a permutation of range(length)
         "The shuffle of one epoch, sorted within windows, its groups of `together` batches shuffled"
         if epoch != self._bucketed[0]:
-            order, group = super().order(epoch), self.batch_size*self.together
-            whole, step = len(order)//group*group, math.ceil(self.window/self.together)*group
-            windows = [sorted(order[start:min(start + step, whole)], key=self.lengths.__getitem__) for start in range(0, whole, step)]
-            groups = [photos[start:start + group] for photos in windows for start in range(0, len(photos), group)]
-            random.Random(f"lengths {self.seed} {epoch}").shuffle(groups)
+            order = super().order(epoch)
+            group = self.batch_size * self.together
+            whole, step = len(order) // group * group, math.ceil(self.window / self.together) * group
+            windows = [
+                sorted(order[start : min(start + step, whole)], key=self.lengths.__getitem__)
+                for start in range(0, whole, step)
+            ]
+            groups = [
+                photos[start : start + group] for photos in windows for start in range(0, len(photos), group)
+            ]
+            random.Random(f'lengths {self.seed} {epoch}').shuffle(groups)
             self._bucketed = epoch, [index for photos in groups for index in photos] + order[whole:]
         return self._bucketed[1]

@@ -11,11 +11,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 
 from .decoder import Captioner
 from .evaluation import pointing_hits
-from .generation import attention_map, cross_attention, generate, process_image
+from .generation import generate, process_image
 from .pvt_encoder import OverlapPatchEmbed, PyramidVisionTransformerV2, load_image
 from .shapes import SIZE_WORDS
 
@@ -23,189 +22,288 @@ from .shapes import SIZE_WORDS
 @dataclass
 class AttentionWeights:
     "What every position looked at, in every layer and head; the names are transformers'."
-    attentions: torch.Tensor       # (B, layers, H, T, T) at the words so far; rows sum to 1, nothing above the diagonal
-    cross_attentions: torch.Tensor # (B, layers, H, T, S) at the image tokens; rows sum to 1
+
+    attentions: (
+        torch.Tensor
+    )  # (B, layers, H, T, T) at the words so far; rows sum to 1, nothing above the diagonal
+    cross_attentions: torch.Tensor  # (B, layers, H, T, S) at the image tokens; rows sum to 1
+
 
 @torch.inference_mode()
 def attention_weights(
-    model:Captioner, # in evaluation mode
-    sequences,    # (B, T) token ids as `generate` returns them
-    image_tokens, # (B, S, D)
+    model: Captioner,  # in evaluation mode
+    sequences,  # (B, T) token ids as `generate` returns them
+    image_tokens,  # (B, S, D)
 ) -> AttentionWeights:
-    "All attention of the decoder over finished captions, from the computation that generates; raises ValueError in training mode."
-    if model.training: raise ValueError("the captioner is in training mode, where dropout changes the weights; call model.eval() first")
-    layers = model.decoder.hidden_states(sequences, model.decoder.new_cache(image_tokens), return_weights='both')[1]
+    """All attention of the decoder over finished captions, from the computation that generates; raises
+    ValueError in training mode.
+    """
+    if model.training:
+        raise ValueError(
+            'the captioner is in training mode, where dropout changes the weights; call model.eval() first'
+        )
+    layers = model.decoder.hidden_states(
+        sequences, model.decoder.new_cache(image_tokens), return_weights='both'
+    )[1]
     return AttentionWeights(*(torch.stack(part, 1).float().cpu() for part in zip(*layers)))
 
 # %% ../nbs/17_looking_inside.ipynb #72447dd3
 def token_places(
-    encoder, # of a Captioner
-    size,    # (H, W) of the image that it sees, pixels
-) -> list: # for each chosen stage (rows (h,), columns (w,)) in pixels, the first pixel's middle is 0.5
-    "The middle of what each image token's patch sees: from PVT's overlapping convolutions, which put it on the corner of its cell; of timm's models the cell's middle."
+    encoder,  # of a Captioner
+    size,  # (H, W) of the image that it sees, pixels
+) -> list:  # for each chosen stage (rows (h,), columns (w,)) in pixels, the first pixel's middle is 0.5
+    """The middle of what each image token's patch sees: from PVT's overlapping convolutions, which put it on
+    the corner of its cell; of timm's models the cell's middle.
+    """
     grids = encoder.grids(tuple(size))
     if not isinstance(encoder.backbone, PyramidVisionTransformerV2):
-        return [tuple((torch.arange(n) + 0.5)*side/n for n, side in zip(grid, size)) for grid in grids]
-    lines, start, step = [], 0.5, 1
+        return [tuple((torch.arange(n) + 0.5) * side / n for n, side in zip(grid, size)) for grid in grids]
+    lines = []
+    start = 0.5
+    step = 1
     for conv in (part.proj for part in encoder.backbone.modules() if isinstance(part, OverlapPatchEmbed)):
-        start, step = start + step*((conv.kernel_size[0]-1)/2 - conv.padding[0]), step*conv.stride[0]
+        start, step = start + step * ((conv.kernel_size[0] - 1) / 2 - conv.padding[0]), step * conv.stride[0]
         lines.append((start, step))
-    return [tuple(lines[stage][0] + lines[stage][1]*torch.arange(n) for n in grid) for stage, grid in zip(encoder.chosen, grids)]
+    return [
+        tuple(lines[stage][0] + lines[stage][1] * torch.arange(n) for n in grid)
+        for stage, grid in zip(encoder.chosen, grids)
+    ]
 
 # %% ../nbs/17_looking_inside.ipynb #b68edf25
 def _reach(
-    places, # (n,) of the tokens, pixels of the image that the model sees
-    side,   # its length
-    pixels, # length of the photo
-): # (pixels, n), rows sum to 1
+    places,  # (n,) of the tokens, pixels of the image that the model sees
+    side,  # its length
+    pixels,  # length of the photo
+):  # (pixels, n), rows sum to 1
     "How much of each token's value a photo's row or column takes: linear between tokens, constant outside."
-    n, parts = len(places), math.ceil(len(places)/pixels)                                    # a photo smaller than the grid: several samples a pixel
-    at = (torch.arange(pixels*parts) + 0.5)*side/(pixels*parts)
-    where = ((at - places[0])/(places[1] - places[0])).clamp(0, n-1) if n > 1 else torch.zeros_like(at)
+    n, parts = (
+        len(places),
+        math.ceil(len(places) / pixels),
+    )  # a photo smaller than the grid: several samples a pixel
+    at = (torch.arange(pixels * parts) + 0.5) * side / (pixels * parts)
+    where = ((at - places[0]) / (places[1] - places[0])).clamp(0, n - 1) if n > 1 else torch.zeros_like(at)
     return (1 - (where[:, None] - torch.arange(n)).abs()).clamp(min=0).view(pixels, parts, n).mean(1)
 
 # %% ../nbs/17_looking_inside.ipynb #5270f3f2
 def photo_map(
-    weights,         # (..., S) attention over image tokens
-    encoder,         # of the Captioner that they come from
-    photo_size,      # (height, width) of the upright photo
-    image_size=None, # (H, W) that the model saw; None: the square of its config
-): # (..., height, width), sums to about the sum of the weights where these are spread; tokens of the first row or column count about half, those of the last up to half more
-    "Attention laid on the photo where the tokens are; raises ValueError where S is not the encoder's number of tokens."
-    size = (encoder.config.image_size,)*2 if image_size is None else tuple(image_size)
-    grids, total = encoder.grids(size), 0.
-    if weights.shape[-1] != (tokens := sum(h*w for h, w in grids)): raise ValueError(
-        f"{weights.shape[-1]} weights for the {tokens} tokens of grids {grids}; give the image_size that the model saw")
-    for part, (h, w), places in zip(weights.split([h*w for h, w in grids], -1), grids, token_places(encoder, size)):
+    weights,  # (..., S) attention over image tokens
+    encoder,  # of the Captioner that they come from
+    photo_size,  # (height, width) of the upright photo
+    image_size=None,  # (H, W) that the model saw; None: the square of its config
+):  # (..., height, width), sums to about the sum of the weights; tokens at the border count half or more
+    """Attention laid on the photo where the tokens are; raises ValueError where S is not the encoder's number
+    of tokens.
+    """
+    size = (encoder.config.image_size,) * 2 if image_size is None else tuple(image_size)
+    grids = encoder.grids(size)
+    total = 0.0
+    if weights.shape[-1] != (tokens := sum(h * w for h, w in grids)):
+        raise ValueError(
+            f'{weights.shape[-1]} weights for the {tokens} tokens of grids {grids}; give the '
+            'image_size that the model saw'
+        )
+    for part, (h, w), places in zip(
+        weights.split([h * w for h, w in grids], -1), grids, token_places(encoder, size)
+    ):
         down, across = (_reach(place, side, pixels) for place, side, pixels in zip(places, size, photo_size))
-        total = total + down @ part.unflatten(-1, (h, w)) @ across.T * (h*w/(photo_size[0]*photo_size[1]))
+        total = total + down @ part.unflatten(-1, (h, w)) @ across.T * (
+            h * w / (photo_size[0] * photo_size[1])
+        )
     return total
 
 # %% ../nbs/17_looking_inside.ipynb #66b93d77
 def _one(weights, axis, index, name):
     "One entry of an axis kept as an axis, all of them for None; ValueError for one that isn't there."
-    if index is None: return weights
-    if not 0 <= index < weights.shape[axis]: raise ValueError(f"{name} {index} does not exist: they go from 0 to {weights.shape[axis]-1}")
+    if index is None:
+        return weights
+    if not 0 <= index < weights.shape[axis]:
+        raise ValueError(f'{name} {index} does not exist: they go from 0 to {weights.shape[axis] - 1}')
     return weights.narrow(axis, index, 1)
 
+
 def select_attention(
-    weights:AttentionWeights,
-    layer=None, # from 0; None: mean over all
+    weights: AttentionWeights,
+    layer=None,  # from 0; None: mean over all
     head=None,  # from 0; None: mean over all
-): # (B, T, S), rows sum to 1
-    "Cross-attention of a layer and head, or the mean; raises ValueError for one that the decoder does not have."
+):  # (B, T, S), rows sum to 1
+    """Cross-attention of a layer and head, or the mean; raises ValueError for one that the decoder does not
+    have.
+    """
     return _one(_one(weights.cross_attentions, 1, layer, 'layer'), 2, head, 'head').mean((1, 2))
 
 # %% ../nbs/17_looking_inside.ipynb #ae6279f2
 def rollout(
-    weights:AttentionWeights,
-    keep=0.5, # share that the residual connection keeps in each sub-layer; the paper's half
-): # (words (B, T, T), image (B, T, S)): where each position's content came from; together each row sums to 1
-    "Attention followed through all layers, self-attention and residual connections included, mean over heads (Abnar and Zuidema 2020, arXiv:2005.00928)."
-    if not 0 <= keep <= 1: raise ValueError(f"keep is {keep}; it is a share from 0 to 1")
+    weights: AttentionWeights,
+    keep=0.5,  # share that the residual connection keeps in each sub-layer; the paper's half
+):  # (words (B, T, T), image (B, T, S)): where each position's content came from; together each row sums to 1
+    """Attention followed through all layers, self-attention and residual connections included, mean over
+    heads (Abnar and Zuidema 2020, arXiv:2005.00928).
+    """
+    if not 0 <= keep <= 1:
+        raise ValueError(f'keep is {keep}; it is a share from 0 to 1')
     (B, layers, _, T, S) = weights.cross_attentions.shape
-    shares = torch.eye(T, T+S).repeat(B, 1, 1)                                               # (B, T, T+S): every position is itself
+    shares = torch.eye(T, T + S).repeat(B, 1, 1)  # (B, T, T+S): every position is itself
     for layer in range(layers):
-        back, across = weights.attentions[:, layer].mean(1), weights.cross_attentions[:, layer].mean(1)
-        shares = keep*shares + (1-keep)*(back @ shares)
-        shares = keep*shares + (1-keep)*torch.cat((torch.zeros(B, T, T), across), -1)
+        back = weights.attentions[:, layer].mean(1)
+        across = weights.cross_attentions[:, layer].mean(1)
+        shares = keep * shares + (1 - keep) * (back @ shares)
+        shares = keep * shares + (1 - keep) * torch.cat((torch.zeros(B, T, T), across), -1)
     return shares.split((T, S), -1)
 
 # %% ../nbs/17_looking_inside.ipynb #096b6f25
 def _read(model, photo, caption):
-    "An opened photo's caption: (its tokens after the prompt, the row that chose the first of them, `AttentionWeights`)."
-    pixel_values, tokenizer = process_image(photo, model), model.tokenizer
-    with torch.inference_mode(): image_tokens = model.encode_image(pixel_values)
-    if caption is None: ids = generate(model, image_tokens=image_tokens, num_beams=3).sequences[:, 0]
-    else: ids = tokenizer([caption])['input_ids'].to(pixel_values.device)
-    words = [int(i) for i in ids[0, tokenizer.prompt_length:] if int(i) not in (tokenizer.pad_token_id, tokenizer.sep_token_id)]
-    return tokenizer.tokenizer.convert_ids_to_tokens(words), tokenizer.prompt_length - 1, attention_weights(model, ids, image_tokens)
+    """An opened photo's caption: (its tokens after the prompt, the row that chose the first of them,
+    `AttentionWeights`).
+    """
+    pixel_values = process_image(photo, model)
+    tokenizer = model.tokenizer
+    with torch.inference_mode():
+        image_tokens = model.encode_image(pixel_values)
+    if caption is None:
+        ids = generate(model, image_tokens=image_tokens, num_beams=3).sequences[:, 0]
+    else:
+        ids = tokenizer([caption])['input_ids'].to(pixel_values.device)
+    words = [
+        int(i)
+        for i in ids[0, tokenizer.prompt_length :]
+        if int(i) not in (tokenizer.pad_token_id, tokenizer.sep_token_id)
+    ]
+    return (
+        tokenizer.tokenizer.convert_ids_to_tokens(words),
+        tokenizer.prompt_length - 1,
+        attention_weights(model, ids, image_tokens),
+    )
 
 # %% ../nbs/17_looking_inside.ipynb #d82163b9
 def word_maps(
-    model:Captioner,   # in evaluation mode
-    photo,             # a path or a PIL image
-    caption=None,      # the words to explain, any sentence; None: what the captioner says, with three beams
-    layer=None, head=None, # as in `select_attention`
-    over_layers=False, # rollout instead, its share of the image scaled to 1
-) -> tuple: # (words: list of T' tokens after the prompt, maps (T', height, width))
-    "Where the decoder looked when it chose each word, on the photo; raises ValueError for a choice that does not exist, and what `load_image` raises."
-    if over_layers and (layer, head) != (None, None): raise ValueError("over_layers follows all layers and heads; leave layer and head out")
+    model: Captioner,  # in evaluation mode
+    photo,  # a path or a PIL image
+    caption=None,  # the words to explain, any sentence; None: what the captioner says, with three beams
+    layer=None,
+    head=None,  # as in `select_attention`
+    over_layers=False,  # rollout instead, its share of the image scaled to 1
+) -> tuple:  # (words: list of T' tokens after the prompt, maps (T', height, width))
+    """Where the decoder looked when it chose each word, on the photo; raises ValueError for a choice that
+    does not exist, and what `load_image` raises.
+    """
+    if over_layers and (layer, head) != (None, None):
+        raise ValueError('over_layers follows all layers and heads; leave layer and head out')
     photo = load_image(photo)
     words, start, weights = _read(model, photo, caption)
     chosen = rollout(weights)[1] if over_layers else select_attention(weights, layer, head)
-    chosen = chosen[0, start:start+len(words)]                                               # (T', S)
+    chosen = chosen[0, start : start + len(words)]  # (T', S)
     return words, photo_map(chosen / chosen.sum(-1, keepdim=True), model.encoder, photo.size[::-1])
 
 # %% ../nbs/17_looking_inside.ipynb #c26773ea
 def plot_word_maps(
-    photo,        # a path or a PIL image
-    words,        # as `word_maps` gives them
-    maps,         # (T', height, width)
-    max_words=12, # columns at most
-): # a matplotlib figure
+    photo,  # a path or a PIL image
+    words,  # as `word_maps` gives them
+    maps,  # (T', height, width)
+    max_words=12,  # columns at most
+):  # a matplotlib figure
     "The photo, then one picture a word: its map over the photo, one scale for all."
     import matplotlib.pyplot as plt
-    photo, words = load_image(photo), words[:max_words]
-    figure, axes = plt.subplots(1, len(words)+1, figsize=(1.05*(len(words)+1), 1.3), squeeze=False, layout='constrained', dpi=80)
+
+    photo = load_image(photo)
+    words = words[:max_words]
+    figure, axes = plt.subplots(
+        1, len(words) + 1, figsize=(1.05 * (len(words) + 1), 1.3), squeeze=False, layout='constrained', dpi=80
+    )
     for ax, word in zip(axes[0], ['', *words]):
-        ax.imshow(photo); ax.axis('off'); ax.set_title(word, fontsize=7, parse_math=False)
-    for ax, seen in zip(axes[0, 1:], maps): ax.imshow(seen.numpy(), cmap='magma', alpha=0.6, vmin=0, vmax=maps.max().item())
+        ax.imshow(photo)
+        ax.axis('off')
+        ax.set_title(word, fontsize=7, parse_math=False)
+    for ax, seen in zip(axes[0, 1:], maps):
+        ax.imshow(seen.numpy(), cmap='magma', alpha=0.6, vmin=0, vmax=maps.max().item())
     return figure
 
 # %% ../nbs/17_looking_inside.ipynb #e16a9265
 def plot_heads(
-    model:Captioner, # in evaluation mode
-    photo,           # a path or a PIL image
-    caption,         # a sentence
-    word,            # one of its tokens
-): # a matplotlib figure
-    "A row a layer, a column a head: where each looked when the word was chosen, each on its own scale; ValueError for a word that the caption lacks."
+    model: Captioner,  # in evaluation mode
+    photo,  # a path or a PIL image
+    caption,  # a sentence
+    word,  # one of its tokens
+):  # a matplotlib figure
+    """A row a layer, a column a head: where each looked when the word was chosen, each on its own scale;
+    ValueError for a word that the caption lacks.
+    """
     import matplotlib.pyplot as plt
+
     photo = load_image(photo)
     words, start, weights = _read(model, photo, caption)
-    if word not in words: raise ValueError(f"{word!r} is none of the tokens {', '.join(words)}; choose one of them")
-    maps = photo_map(weights.cross_attentions[0, :, :, start + words.index(word)], model.encoder, photo.size[::-1]) # (layers, H, height, width)
+    if word not in words:
+        raise ValueError(f'{word!r} is none of the tokens {", ".join(words)}; choose one of them')
+    maps = photo_map(
+        weights.cross_attentions[0, :, :, start + words.index(word)], model.encoder, photo.size[::-1]
+    )  # (layers, H, height, width)
     rows, columns = maps.shape[:2]
-    figure, axes = plt.subplots(rows, columns, figsize=(1.1*columns, 1.25*rows), squeeze=False, layout='constrained', dpi=60)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.1 * columns, 1.25 * rows), squeeze=False, layout='constrained', dpi=60
+    )
     for layer, line in enumerate(axes):
         for head, ax in enumerate(line):
-            ax.imshow(photo); ax.imshow(maps[layer, head].numpy(), cmap='magma', alpha=0.6, vmin=0)
-            ax.set_title(f'layer {layer} head {head}', fontsize=7); ax.axis('off')
+            ax.imshow(photo)
+            ax.imshow(maps[layer, head].numpy(), cmap='magma', alpha=0.6, vmin=0)
+            ax.set_title(f'layer {layer} head {head}', fontsize=7)
+            ax.axis('off')
     return figure
 
 # %% ../nbs/17_looking_inside.ipynb #1c43e2cd
 def pointing_table(
-    model:Captioner, # trained on shapes, in evaluation mode
-    scenes,          # of `make_scene`
-    pixel_values,    # (B, 3, H, W) their images
-) -> dict: # {'chance', 'mean', 'rollout', 'layer 0', 'layer 0 head 0', ...: share of hits, 0 to 1; 'words': how many were tried}
-    "The pointing game for the mean, rollout, every layer and every head, each laid on the image by `photo_map`; raises ValueError as `pointing_hits` does."
+    model: Captioner,  # trained on shapes, in evaluation mode
+    scenes,  # of `make_scene`
+    pixel_values,  # (B, 3, H, W) their images
+) -> (
+    dict
+):  # {'chance', 'mean', 'rollout', 'layer 0', 'layer 0 head 0', ...: share of hits; 'words': how many}
+    """The pointing game for the mean, rollout, every layer and every head, each laid on the image by
+    `photo_map`; raises ValueError as `pointing_hits` does.
+    """
     tokens = model.tokenizer([scene.captions[0] for scene in scenes])['input_ids'].to(pixel_values.device)
-    with torch.inference_mode(): weights = attention_weights(model, tokens, model.encode_image(pixel_values))
-    words, size = [model.tokenizer.tokenizer.convert_ids_to_tokens(row) for row in tokens.tolist()], pixel_values.shape[-2:]
-    point = lambda part: pointing_hits(part, words, scenes, lambda row: photo_map(row, model.encoder, size, size))
+    with torch.inference_mode():
+        weights = attention_weights(model, tokens, model.encode_image(pixel_values))
+    words = [model.tokenizer.tokenizer.convert_ids_to_tokens(row) for row in tokens.tolist()]
+    size = pixel_values.shape[-2:]
+    point = lambda part: pointing_hits(
+        part, words, scenes, lambda row: photo_map(row, model.encoder, size, size)
+    )
     mean = point(select_attention(weights))
-    table = dict(chance=mean['chance'], words=mean['words'], mean=mean['hits'], rollout=point(rollout(weights)[1])['hits'])
+    table = dict(
+        chance=mean['chance'],
+        words=mean['words'],
+        mean=mean['hits'],
+        rollout=point(rollout(weights)[1])['hits'],
+    )
     for layer in range(weights.attentions.shape[1]):
         table[f'layer {layer}'] = point(select_attention(weights, layer))['hits']
-        for head in range(weights.attentions.shape[2]): table[f'layer {layer} head {head}'] = point(select_attention(weights, layer, head))['hits']
+        for head in range(weights.attentions.shape[2]):
+            table[f'layer {layer} head {head}'] = point(select_attention(weights, layer, head))['hits']
     return table
 
 # %% ../nbs/17_looking_inside.ipynb #30069477
 def plot_pointing(
-    table,          # of `pointing_table`
-    untrained=None, # the same of an untrained captioner, drawn as dots
-): # a matplotlib figure
+    table,  # of `pointing_table`
+    untrained=None,  # the same of an untrained captioner, drawn as dots
+):  # a matplotlib figure
     "Bars with their standard error, and chance as a line."
     import matplotlib.pyplot as plt
+
     names = [name for name in table if name not in ('chance', 'words')]
-    figure, ax = plt.subplots(figsize=(4.6, 0.19*len(names) + 0.5), layout='constrained', dpi=80)
+    figure, ax = plt.subplots(figsize=(4.6, 0.19 * len(names) + 0.5), layout='constrained', dpi=80)
     hits = [table[name] for name in names]
-    ax.barh(names, hits, xerr=[(hit*(1-hit)/table['words'])**.5 for hit in hits], color=['tab:orange' if 'head' not in name else 'tab:blue' for name in names], height=0.7)
-    if untrained: ax.plot([untrained[name] for name in names], names, 'k.', label='untrained')
+    ax.barh(
+        names,
+        hits,
+        xerr=[(hit * (1 - hit) / table['words']) ** 0.5 for hit in hits],
+        color=['tab:orange' if 'head' not in name else 'tab:blue' for name in names],
+        height=0.7,
+    )
+    if untrained:
+        ax.plot([untrained[name] for name in names], names, 'k.', label='untrained')
     ax.axvline(table['chance'], color='k', linestyle=':', label='chance')
-    ax.set(xlim=(0, 1), xlabel='share of named shapes whose box holds the peak'); ax.invert_yaxis(); ax.legend(loc='lower right', fontsize=7)
+    ax.set(xlim=(0, 1), xlabel='share of named shapes whose box holds the peak')
+    ax.invert_yaxis()
+    ax.legend(loc='lower right', fontsize=7)
     ax.tick_params(labelsize=7)
     return figure
 
@@ -213,49 +311,71 @@ def plot_pointing(
 def _described(scene, words, about):
     "Positions of words that give this attribute of one object only, with its box."
     for position, word in enumerate(words):
-        boxes = [thing.box for thing in scene.objects if word in (SIZE_WORDS[thing.size] if about == 'size' else (getattr(thing, about),))]
-        if len(boxes) == 1: yield position, boxes[0]
+        boxes = [
+            thing.box
+            for thing in scene.objects
+            if word in (SIZE_WORDS[thing.size] if about == 'size' else (getattr(thing, about),))
+        ]
+        if len(boxes) == 1:
+            yield position, boxes[0]
+
 
 def _inside_box(
-    box,    # x0, y0, x1, y1 in image sides
-    places, # of `token_places`
-    size,   # (H, W)
-): # (S,) bool
+    box,  # x0, y0, x1, y1 in image sides
+    places,  # of `token_places`
+    size,  # (H, W)
+):  # (S,) bool
     "Which tokens lie in the box?"
     (H, W), (x0, y0, x1, y1) = size, box
-    return torch.cat([(((rows >= y0*H) & (rows < y1*H))[:, None] & ((columns >= x0*W) & (columns < x1*W))).flatten() for rows, columns in places])
+    return torch.cat(
+        [
+            (
+                ((rows >= y0 * H) & (rows < y1 * H))[:, None] & ((columns >= x0 * W) & (columns < x1 * W))
+            ).flatten()
+            for rows, columns in places
+        ]
+    )
 
 # %% ../nbs/17_looking_inside.ipynb #a91099ae
 def head_shares(
-    weights:AttentionWeights, # of the captions
-    words,   # per scene its T tokens
+    weights: AttentionWeights,  # of the captions
+    words,  # per scene its T tokens
     scenes,  # of `make_scene`
-    encoder, # of the Captioner
-    size,    # (H, W) that the model saw
-) -> dict: # {'size', 'colour', 'kind': (layers, H) shares of attention in the box, 'chance': share of the tokens that lie there}
-    "How much of each head's attention is on the shape when one of its attributes is chosen; raises ValueError for an attribute that no word names."
-    places, shares, chance = token_places(encoder, size), {}, []
+    encoder,  # of the Captioner
+    size,  # (H, W) that the model saw
+) -> dict:  # {'size', 'colour', 'kind': (layers, H) shares of attention in the box; 'chance': of the tokens}
+    """How much of each head's attention is on the shape when one of its attributes is chosen; raises
+    ValueError for an attribute that no word names.
+    """
+    places = token_places(encoder, size)
+    shares = {}
+    chance = []
     for about in ('size', 'colour', 'kind'):
         found = []
         for scene, row, across in zip(scenes, words, weights.cross_attentions):
             for position, box in _described(scene, row, about):
                 inside = _inside_box(box, places, size)
-                found.append(across[:, :, position-1, inside].sum(-1))                       # (layers, H)
+                found.append(across[:, :, position - 1, inside].sum(-1))  # (layers, H)
                 chance.append(inside.float().mean())
-        if not found: raise ValueError(f"no caption names the {about} of one object only; give more scenes")
+        if not found:
+            raise ValueError(f'no caption names the {about} of one object only; give more scenes')
         shares[about] = torch.stack(found).mean(0)
     return dict(shares, chance=torch.stack(chance).mean().item())
 
 # %% ../nbs/17_looking_inside.ipynb #d3a93940
 def word_shares(
-    weights:AttentionWeights,
-    prompt_length, # of the tokenizer, [CLS] included
-    lengths,       # (B,) tokens of each caption, prompt included, [SEP] not: it chooses nothing
-) -> dict: # {'itself', 'word before', 'prompt': (layers, H) shares of self-attention}
+    weights: AttentionWeights,
+    prompt_length,  # of the tokenizer, [CLS] included
+    lengths,  # (B,) tokens of each caption, prompt included, [SEP] not: it chooses nothing
+) -> dict:  # {'itself', 'word before', 'prompt': (layers, H) shares of self-attention}
     "What each head of the self-attention listens to while it reads the words after the first."
-    real = torch.arange(weights.attentions.shape[-1]) < torch.as_tensor(lengths)[:, None]    # (B, T)
-    real[:, :prompt_length+1] = False                                                        # there the word before belongs to the prompt
-    rows = weights.attentions.permute(0, 3, 1, 2, 4)[real]                                   # (M, layers, H, T)
-    here = real.nonzero()[:, 1]                                                              # (M,)
+    real = torch.arange(weights.attentions.shape[-1]) < torch.as_tensor(lengths)[:, None]  # (B, T)
+    real[:, : prompt_length + 1] = False  # there the word before belongs to the prompt
+    rows = weights.attentions.permute(0, 3, 1, 2, 4)[real]  # (M, layers, H, T)
+    here = real.nonzero()[:, 1]  # (M,)
     at = lambda place: rows.gather(-1, place.view(-1, 1, 1, 1).expand(*rows.shape[:3], 1))[..., 0].mean(0)
-    return {'itself': at(here), 'word before': at(here-1), 'prompt': rows[..., :prompt_length].sum(-1).mean(0)}
+    return {
+        'itself': at(here),
+        'word before': at(here - 1),
+        'prompt': rows[..., :prompt_length].sum(-1).mean(0),
+    }

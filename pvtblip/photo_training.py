@@ -20,46 +20,92 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from .data import BrokenImage, CaptionDataset, Collate, hold_out, take_split
-from .files import (MARK, Size, Within, check_settings, check_value, only_writer, outlive_signals, refuse_outputs,
-                           write_json, write_whole)
+from pvtblip.files import (
+    MARK,
+    Within,
+    check_settings,
+    check_value,
+    only_writer,
+    outlive_signals,
+    refuse_outputs,
+    write_json,
+    write_whole,
+)
 from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights, load_whole
 from .evaluation import cider_score, has_coco_code
 from .generation import generate
-from .loading import AugmentationConfig, AugmentedDataset, LengthBatchSampler, PhotoCache, caption_lengths, pixel_loader
-from .practice import HeldOutCaptions, HeldOutLoss, PracticeConfig, dry_run, measures, run_training, to_toml
+from pvtblip.loading import (
+    AugmentationConfig,
+    AugmentedDataset,
+    LengthBatchSampler,
+    PhotoCache,
+    caption_lengths,
+    pixel_loader,
+)
+from pvtblip.practice import (
+    HeldOutCaptions,
+    HeldOutLoss,
+    PracticeConfig,
+    dry_run,
+    measures,
+    run_training,
+    to_toml,
+)
 from .pvt_encoder import EncoderConfig
 from .reward import CiderReward, RewardMeter, add_rewards, bleu, caption_rows, reward_loader
 from .sources import ShardDataset, Source, open_source
 from .tokenizer import CaptionTokenizer
-from .training import Steps, TrainingConfig, by_first, only_run, processes, refuse_damaged, saved_states, whole_tensor
+from pvtblip.training import (
+    Steps,
+    TrainingConfig,
+    by_first,
+    only_run,
+    processes,
+    refuse_damaged,
+    saved_states,
+    whole_tensor,
+)
 
 # %% ../nbs/14_photo_training.ipynb #0415b059
-def refuse_model(folder): # where a model is to be written
+def refuse_model(folder):  # where a model is to be written
     "Raise FileExistsError where a folder already holds a model, or a file of one: nothing is overwritten."
     for name in ('model.safetensors', 'config.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.txt'):
-        if os.path.lexists(Path(folder)/name): raise FileExistsError(f"{folder}: already holds a model ({name}); choose another folder")
+        if os.path.lexists(Path(folder) / name):
+            raise FileExistsError(f'{folder}: already holds a model ({name}); choose another folder')
 
 # %% ../nbs/14_photo_training.ipynb #4156f79e
 def captioner_config(
-    tiny=False,          # the small configuration that tests use
-    encoder='pvt_v2_b0', # a PVT name or any timm name
-    encoder_weights=None, # None: random; True: pretrained, from the hub; a path: a .safetensors file
-    text_model=None,     # a BERT name or folder; None: a small BERT from nothing
-    **changes,           # encoder_* fields of EncoderConfig, other fields of CaptionerConfig; None keeps the default
+    tiny=False,  # the small configuration that tests use
+    encoder='pvt_v2_b0',  # a PVT name or any timm name
+    encoder_weights=None,  # None: random; True: pretrained, from the hub; a path: a .safetensors file
+    text_model=None,  # a BERT name or folder; None: a small BERT from nothing
+    **changes,  # encoder_* fields of EncoderConfig, other fields of CaptionerConfig; None keeps the default
 ) -> CaptionerConfig:
     "The captioner that the training command builds."
     changes = {k: v for k, v in changes.items() if v is not None}
-    eyes = {k[len('encoder_'):]: changes.pop(k) for k in list(changes) if k.startswith('encoder_')}
-    if tiny: return CaptionerConfig.tiny(encoder=EncoderConfig.tiny(**eyes), **changes)
-    mouth = DecoderConfig.from_pretrained(text_model) if text_model else DecoderConfig(
-        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, max_position_embeddings=128)
-    return CaptionerConfig(encoder=EncoderConfig(name=encoder, weights=encoder_weights, **eyes), decoder=mouth, **changes)
+    eyes = {k[len('encoder_') :]: changes.pop(k) for k in list(changes) if k.startswith('encoder_')}
+    if tiny:
+        return CaptionerConfig.tiny(encoder=EncoderConfig.tiny(**eyes), **changes)
+    mouth = (
+        DecoderConfig.from_pretrained(text_model)
+        if text_model
+        else DecoderConfig(
+            hidden_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=1024,
+            max_position_embeddings=128,
+        )
+    )
+    return CaptionerConfig(
+        encoder=EncoderConfig(name=encoder, weights=encoder_weights, **eyes), decoder=mouth, **changes
+    )
 
 # %% ../nbs/14_photo_training.ipynb #214613f9
 def words_of(
-    captions,               # strings
-    tokenizer:CaptionTokenizer,
-) -> list[int]: # token ids, prompt included, in order
+    captions,  # strings
+    tokenizer: CaptionTokenizer,
+) -> list[int]:  # token ids, prompt included, in order
     "The output vocabulary of a set of captions: every token that they use."
     ids = tokenizer(sorted(set(captions)))['input_ids']
     return sorted(set(ids.unique().tolist()) - {tokenizer.pad_token_id})
@@ -68,39 +114,61 @@ def words_of(
 @dataclass
 class DataConfig:
     "What a run reads."
-    captions: str = 'captions.json'        # a caption file, a dataset of the `datasets` library: whatever `open_source` opens
-    images: str|None = None                # folder of the photos, where the captions are in a file
-    split: str|None = None                 # trained on; not set: train (and restval) where the source has splits, else all but a few photos
-    validation_split: str|None = None      # held out; not set: val where the source has splits, else 2 % by a hash of the file name
-    limit: Steps|None = None               # use this many photos only
-    captions_per_image: Annotated[int, Within(1, 1000)]|None = None # not set: the most frequent number, at most 5
-    strict: bool = False                   # stop at the first broken photo instead of skipping it
-    like_lengths: bool = True              # captions of like length in one batch: less padding
-    cache: str|None = None                 # folder for decoded photos: each is decoded once, for all epochs and runs
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig) # how photos are varied
 
-    def __post_init__(self): check_settings(self)
+    captions: str = (
+        'captions.json'  # a caption file, a dataset of the `datasets` library: whatever `open_source` opens
+    )
+    images: str | None = None  # folder of the photos, where the captions are in a file
+    split: str | None = (
+        # trained on; not set: train (and restval) where the source has splits, else all but a few photos
+        None
+    )
+    validation_split: str | None = (
+        None  # held out; not set: val where the source has splits, else 2 % by a hash of the file name
+    )
+    limit: Steps | None = None  # use this many photos only
+    captions_per_image: Annotated[int, Within(1, 1000)] | None = (
+        None  # not set: the most frequent number, at most 5
+    )
+    strict: bool = False  # stop at the first broken photo instead of skipping it
+    like_lengths: bool = True  # captions of like length in one batch: less padding
+    cache: str | None = None  # folder for decoded photos: each is decoded once, for all epochs and runs
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)  # how photos are varied
+
+    def __post_init__(self):
+        check_settings(self)
+
 
 @dataclass
 class PhotoRun:
     "Everything that makes a run of `pvtblip train`."
-    text_model: str|None = None            # BERT whose weights and vocabulary the decoder starts from
-    start_from: str|None = None            # a model folder: go on from its weights and words
-    self_critical: bool = False            # learn from the model's own captions, rewarded by CIDEr, instead of people's
-    bleu_weight: Annotated[float, Within(0, 1000)] = 0.                # with self_critical: the reward is CIDEr (0 to 10) plus so many times BLEU-4 (0 to 1)
-    freeze_encoder: bool = False           # leave the backbone's weights as they are
-    all_words: bool = False                # let the model say all tokens instead of those of the captions
-    epochs: Annotated[float, Within(0, 1e6)] = 5. # passes over the photos; 0: training.max_steps counts
-    data: DataConfig = field(default_factory=DataConfig)                # what is read
-    captioner: CaptionerConfig = field(default_factory=captioner_config) # what is trained
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(save_steps=100, eval_steps=100, dataloader_num_workers=1)) # how
-    practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
+
+    text_model: str | None = None  # BERT whose weights and vocabulary the decoder starts from
+    start_from: str | None = None  # a model folder: go on from its weights and words
+    self_critical: bool = False  # learn from the model's own captions, rewarded by CIDEr, instead of people's
+    bleu_weight: Annotated[float, Within(0, 1000)] = (
+        0.0  # with self_critical: the reward is CIDEr (0 to 10) plus so many times BLEU-4 (0 to 1)
+    )
+    freeze_encoder: bool = False  # leave the backbone's weights as they are
+    all_words: bool = False  # let the model say all tokens instead of those of the captions
+    epochs: Annotated[float, Within(0, 1e6)] = 5.0  # passes over the photos; 0: training.max_steps counts
+    data: DataConfig = field(default_factory=DataConfig)  # what is read
+    captioner: CaptionerConfig = field(default_factory=captioner_config)  # what is trained
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(save_steps=100, eval_steps=100, dataloader_num_workers=1)
+    )  # how
+    practice: PracticeConfig = field(default_factory=PracticeConfig)  # what goes around the loop
 
     def __post_init__(self):
         check_settings(self)
-        check_value('captioner.encoder.image_size', self.captioner.encoder.image_size, Annotated[int, Within(1, 4096)])
-        if self.bleu_weight and not self.self_critical: raise ValueError(
-            f"bleu_weight is {self.bleu_weight}, but without self_critical nothing is rewarded; set self_critical too")
+        check_value(
+            'captioner.encoder.image_size', self.captioner.encoder.image_size, Annotated[int, Within(1, 4096)]
+        )
+        if self.bleu_weight and not self.self_critical:
+            raise ValueError(
+                f'bleu_weight is {self.bleu_weight}, but without self_critical nothing is rewarded; '
+                'set self_critical too'
+            )
 
     @property
     def vocabulary(self):
@@ -109,130 +177,244 @@ class PhotoRun:
 
     def tokenizer(self) -> CaptionTokenizer:
         "Text to tokens, as the captioner will have them; ValueError for a prompt that is too long."
-        return CaptionTokenizer(self.vocabulary, prompt=self.captioner.prompt, max_length=self.captioner.max_length)
+        return CaptionTokenizer(
+            self.vocabulary, prompt=self.captioner.prompt, max_length=self.captioner.max_length
+        )
 
 # %% ../nbs/14_photo_training.ipynb #c575840f
 def divide_photos(
-    source:Source, # of `open_source`, no shards
-    data:DataConfig,
-): # (training records, held-out records, photos: a folder or {file: content})
+    source: Source,  # of `open_source`, no shards
+    data: DataConfig,
+):  # (training records, held-out records, photos: a folder or {file: content})
     "Which photos are trained on and which are held out; ValueError before work starts."
-    if source.images is None: raise ValueError(f"{data.captions}: give the folder of the photos, too")
+    if source.images is None:
+        raise ValueError(f'{data.captions}: give the folder of the photos, too')
     known = {record.split for record in source.records} - {None}
     train = data.split or '+'.join(sorted(known & {'train', 'training', 'restval'}))
-    if known and not train: raise ValueError(f"{data.captions}: states the splits {', '.join(sorted(known))}; say with data.split which to train on")
-    records = (take_split(source.records, train, data.captions) if train else source.records)[:data.limit]
-    held = data.validation_split or next(iter(sorted((known & {'val', 'valid', 'validation', 'dev'}) - set(train.split('+')))), None)
+    if known and not train:
+        raise ValueError(
+            f'{data.captions}: states the splits {", ".join(sorted(known))}; say with data.split '
+            'which to train on'
+        )
+    records = (take_split(source.records, train, data.captions) if train else source.records)[: data.limit]
+    held = data.validation_split or next(
+        iter(sorted((known & {'val', 'valid', 'validation', 'dev'}) - set(train.split('+')))), None
+    )
     if held:
         held = take_split(source.records, held, data.captions)
-        if both := {record.file for record in records} & {record.file for record in held}: raise ValueError(
-            f"{data.captions}: {len(both)} photos are to be trained on and held out, {min(both)!r} the first; divide data.split and data.validation_split")
+        if both := {record.file for record in records} & {record.file for record in held}:
+            raise ValueError(
+                f'{data.captions}: {len(both)} photos are to be trained on and held out, '
+                f'{min(both)!r} the first; divide data.split and data.validation_split'
+            )
         return records, held, source.images
     kept, held = hold_out(records)
-    if kept and len(held) > 1: return kept, held, source.images
-    raise ValueError(f"{data.captions}: {len(records)} photos are too few to train on some and hold out others; give more")
+    if kept and len(held) > 1:
+        return kept, held, source.images
+    raise ValueError(
+        f'{data.captions}: {len(records)} photos are too few to train on some and hold out others; give more'
+    )
 
 # %% ../nbs/14_photo_training.ipynb #382f767e
 def photo_sets(
-    run:PhotoRun,
-    records, held, # lists of `Record`
-    photos,        # folder or mapping
-    progress=True, # show a bar while the cache is built
-): # (training set, held-out set)
-    "Data sets of photos, varied for training and as they are for measuring, decoded once if there is a cache."
+    run: PhotoRun,
+    records,
+    held,  # lists of `Record`
+    photos,  # folder or mapping
+    progress=True,  # show a bar while the cache is built
+):  # (training set, held-out set)
+    """Data sets of photos, varied for training and as they are for measuring, decoded once if there is a
+    cache.
+    """
     data, encoder = run.data, run.captioner.encoder
-    if data.cache and not isinstance(photos, Path): raise ValueError("data.cache keeps photos of a folder; leave it out for this source")
+    if data.cache and not isinstance(photos, Path):
+        raise ValueError('data.cache keeps photos of a folder; leave it out for this source')
     load = pixel_loader(encoder, data.augmentation)
-    if data.cache: load = PhotoCache([photos/record.file for record in [*records, *held]], data.augmentation.decode_size(encoder.image_size), data.cache, progress=progress)
-    def photo_set(records, captions_per_image, **options): return CaptionDataset(records, photos, load, captions_per_image, run.training.seed, **options)
-    return (AugmentedDataset(photo_set(records, data.captions_per_image, strict=data.strict), encoder, data.augmentation, run.training.seed),
-            AugmentedDataset(photo_set(held, 1), encoder))
+    if data.cache:
+        load = PhotoCache(
+            [photos / record.file for record in [*records, *held]],
+            data.augmentation.decode_size(encoder.image_size),
+            data.cache,
+            progress=progress,
+        )
+
+    def photo_set(records, captions_per_image, **options):
+        return CaptionDataset(records, photos, load, captions_per_image, run.training.seed, **options)
+
+    return (
+        AugmentedDataset(
+            photo_set(records, data.captions_per_image, strict=data.strict),
+            encoder,
+            data.augmentation,
+            run.training.seed,
+        ),
+        AugmentedDataset(photo_set(held, 1), encoder),
+    )
 
 # %% ../nbs/14_photo_training.ipynb #b8823f0b
 def photo_loader(
-    run:PhotoRun,
-    dataset,   # of `photo_sets`
-    tokenizer:CaptionTokenizer,
-): # what `train` takes as `loader`
+    run: PhotoRun,
+    dataset,  # of `photo_sets`
+    tokenizer: CaptionTokenizer,
+):  # what `train` takes as `loader`
     "Batches in an order that is a function of seed and step, captions of like length together."
-    lengths = caption_lengths(dataset.records, tokenizer) if run.data.like_lengths else [0]*len(dataset)
+    lengths = caption_lengths(dataset.records, tokenizer) if run.data.like_lengths else [0] * len(dataset)
+
     def loader(step, accelerator):
-        config, together = run.training, run.training.gradient_accumulation_steps * accelerator.num_processes
-        sampler = LengthBatchSampler(lengths, config.batch_size, config.seed, start_batch=step*together, num_batches=(config.max_steps-step)*together,
-                                     window=50 if run.data.like_lengths else 1, together=together)
-        return accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(tokenizer), num_workers=config.dataloader_num_workers,
-                                              worker_init_fn=outlive_signals, pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(config.seed),
-                                              prefetch_factor=4 if config.dataloader_num_workers else None))
+        config = run.training
+        together = run.training.gradient_accumulation_steps * accelerator.num_processes
+        sampler = LengthBatchSampler(
+            lengths,
+            config.batch_size,
+            config.seed,
+            start_batch=step * together,
+            num_batches=(config.max_steps - step) * together,
+            window=50 if run.data.like_lengths else 1,
+            together=together,
+        )
+        return accelerator.prepare(
+            DataLoader(
+                dataset,
+                batch_sampler=sampler,
+                collate_fn=Collate(tokenizer),
+                num_workers=config.dataloader_num_workers,
+                worker_init_fn=outlive_signals,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator().manual_seed(config.seed),
+                prefetch_factor=4 if config.dataloader_num_workers else None,
+            )
+        )
+
     return loader
 
 # %% ../nbs/14_photo_training.ipynb #9f62accd
 def refuse_shards(run, shards):
     "ValueError for what cannot be asked of shards."
     source, data = run.data.captions, run.data
-    if len(shards) < 2: raise ValueError(f"{source}: one shard cannot be divided; give two or more, the last is held out")
-    if run.epochs or data.limit or data.cache: raise ValueError(f"{source}: shards have no known number of photos; give training.max_steps (--max-steps), and neither epochs, limit nor cache")
-    if data.split or data.validation_split: raise ValueError(f"{source}: shards state no splits; leave data.split and data.validation_split out, the last shard is held out")
-    if run.self_critical: raise ValueError(f"{source}: shards cannot be counted beforehand, and a reward needs to know which words are rare; use a source with all captions at hand")
+    if len(shards) < 2:
+        raise ValueError(f'{source}: one shard cannot be divided; give two or more, the last is held out')
+    if run.epochs or data.limit or data.cache:
+        raise ValueError(
+            f'{source}: shards have no known number of photos; give training.max_steps (--max-steps), '
+            'and neither epochs, limit nor cache'
+        )
+    if data.split or data.validation_split:
+        raise ValueError(
+            f'{source}: shards state no splits; leave data.split and data.validation_split out, the '
+            'last shard is held out'
+        )
+    if run.self_critical:
+        raise ValueError(
+            f'{source}: shards cannot be counted beforehand, and a reward needs to know which words '
+            'are rare; use a source with all captions at hand'
+        )
 
 # %% ../nbs/14_photo_training.ipynb #efb0840a
 class ShardSet:
     "Shards as a training set: as many as there are, read one after the other; the last is held out."
-    def __init__(self,
-        run:PhotoRun,
-        shards, # of `open_source`
+
+    def __init__(
+        self,
+        run: PhotoRun,
+        shards,  # of `open_source`
     ):
         "ValueError for what `refuse_shards` refuses."
         refuse_shards(run, shards)
         encoder, augmentation = run.captioner.encoder, run.data.augmentation
-        self.shards, self.run, self.captions_per_image = shards[:-1], run, run.data.captions_per_image or 'all'
-        self.load, self.vary = pixel_loader(encoder, augmentation), AugmentedDataset(self, encoder, augmentation)
+        self.shards = shards[:-1]
+        self.run = run
+        self.captions_per_image = run.data.captions_per_image or 'all'
+        self.load = pixel_loader(encoder, augmentation)
+        self.vary = AugmentedDataset(self, encoder, augmentation)
         self.held = self._held_out(shards[-1], AugmentedDataset(self, encoder))
 
     def _held_out(self, shard, plain):
         "The first 256 photos of a shard as they are."
-        batches = ShardDataset([shard], self.load, 32, captions_per_image=5, passes=1, process_index=0, num_processes=1)
-        return [item | dict(pixel_values=plain.normalise(plain.resize(item['pixel_values'])))
-                for batch in itertools.islice(batches, 8) for item in batch if not isinstance(item, BrokenImage)]
+        batches = ShardDataset(
+            [shard], self.load, 32, captions_per_image=5, passes=1, process_index=0, num_processes=1
+        )
+        return [
+            item | dict(pixel_values=plain.normalise(plain.resize(item['pixel_values'])))
+            for batch in itertools.islice(batches, 8)
+            for item in batch
+            if not isinstance(item, BrokenImage)
+        ]
 
-    def __len__(self): return len(self.shards)
+    def __len__(self):
+        return len(self.shards)
 
     def loader(self, step, accelerator):
         "Batches on the device, from the place that `step` optimizer steps have reached."
         config, together = self.run.training, self.run.training.gradient_accumulation_steps
-        data = ShardDataset(self.shards, self.load, config.batch_size, config.dataloader_num_workers, self.run.data.captions_per_image, config.seed, step*together,
-                            (config.max_steps-step)*together, process_index=accelerator.process_index, num_processes=accelerator.num_processes, strict=self.run.data.strict)
-        batches, collate = DataLoader(data, batch_size=None, num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals), Collate(self.run.tokenizer())
-        for number, items in enumerate(batches, step*together):
-            yield send_to_device(collate([self._varied(item, number, i) for i, item in enumerate(items)]), accelerator.device)
+        data = ShardDataset(
+            self.shards,
+            self.load,
+            config.batch_size,
+            config.dataloader_num_workers,
+            self.run.data.captions_per_image,
+            config.seed,
+            step * together,
+            (config.max_steps - step) * together,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            strict=self.run.data.strict,
+        )
+        batches = DataLoader(
+            data, batch_size=None, num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals
+        )
+        collate = Collate(self.run.tokenizer())
+        for number, items in enumerate(batches, step * together):
+            yield send_to_device(
+                collate([self._varied(item, number, i) for i, item in enumerate(items)]), accelerator.device
+            )
 
     def _varied(self, item, number, i):
         "Photo `i` of batch `number`, varied as these two say."
-        if isinstance(item, BrokenImage): return item
+        if isinstance(item, BrokenImage):
+            return item
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random.Random(f"augment {self.run.training.seed} {number} {i}").getrandbits(63))
+            torch.manual_seed(random.Random(f'augment {self.run.training.seed} {number} {i}').getrandbits(63))
             pixels, captions = self.vary.vary(item['pixel_values'], item['captions'])
         return item | dict(pixel_values=self.vary.normalise(pixels.contiguous()), captions=captions)
 
 # %% ../nbs/14_photo_training.ipynb #eda6c08e
 def held_out_measures(
-    model:Captioner,
-    held_set,   # of `photo_sets`, or a list of items
+    model: Captioner,
+    held_set,  # of `photo_sets`, or a list of items
     log=print,  # gets what it says of the first photo
-): # function (model, step) -> dict, as `train` takes it
-    "validation_loss, shuffled_image_gap, unique_caption_share and CIDEr (greedy captions of the first 256 held-out photos)."
-    references = {item['file']: item['captions'] for item in held_set} if isinstance(held_set, list) else {record.file: list(record.captions) for record in held_set.records}
+):  # function (model, step) -> dict, as `train` takes it
+    """validation_loss, shuffled_image_gap, unique_caption_share and CIDEr (greedy captions of the first 256
+    held-out photos).
+    """
+    references = (
+        {item['file']: item['captions'] for item in held_set}
+        if isinstance(held_set, list)
+        else {record.file: list(record.captions) for record in held_set.records}
+    )
     scores = has_coco_code()
-    if not scores: log("CIDEr is not measured on the way; pip install 'pvtblip[eval]' brings it")
-    def speak(model, pixel_values): return model.tokenizer.decode_batch(generate(model, pixel_values).sequences[:, 0])
+    if not scores:
+        log("CIDEr is not measured on the way; pip install 'pvtblip[eval]' brings it")
+
+    def speak(model, pixel_values):
+        return model.tokenizer.decode_batch(generate(model, pixel_values).sequences[:, 0])
+
     def score(captions):
         file, said = next(iter(captions.items()))
-        log(f"of {file} it says: {said!r}")
-        return dict(CIDEr=cider_score({file: references[file] for file in captions}, captions)) if scores else {}
-    together = measures(HeldOutLoss(held_set, model.tokenizer), HeldOutCaptions(held_set, model.tokenizer, speak, images=256, score=score))
+        log(f'of {file} it says: {said!r}')
+        return (
+            dict(CIDEr=cider_score({file: references[file] for file in captions}, captions)) if scores else {}
+        )
+
+    together = measures(
+        HeldOutLoss(held_set, model.tokenizer),
+        HeldOutCaptions(held_set, model.tokenizer, speak, images=256, score=score),
+    )
+
     def evaluate(model, step):
         found = together(model, step)
-        log(f"step {step}: " + ', '.join(f"{name} {value:.3f}" for name, value in found.items()))
+        log(f'step {step}: ' + ', '.join(f'{name} {value:.3f}' for name, value in found.items()))
         return found
+
     return evaluate
 
 # %% ../nbs/14_photo_training.ipynb #4e15df52
@@ -240,13 +422,21 @@ def photo_material(run, source, progress):
     "The run with its steps counted and its words known, the training set, the held-out set and the loader."
     (records, held, photos), tokenizer = divide_photos(source, run.data), run.tokenizer()
     training = replace(run.training, batch_size=min(run.training.batch_size, len(records)))
-    per_step = training.batch_size*training.gradient_accumulation_steps*processes().num_processes
-    if run.epochs: training = replace(training, max_steps=max(1, round(run.epochs * len(records) / per_step)))
-    words, known = None if run.all_words else words_of([c for record in [*records, *held] for c in record.captions], tokenizer), run.captioner.output_vocabulary
-    if run.start_from: words = words and known and sorted({*words, *known})                         # it keeps its words and learns new ones
+    per_step = training.batch_size * training.gradient_accumulation_steps * processes().num_processes
+    if run.epochs:
+        training = replace(training, max_steps=max(1, round(run.epochs * len(records) / per_step)))
+    words, known = (
+        None
+        if run.all_words
+        else words_of([c for record in [*records, *held] for c in record.captions], tokenizer),
+        run.captioner.output_vocabulary,
+    )
+    if run.start_from:
+        words = words and known and sorted({*words, *known})  # it keeps its words and learns new ones
     run = replace(run, training=training, captioner=replace(run.captioner, output_vocabulary=words or known))
     dataset, held_set = photo_sets(run, records, held, photos, progress)
     return run, dataset, held_set, photo_loader(run, dataset, tokenizer)
+
 
 def shard_material(run, source, progress):
     "The same of shards, whose words nobody knows beforehand."
@@ -254,69 +444,134 @@ def shard_material(run, source, progress):
     return run, dataset, dataset.held, dataset.loader
 
 # %% ../nbs/14_photo_training.ipynb #b328f7cc
-def first_model(run:PhotoRun) -> Captioner:
-    "The captioner as the run begins with it, the same for the same seed; ValueError where a file does not fit."
+def first_model(run: PhotoRun) -> Captioner:
+    """The captioner as the run begins with it, the same for the same seed; ValueError where a file does not
+    fit.
+    """
     torch.manual_seed(run.training.seed)
     model = Captioner(run.captioner, run.vocabulary)
-    if run.start_from: load_whole(model, Path(run.start_from)/'model.safetensors')
-    elif run.text_model: load_bert_weights(model.decoder, run.text_model)
-    if run.freeze_encoder: model.encoder.backbone.requires_grad_(False)
+    if run.start_from:
+        load_whole(model, Path(run.start_from) / 'model.safetensors')
+    elif run.text_model:
+        load_bert_weights(model.decoder, run.text_model)
+    if run.freeze_encoder:
+        model.encoder.backbone.requires_grad_(False)
     return model
 
 # %% ../nbs/14_photo_training.ipynb #b66219f9
 def own_captions(run, model, dataset, loader):
-    "The loader with the model's own captions, rewarded by CIDEr and BLEU-4, and what notes the reward; ValueError for single captions."
-    if dataset.captions_per_image < 2: raise ValueError(f"{run.data.captions}: a photo's captions are compared with each other, and {dataset.captions_per_image} is drawn; set data.captions_per_image to 2 or more")
-    people = [caption_rows(model.tokenizer(list(record.captions))['input_ids'], model.tokenizer) for record in dataset.records]
-    reward = add_rewards((1., CiderReward(people)), (run.bleu_weight, bleu)) if run.bleu_weight else CiderReward(people)
-    return reward_loader(model, loader, reward, run.training.gradient_accumulation_steps, run.training.seed), [RewardMeter()]
+    """The loader with the model's own captions, rewarded by CIDEr and BLEU-4, and what notes the reward;
+    ValueError for single captions.
+    """
+    if dataset.captions_per_image < 2:
+        raise ValueError(
+            f"{run.data.captions}: a photo's captions are compared with each other, and "
+            f'{dataset.captions_per_image} is drawn; set data.captions_per_image to 2 or more'
+        )
+    people = [
+        caption_rows(model.tokenizer(list(record.captions))['input_ids'], model.tokenizer)
+        for record in dataset.records
+    ]
+    reward = (
+        add_rewards((1.0, CiderReward(people)), (run.bleu_weight, bleu))
+        if run.bleu_weight
+        else CiderReward(people)
+    )
+    return reward_loader(
+        model, loader, reward, run.training.gradient_accumulation_steps, run.training.seed
+    ), [RewardMeter()]
 
 # %% ../nbs/14_photo_training.ipynb #56afffb9
 def describe_run(run, model, dataset, held_set) -> str:
     "How much there is to learn from, for how long, and by how many weights, in a line."
     what = 'photos' if hasattr(dataset, 'records') else 'shards'
-    trained, words = sum(p.numel() for p in model.parameters() if p.requires_grad), len(run.captioner.output_vocabulary or range(model.tokenizer.vocab_size))
-    return (f"{len(dataset)} {what} with {dataset.captions_per_image} captions each, {len(held_set)} held out; {run.training.max_steps} steps of "
-            f"{run.training.batch_size} photos; {trained:,} weights trained, {words} words")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    words = len(run.captioner.output_vocabulary or range(model.tokenizer.vocab_size))
+    return (
+        f'{len(dataset)} {what} with {dataset.captions_per_image} captions each, {len(held_set)} held '
+        f'out; {run.training.max_steps} steps of '
+        f'{run.training.batch_size} photos; {trained:,} weights trained, {words} words'
+    )
+
 
 def dry_figures(run, model, dataset, pieces) -> dict:
-    "What `dry_run` measures on the run's own batches; of shards without the photos and epochs that nobody can count."
+    """What `dry_run` measures on the run's own batches; of shards without the photos and epochs that nobody
+    can count.
+    """
     figures = dry_run(model, dataset, run.training, run.practice, pieces=pieces)
-    if hasattr(dataset, 'records'): return figures
-    return dict(shards=len(dataset)) | {name: value for name, value in figures.items() if name not in ('images', 'epochs')}
+    if hasattr(dataset, 'records'):
+        return figures
+    return dict(shards=len(dataset)) | {
+        name: value for name, value in figures.items() if name not in ('images', 'epochs')
+    }
+
 
 def fixed_settings(run, dataset) -> dict:
-    "What a resume must not change, beside what `train` looks at itself; with shards the workers decide the order."
+    """What a resume must not change, beside what `train` looks at itself; with shards the workers decide the
+    order.
+    """
     data = {name: value for name, value in asdict(run.data).items() if name not in ('cache', 'strict')}
-    return data | dict(text_model=run.text_model, start_from=run.start_from, self_critical=run.self_critical, freeze_encoder=run.freeze_encoder,
-                       workers=None if hasattr(dataset, 'records') else run.training.dataloader_num_workers,
-                       **(dict(bleu_weight=run.bleu_weight) if run.self_critical else {}))
+    return data | dict(
+        text_model=run.text_model,
+        start_from=run.start_from,
+        self_critical=run.self_critical,
+        freeze_encoder=run.freeze_encoder,
+        workers=None if hasattr(dataset, 'records') else run.training.dataloader_num_workers,
+        **(dict(bleu_weight=run.bleu_weight) if run.self_critical else {}),
+    )
 
 # %% ../nbs/14_photo_training.ipynb #7bd18933
 def train_on_photos(
-    run:PhotoRun,
-    out,            # folder for the model, the states and the history
-    resume=False,   # go on with the run that `out` holds
-    dry=False,      # only say what the run would be, measured from three steps; nothing is written
-    log=print,      # gets each line of the report
+    run: PhotoRun,
+    out,  # folder for the model, the states and the history
+    resume=False,  # go on with the run that `out` holds
+    dry=False,  # only say what the run would be, measured from three steps; nothing is written
+    log=print,  # gets each line of the report
     progress=True,  # show a bar
-) -> dict: # loss at start and end, captions a second, broken photos; of a dry run what `dry_figures` measured
-    "Train a captioner on photos; raises before work starts where the input is bad, resumes where it was killed."
-    out, asked, main = Path(out), run, processes().is_main_process
-    if dry: run = replace(run, data=replace(run.data, cache=None))                          # it would be written
-    else: by_first(lambda: look_at_folder(out, resume))
+) -> (
+    dict
+):  # loss at start and end, captions a second, broken photos; of a dry run what `dry_figures` measured
+    """Train a captioner on photos; raises before work starts where the input is bad, resumes where it was
+    killed.
+    """
+    out = Path(out)
+    asked = run
+    main = processes().is_main_process
+    if dry:
+        run = replace(run, data=replace(run.data, cache=None))  # it would be written
+    else:
+        by_first(lambda: look_at_folder(out, resume))
     source = open_source(run.data.captions, run.data.images, log=log)
-    run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(run, source, progress and main)
+    run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(
+        run, source, progress and main
+    )
     model = first_model(run)
-    if main: log(describe_run(run, model, dataset, held_set))
-    def pieces(model): return own_captions(run, model, dataset, loader) if run.self_critical else (loader, [])
-    if dry: return dry_figures(run, model, dataset, pieces)
+    if main:
+        log(describe_run(run, model, dataset, held_set))
+
+    def pieces(model):
+        return own_captions(run, model, dataset, loader) if run.self_critical else (loader, [])
+
+    if dry:
+        return dry_figures(run, model, dataset, pieces)
     loader, callbacks = pieces(model)
     quiet = log if main else lambda line: None
-    with only_run(out/'model.safetensors'):
+    with only_run(out / 'model.safetensors'):
         by_first(lambda: begin_run(out, asked, resume))
-        history = run_training(model, dataset, run.training, run.practice, out/'states', resume, held_out_measures(model, held_set, quiet), progress,
-                               callbacks, quiet, loader, dict(source=fixed_settings(run, dataset)))
+        history = run_training(
+            model,
+            dataset,
+            run.training,
+            run.practice,
+            out / 'states',
+            resume,
+            held_out_measures(model, held_set, quiet),
+            progress,
+            callbacks,
+            quiet,
+            loader,
+            dict(source=fixed_settings(run, dataset)),
+        )
         model = put_together(model, run)
         return finish_run(model, history, out, run.data.captions, log) if main else {}
 
@@ -324,41 +579,69 @@ def train_on_photos(
 def put_together(model, run):
     "The model, or where FSDP has split its weights over the processes, a whole one; all of them call this."
     weights = model.state_dict()
-    if not any(hasattr(weight, 'full_tensor') for weight in weights.values()): return model
-    weights, whole = {name: whole_tensor(weight).cpu() for name, weight in weights.items()}, Captioner(run.captioner, run.vocabulary)
+    if not any(hasattr(weight, 'full_tensor') for weight in weights.values()):
+        return model
+    weights = {name: whole_tensor(weight).cpu() for name, weight in weights.items()}
+    whole = Captioner(run.captioner, run.vocabulary)
     whole.load_state_dict(weights)
     return whole
+
 
 def finish_run(model, history, out, captions, log):
     "Save the model and the history; ValueError where not one photo was read."
     readings = [entry for entry in history if 'broken' in entry]
     losses = [entry['loss'] for entry in readings if entry['loss'] is not None]
     broken = {file: why for entry in readings for file, why in entry['broken'].items()}
-    if readings and not losses: raise ValueError(f"{captions}: no photo could be read; the first: {next(iter(broken.items()))}")
+    if readings and not losses:
+        raise ValueError(f'{captions}: no photo could be read; the first: {next(iter(broken.items()))}')
     model.save_pretrained(out)
     speeds = sorted(entry['captions_per_second'] for entry in readings)
-    report = dict(loss_start=losses[0] if losses else None, loss_end=losses[-1] if losses else None, broken=broken,
-                  captions_per_second=speeds[len(speeds)//2] if speeds else None, history=history)
-    write_json(out/'history.json', report)
-    for file, why in broken.items(): log(f"skipped broken photo {file}: {why}")
-    if not readings: log(f"ended before the first loss was noted; model in {out}")
-    else: log(f"loss {report['loss_start']:.3f} at the start, {report['loss_end']:.3f} at the end; {report['captions_per_second']:.0f} captions a second; {len(broken)} broken photos; model in {out}")
+    report = dict(
+        loss_start=losses[0] if losses else None,
+        loss_end=losses[-1] if losses else None,
+        broken=broken,
+        captions_per_second=speeds[len(speeds) // 2] if speeds else None,
+        history=history,
+    )
+    write_json(out / 'history.json', report)
+    for file, why in broken.items():
+        log(f'skipped broken photo {file}: {why}')
+    if not readings:
+        log(f'ended before the first loss was noted; model in {out}')
+    else:
+        log(
+            f'loss {report["loss_start"]:.3f} at the start, {report["loss_end"]:.3f} at the end; '
+            f'{report["captions_per_second"]:.0f} captions a second; {len(broken)} broken photos; '
+            f'model in {out}'
+        )
     return report
 
+
 def refuse_run(out, resume=False):
-    "FileExistsError where a folder already holds a model or the states of a run; ValueError for damaged states alone, and files of somebody else."
-    states = Path(out)/'states'
-    if resume and saved_states(states): return
+    """FileExistsError where a folder already holds a model or the states of a run; ValueError for damaged
+    states alone, and files of somebody else.
+    """
+    states = Path(out) / 'states'
+    if resume and saved_states(states):
+        return
     refuse_model(out)
-    if saved_states(states): raise FileExistsError(f"{out}: holds an unfinished run; add --resume to go on, or choose another folder")
+    if saved_states(states):
+        raise FileExistsError(
+            f'{out}: holds an unfinished run; add --resume to go on, or choose another folder'
+        )
     refuse_damaged(states)
-    for name in ('run.toml', 'history.json'): refuse_outputs({'--out': Path(out)/name})
+    for name in ('run.toml', 'history.json'):
+        refuse_outputs({'--out': Path(out) / name})
+
 
 def look_at_folder(out, resume):
     "`refuse_run` before anything is read; OSError where another process trains there."
-    with only_writer(out/'model.safetensors') if (out/'run.toml').exists() else nullcontext(): refuse_run(out, resume)
+    with only_writer(out / 'model.safetensors') if (out / 'run.toml').exists() else nullcontext():
+        refuse_run(out, resume)
+
 
 def begin_run(out, run, resume):
     "Look again, now that nobody else writes there, and write down the settings of a new run."
     refuse_run(out, resume)
-    if not saved_states(out/'states'): write_whole(out/'run.toml', f"# {MARK} train: the settings of this run\n{to_toml(run)}")
+    if not saved_states(out / 'states'):
+        write_whole(out / 'run.toml', f'# {MARK} train: the settings of this run\n{to_toml(run)}')

@@ -12,8 +12,8 @@ __all__ = ['MAX_BATCH', 'MAX_WORKERS', 'Photo', 'photos_in_folder', 'describe_sk
 # %% ../nbs/16_pipeline.ipynb #a50533bd
 import glob, hashlib, json, os, re, signal, sys, time, warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -24,8 +24,17 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .fast import pack
-from .files import (StopAtSignal, not_text, only_writer, outlive_signals, printable, read_json, refuse_outputs, whole_file,
-                           write_json)
+from pvtblip.files import (
+    StopAtSignal,
+    not_text,
+    only_writer,
+    outlive_signals,
+    printable,
+    read_json,
+    refuse_outputs,
+    whole_file,
+    write_json,
+)
 from .decoder import Captioner
 from .generation import GenerationConfig, GenerationOutput, generate, word_ids
 from .pvt_encoder import load_pixels, normalise_pixels
@@ -34,265 +43,412 @@ from .sources import PHOTO_SUFFIXES, find_shards, read_shard
 # %% ../nbs/16_pipeline.ipynb #eac2f63c
 class Photo(NamedTuple):
     "One photo to be captioned."
-    name: str                   # what the output calls it; its path, unless there is content
-    content: bytes|None = None  # the bytes of the image file, where it lies in a shard
-    problem: str|None = None    # what is known to be wrong before it is read
 
-    def __str__(self): return self.name
+    name: str  # what the output calls it; its path, unless there is content
+    content: bytes | None = None  # the bytes of the image file, where it lies in a shard
+    problem: str | None = None  # what is known to be wrong before it is read
+
+    def __str__(self):
+        return self.name
 
 # %% ../nbs/16_pipeline.ipynb #c17f753c
 _SUFFIXES = tuple(f'.{suffix}' for suffix in PHOTO_SUFFIXES)
 
+
 def photos_in_folder(
-    folder,       # path
-    skipped=None, # a Counter, gets what is left out: {suffix or 'linked folder': how many}
+    folder,  # path
+    skipped=None,  # a Counter, gets what is left out: {suffix or 'linked folder': how many}
 ) -> Iterator[Photo]:
     "The photos of a folder and of all folders below it, in the order of their names."
-    unread, skipped = [], Counter() if skipped is None else skipped
+    unread = []
+    skipped = Counter() if skipped is None else skipped
     for place, folders, files in chain(os.walk(folder, onerror=unread.append), [(folder, [], [])]):
         # what cannot be read, where to go on
-        yield from [Photo(str(error.filename), problem=f"this folder cannot be read ({error.strerror})") for error in unread]
+        yield from [
+            Photo(str(error.filename), problem=f'this folder cannot be read ({error.strerror})')
+            for error in unread
+        ]
         unread.clear()
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         skipped['linked folder'] += sum(os.path.islink(os.path.join(place, name)) for name in folders)
 
         # the photos, and what is none
         for name in sorted(name for name in files if not name.startswith('.')):
-            if name.lower().endswith(_SUFFIXES): yield Photo(os.path.join(place, name))
-            else: skipped[os.path.splitext(name)[1].lower() or 'file without a suffix'] += 1
+            if name.lower().endswith(_SUFFIXES):
+                yield Photo(os.path.join(place, name))
+            else:
+                skipped[os.path.splitext(name)[1].lower() or 'file without a suffix'] += 1
+
 
 def describe_skipped(
-    skipped, # of `photos_in_folder`
-) -> str: # a line; empty where nothing was left out
+    skipped,  # of `photos_in_folder`
+) -> str:  # a line; empty where nothing was left out
     "What folders hold besides photos, the most frequent first."
-    kinds = [f"{number} {kind}{'s'[:kind == 'linked folder' and number > 1]}" for kind, number in (+skipped).most_common(6)]
-    if not kinds: return ''
-    more = f", {len(+skipped) - 6} other kinds" if len(+skipped) > 6 else ''
+    kinds = [
+        f'{number} {kind}{"s"[: kind == "linked folder" and number > 1]}'
+        for kind, number in (+skipped).most_common(6)
+    ]
+    if not kinds:
+        return ''
+    more = f', {len(+skipped) - 6} other kinds' if len(+skipped) > 6 else ''
     links = '; give a linked folder by its own name' if skipped['linked folder'] else ''
-    return f"left out in folders: {', '.join(kinds)}{more}; read are {' '.join(_SUFFIXES)}{links}"
+    return f'left out in folders: {", ".join(kinds)}{more}; read are {" ".join(_SUFFIXES)}{links}'
 
 # %% ../nbs/16_pipeline.ipynb #01f7cb82
 def photos_in_list(
-    lines:Iterable[bytes],  # one path each
+    lines: Iterable[bytes],  # one path each
     name='standard input',  # of the list, for errors
 ) -> Iterator[Photo]:
-    "The photos that a list names, relative to the current folder; empty lines are left out; ValueError where it is no list."
+    """The photos that a list names, relative to the current folder; empty lines are left out; ValueError
+    where it is no list.
+    """
     head = b''
     for number, line in enumerate(lines, 1):
         head = head or line
         if b'\0' in line:
             what = not_text(head) or 'something else'
-            raise ValueError(f"{name}:{number}: not a list of photos but {what}; write it as UTF-8, one path a line")
+            raise ValueError(
+                f'{name}:{number}: not a list of photos but {what}; write it as UTF-8, one path a line'
+            )
         line = line.removeprefix(b'\xef\xbb\xbf' if number == 1 else b'').rstrip(b'\r\n')
-        if line.strip(): yield Photo(str(Path(os.fsdecode(line))))
+        if line.strip():
+            yield Photo(str(Path(os.fsdecode(line))))
 
 # %% ../nbs/16_pipeline.ipynb #31da0cf5
 def photos_in_shard(
-    shard, # path or address of a tar file
+    shard,  # path or address of a tar file
 ) -> Iterator[Photo]:
     "The photos of a WebDataset shard as SHARD/KEY.SUFFIX; captions beside them are not looked at."
     for sample in read_shard(shard):
-        if not isinstance(sample, dict): yield Photo(shard, problem=sample.reason.removeprefix(f"{shard}: "))
+        if not isinstance(sample, dict):
+            yield Photo(shard, problem=sample.reason.removeprefix(f'{shard}: '))
         else:
-            name, suffix = f"{shard}/{sample['__key__']}", next((suffix for suffix in PHOTO_SUFFIXES if suffix in sample), None)
-            yield Photo(name, problem=sample.get('__problem__', 'no photo in this sample')) if suffix is None else Photo(f"{name}.{suffix}", sample[suffix])
+            name = f'{shard}/{sample["__key__"]}'
+            suffix = next((suffix for suffix in PHOTO_SUFFIXES if suffix in sample), None)
+            yield (
+                Photo(name, problem=sample.get('__problem__', 'no photo in this sample'))
+                if suffix is None
+                else Photo(f'{name}.{suffix}', sample[suffix])
+            )
 
 # %% ../nbs/16_pipeline.ipynb #0626d2b9
 _SHARD = re.compile(r'\.(tar|tgz)(\.(gz|bz2|xz|zst))?$', re.I)
 
+
 def check_inputs(
-    inputs, # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
-) -> list[str]: # patterns of shards replaced by the shards
+    inputs,  # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
+) -> list[str]:  # patterns of shards replaced by the shards
     "FileNotFoundError for what is not there, ValueError where there is nothing to read."
     found = []
     for one in map(str, inputs):
-        if _SHARD.search(one) and not os.path.isdir(one): found += find_shards(one)
-        else: found.append(str(Path(one)))
+        if _SHARD.search(one) and not os.path.isdir(one):
+            found += find_shards(one)
+        else:
+            found.append(str(Path(one)))
     for one in found:
-        if one != '-' and not _SHARD.search(one) and not os.path.exists(one): raise FileNotFoundError(f"{printable(one)}: no such image, folder or list")
-    if not found: raise ValueError("no photos: give a folder, a list of photos, shards, or photos")
-    if found.count('-') > 1: raise ValueError("standard input (-) is given twice; it can be read once")
+        if one != '-' and not _SHARD.search(one) and not os.path.exists(one):
+            raise FileNotFoundError(f'{printable(one)}: no such image, folder or list')
+    if not found:
+        raise ValueError('no photos: give a folder, a list of photos, shards, or photos')
+    if found.count('-') > 1:
+        raise ValueError('standard input (-) is given twice; it can be read once')
     return found
 
+
 def list_photos(
-    inputs:list[str], # as `check_inputs` returns them
-    skipped=None,     # a Counter, gets what folders hold besides photos
+    inputs: list[str],  # as `check_inputs` returns them
+    skipped=None,  # a Counter, gets what folders hold besides photos
 ) -> Iterator[Photo]:
     "All photos, one after the other, as they are asked for."
     for one in inputs:
-        if one == '-': yield from photos_in_list(sys.stdin.buffer)
-        elif os.path.isdir(one): yield from photos_in_folder(one, skipped)
-        elif _SHARD.search(one): yield from photos_in_shard(one)
+        if one == '-':
+            yield from photos_in_list(sys.stdin.buffer)
+        elif os.path.isdir(one):
+            yield from photos_in_folder(one, skipped)
+        elif _SHARD.search(one):
+            yield from photos_in_shard(one)
         elif one.lower().endswith('.txt'):
-            with open(one, 'rb') as lines: yield from photos_in_list(lines, printable(one))
-        else: yield Photo(one)
+            with open(one, 'rb') as lines:
+                yield from photos_in_list(lines, printable(one))
+        else:
+            yield Photo(one)
+
 
 def count_photos(
-    inputs:list[str], # as `check_inputs` returns them
-    skipped=None,     # a Counter, gets what folders hold besides photos
-) -> int|None: # None: one would have to read everything to know
+    inputs: list[str],  # as `check_inputs` returns them
+    skipped=None,  # a Counter, gets what folders hold besides photos
+) -> int | None:  # None: one would have to read everything to know
     "How many photos there are; ValueError where there are none."
     known = _known(inputs)
     count = sum(1 for _ in list_photos(known, skipped))
-    if len(known) < len(inputs): return None
-    if not count: raise _nothing(inputs, skipped)
+    if len(known) < len(inputs):
+        return None
+    if not count:
+        raise _nothing(inputs, skipped)
     return count
+
 
 def _known(inputs):
     "The inputs of which one can say beforehand what they hold."
     return [one for one in inputs if one != '-' and (os.path.isdir(one) or not _SHARD.search(one))]
 
+
 def _nothing(inputs, skipped=None):
-    left = describe_skipped(skipped or Counter()) or f"{' '.join(_SUFFIXES)} in folders; shards are given as FOLDER/*.tar"
-    return ValueError(f"{printable(', '.join(inputs)):.80}: no photos ({left})")
+    left = (
+        describe_skipped(skipped or Counter())
+        or f'{" ".join(_SUFFIXES)} in folders; shards are given as FOLDER/*.tar'
+    )
+    return ValueError(f'{printable(", ".join(inputs)):.80}: no photos ({left})')
+
 
 def files_read(
-    inputs:list[str], # as `check_inputs` returns them
-    model,            # folder or hub name
+    inputs: list[str],  # as `check_inputs` returns them
+    model,  # folder or hub name
 ) -> Iterator[str]:
     "Every file that captioning reads, for `refuse_outputs`; what standard input will name is not known."
     yield from inputs
     yield from model_files(model)
-    for photo in list_photos(_known(inputs)): yield photo.name
+    for photo in list_photos(_known(inputs)):
+        yield photo.name
+
 
 def model_files(
-    model, # folder or hub name
+    model,  # folder or hub name
 ) -> list[str]:
     "What lies in a model folder and belongs to the model."
-    names = ('config.json', 'model.safetensors', 'confidence.json', 'checksums.json',
-             'vocab.txt', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
+    names = (
+        'config.json',
+        'model.safetensors',
+        'confidence.json',
+        'checksums.json',
+        'vocab.txt',
+        'tokenizer.json',
+        'tokenizer_config.json',
+        'special_tokens_map.json',
+    )
     return [os.path.join(model, name) for name in names]
 
 # %% ../nbs/16_pipeline.ipynb #0df6b9b8
 class PhotoReader:
     "A data set that is asked for photos instead of numbers."
-    def __init__(self,
-        size:int, # side of the square, pixels
-    ): self.size = size
 
-    def __getitem__(self,
-        photo, # a `Photo` or a path
-    ): # (the photo without its content; its pixels (3, size, size) uint8, or a string that says what is wrong)
+    def __init__(
+        self,
+        size: int,  # side of the square, pixels
+    ):
+        self.size = size
+
+    def __getitem__(
+        self,
+        photo,  # a `Photo` or a path
+    ):  # (the photo without its content; its pixels (3, size, size) uint8, or a string that says what is wrong)
         "Decode a photo; no photo, however broken, raises."
         name, content, problem = photo if isinstance(photo, Photo) else Photo(str(photo))
-        if content is not None: photo = photo._replace(content=None)
-        if problem is not None: return photo, problem
+        if content is not None:
+            photo = photo._replace(content=None)
+        if problem is not None:
+            return photo, problem
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')                                      # what matters becomes a problem, named
-            try: return photo, load_pixels(name if content is None else content, self.size)
-            except (ValueError, OSError) as error: return photo, str(error).removeprefix(f"{name if content is None else 'photo'}: ")
+            warnings.simplefilter('ignore')  # what matters becomes a problem, named
+            try:
+                return photo, load_pixels(name if content is None else content, self.size)
+            except (ValueError, OSError) as error:
+                return photo, str(error).removeprefix(f'{name if content is None else "photo"}: ')
+
 
 def _together(items):
     "(photos, problems, pixels (B', 3, size, size) of those that could be read, or None)"
     pixels = [found for _, found in items if torch.is_tensor(found)]
-    return [photo for photo, _ in items], [None if torch.is_tensor(found) else found for _, found in items], torch.stack(pixels) if pixels else None
+    return (
+        [photo for photo, _ in items],
+        [None if torch.is_tensor(found) else found for _, found in items],
+        torch.stack(pixels) if pixels else None,
+    )
 
 # %% ../nbs/16_pipeline.ipynb #262eb71a
 @dataclass
 class CaptionedBatch:
     "Photos in the order in which they were given, and what was said of those that could be captioned."
-    photos: list                     # B photos, as they were given
-    problems: list                   # B times None, or what is wrong with the photo, or why no caption of it keeps to the rules
-    pixel_values: torch.Tensor|None  # (B', 3, H, W) of the B' photos that were captioned; None: none of them
-    output: GenerationOutput|None    # of `generate`, for the same B' photos
+
+    photos: list  # B photos, as they were given
+    problems: (
+        list  # B times None, or what is wrong with the photo, or why no caption of it keeps to the rules
+    )
+    pixel_values: (
+        torch.Tensor | None
+    )  # (B', 3, H, W) of the B' photos that were captioned; None: none of them
+    output: GenerationOutput | None  # of `generate`, for the same B' photos
 
     @property
-    def read(self): return [photo for photo, problem in zip(self.photos, self.problems) if problem is None]
+    def read(self):
+        return [photo for photo, problem in zip(self.photos, self.problems) if problem is None]
+
 
 def _groups(items, size):
     items = iter(items)
-    while group := list(islice(items, size)): yield group
+    while group := list(islice(items, size)):
+        yield group
 
 # %% ../nbs/16_pipeline.ipynb #c07cb751
 def _generators(names, device, seed):
-    "A random generator for each photo: its draws depend on the seed and the photo's name, and on nothing else."
-    marks = (hashlib.blake2b(f'{seed} {name}'.encode('utf-8', 'surrogatepass'), digest_size=4).digest() for name in names)
+    """A random generator for each photo: its draws depend on the seed and the photo's name, and on nothing
+    else.
+    """
+    marks = (
+        hashlib.blake2b(f'{seed} {name}'.encode('utf-8', 'surrogatepass'), digest_size=4).digest()
+        for name in names
+    )
     return [torch.Generator(device).manual_seed(int.from_bytes(mark, 'big')) for mark in marks]
 
 # %% ../nbs/16_pipeline.ipynb #ce235802
 def _joined(outputs, pad):
     "Outputs of `generate` as one, padded as it pads: with [PAD], and 0."
     longest = max(output.token_logprobs.shape[-1] for output in outputs)
-    def fill(name, sides, value=0):
-        return torch.cat([F.pad(getattr(output, name), (*sides, longest - output.token_logprobs.shape[-1]), value=value) for output in outputs])
-    looked = None if outputs[0].cross_attentions is None else fill('cross_attentions', (0, 0, 0))
-    return GenerationOutput(fill('sequences', (0,), pad), torch.cat([output.scores for output in outputs]), fill('token_logprobs', (0,)), looked)
 
-def _caption_each(model, names, pixel_values, options, seed): # options: checked
+    def fill(name, sides, value=0):
+        return torch.cat(
+            [
+                F.pad(getattr(output, name), (*sides, longest - output.token_logprobs.shape[-1]), value=value)
+                for output in outputs
+            ]
+        )
+
+    looked = None if outputs[0].cross_attentions is None else fill('cross_attentions', (0, 0, 0))
+    return GenerationOutput(
+        fill('sequences', (0,), pad),
+        torch.cat([output.scores for output in outputs]),
+        fill('token_logprobs', (0,)),
+        looked,
+    )
+
+
+def _caption_each(model, names, pixel_values, options, seed):  # options: checked
     "(output of the photos for which there is a caption, or None; for each photo None or why there is none)"
-    try: return generate(model, pixel_values, options, generator=_generators(names, pixel_values.device, seed) if options.do_sample else None), [None]*len(names)
+    try:
+        return generate(
+            model,
+            pixel_values,
+            options,
+            generator=_generators(names, pixel_values.device, seed) if options.do_sample else None,
+        ), [None] * len(names)
     except ValueError as error:
-        if len(names) == 1: return None, [re.sub(r'^(image|caption) \d+: ', '', str(error))]
-    each = [_caption_each(model, [name], pixels[None], options, seed) for name, pixels in zip(names, pixel_values)]
+        if len(names) == 1:
+            return None, [re.sub(r'^(image|caption) \d+: ', '', str(error))]
+    each = [
+        _caption_each(model, [name], pixels[None], options, seed) for name, pixels in zip(names, pixel_values)
+    ]
     outputs = [output for output, _ in each if output is not None]
     return _joined(outputs, model.tokenizer.pad_token_id) if outputs else None, [why for _, (why,) in each]
 
 # %% ../nbs/16_pipeline.ipynb #480bc190
 def _captioned(model, photos, problems, pixel_values, options, seed):
-    "The `CaptionedBatch` of photos that were read, `pixel_values` those of the photos without a problem, or None."
-    if pixel_values is None: return CaptionedBatch(photos, problems, None, None)
+    """The `CaptionedBatch` of photos that were read, `pixel_values` those of the photos without a problem, or
+    None.
+    """
+    if pixel_values is None:
+        return CaptionedBatch(photos, problems, None, None)
     names = [str(photo) for photo, problem in zip(photos, problems) if problem is None]
     output, whys = _caption_each(model, names, pixel_values, options, seed)
     refused = iter(whys)
     problems = [next(refused) if problem is None else problem for problem in problems]
-    if any(whys): pixel_values = pixel_values[[why is None for why in whys]] if output else None
+    if any(whys):
+        pixel_values = pixel_values[[why is None for why in whys]] if output else None
     return CaptionedBatch(photos, problems, pixel_values, output)
 
 # %% ../nbs/16_pipeline.ipynb #2e75e994
-MAX_BATCH, MAX_WORKERS = 65_536, 256 # far above what helps anybody, far below what takes a machine down
+MAX_BATCH, MAX_WORKERS = 65_536, 256  # far above what helps anybody, far below what takes a machine down
+
 
 def refuse_sizes(
-    batch_size, # photos captioned together
-    num_workers, # processes; None: not said
+    batch_size,  # photos captioned together
+    num_workers,  # processes; None: not said
 ):
     "ValueError for numbers that no machine can stand."
-    if not 1 <= batch_size <= MAX_BATCH: raise ValueError(f"batch_size is {batch_size}; give 1 to {MAX_BATCH:,}")
-    if not 0 <= (num_workers or 0) <= MAX_WORKERS: raise ValueError(f"num_workers is {num_workers}; give 0 to {MAX_WORKERS}")
+    if not 1 <= batch_size <= MAX_BATCH:
+        raise ValueError(f'batch_size is {batch_size}; give 1 to {MAX_BATCH:,}')
+    if not 0 <= (num_workers or 0) <= MAX_WORKERS:
+        raise ValueError(f'num_workers is {num_workers}; give 0 to {MAX_WORKERS}')
+
 
 def caption_batches(
-    photos:Iterable,  # `Photo`s or paths; asked for a few batches ahead
-    model:Captioner,
-    options:GenerationConfig,
-    batch_size=16,    # photos read, encoded and captioned together
-    num_workers=0,    # processes that decode ahead; 0: none
-    seed=0,           # with do_sample: of the draws, which for a photo are the same in any batch
+    photos: Iterable,  # `Photo`s or paths; asked for a few batches ahead
+    model: Captioner,
+    options: GenerationConfig,
+    batch_size=16,  # photos read, encoded and captioned together
+    num_workers=0,  # processes that decode ahead; 0: none
+    seed=0,  # with do_sample: of the draws, which for a photo are the same in any batch
 ) -> Iterator[CaptionedBatch]:
-    "Caption photos batch by batch, in their order; ValueError for options without sense, OSError where a reading process dies."
+    """Caption photos batch by batch, in their order; ValueError for options without sense, OSError where a
+    reading process dies.
+    """
     refuse_sizes(batch_size, num_workers)
-    options = options.check(model)                                               # so that what `generate` refuses later is a photo
-    device, normalise = next(model.parameters()).device, normalise_pixels(model.config.encoder)
-    loader = DataLoader(PhotoReader(model.config.encoder.image_size), batch_sampler=_groups(photos, batch_size), num_workers=num_workers, collate_fn=_together,
-                        worker_init_fn=outlive_signals, pin_memory=device.type == 'cuda', generator=torch.Generator())
+    options = options.check(model)  # so that what `generate` refuses later is a photo
+    device = next(model.parameters()).device
+    normalise = normalise_pixels(model.config.encoder)
+    loader = DataLoader(
+        PhotoReader(model.config.encoder.image_size),
+        batch_sampler=_groups(photos, batch_size),
+        num_workers=num_workers,
+        collate_fn=_together,
+        worker_init_fn=outlive_signals,
+        pin_memory=device.type == 'cuda',
+        generator=torch.Generator(),
+    )
     try:
         for photos, problems, pixels in loader:
-            pixel_values = None if pixels is None else normalise(pixels.to(device, non_blocking=True))      # (B', 3, H, W)
+            pixel_values = (
+                None if pixels is None else normalise(pixels.to(device, non_blocking=True))
+            )  # (B', 3, H, W)
             yield _captioned(model, photos, problems, pixel_values, options, seed)
     except RuntimeError as error:
-        if 'DataLoader worker' not in str(error): raise
-        raise OSError(f"a process that reads photos died ({str(error).splitlines()[0]}); with fewer --workers there is more memory for each") from error
+        if 'DataLoader worker' not in str(error):
+            raise
+        raise OSError(
+            f'a process that reads photos died ({str(error).splitlines()[0]}); with fewer --workers '
+            'there is more memory for each'
+        ) from error
 
 # %% ../nbs/16_pipeline.ipynb #18a69dba
 def _said(model, ids, score, logprobs, tokens, judge):
     "One caption as JSON shows it."
-    words = ids[len(ids)-len(logprobs):].tolist()                                # what stands behind the prompt and a prefix
-    end = words.index(model.tokenizer.sep_token_id) + 1 if model.tokenizer.sep_token_id in words else len(words)
-    said = dict(caption=model.tokenizer.decode(ids), score=round(score.item(), 6), confidence=round(logprobs[:end].mean().item(), 6))
-    if judge: said |= judge(logprobs[:end])
-    if not tokens: return said
+    words = ids[len(ids) - len(logprobs) :].tolist()  # what stands behind the prompt and a prefix
+    end = (
+        words.index(model.tokenizer.sep_token_id) + 1 if model.tokenizer.sep_token_id in words else len(words)
+    )
+    said = dict(
+        caption=model.tokenizer.decode(ids),
+        score=round(score.item(), 6),
+        confidence=round(logprobs[:end].mean().item(), 6),
+    )
+    if judge:
+        said |= judge(logprobs[:end])
+    if not tokens:
+        return said
     names = model.tokenizer.tokenizer.convert_ids_to_tokens(words[:end])
-    return said | dict(tokens=[dict(token=token, logprob=round(value, 6)) for token, value in zip(names, logprobs[:end].tolist())])
+    return said | dict(
+        tokens=[
+            dict(token=token, logprob=round(value, 6)) for token, value in zip(names, logprobs[:end].tolist())
+        ]
+    )
+
 
 def caption_results(
-    batch:CaptionedBatch,
-    model:Captioner,
-    tokens=False, # also every token with its log-probability
-    judge=None,   # `Judge` of `18_confidence`: also probability, and sure or not
-) -> list[dict]: # image, caption, score, confidence; `more` where several captions a photo were asked for; or image and error
+    batch: CaptionedBatch,
+    model: Captioner,
+    tokens=False,  # also every token with its log-probability
+    judge=None,  # `Judge` of `18_confidence`: also probability, and sure or not
+) -> list[
+    dict
+    # image, caption, score, confidence; `more` where several captions a photo were asked for; or image and
+    # error
+]:
     "What the output says of each photo of a batch, in order."
-    output, results = batch.output, []
+    output = batch.output
+    results = []
     rows = iter(() if output is None else zip(output.sequences, output.scores, output.token_logprobs))
     for photo, problem in zip(batch.photos, batch.problems):
-        if problem is not None: results.append(dict(image=str(photo), error=problem))
+        if problem is not None:
+            results.append(dict(image=str(photo), error=problem))
         else:
             first, *more = (_said(model, *one, tokens, judge) for one in zip(*next(rows)))
             results.append(dict(image=str(photo), **first, **(dict(more=more) if more else {})))
@@ -300,24 +456,33 @@ def caption_results(
 
 # %% ../nbs/16_pipeline.ipynb #64aa11ab
 class LineWriter:
-    "A context that appends whole lines to a file: one write a call, on the disk with the first call that comes `seconds` after the last time."
-    def __init__(self,
-        file,        # path
-        seconds=5.,  # what a power cut costs at most, and a batch besides
-    ): self.file, self.seconds = file, seconds
+    """A context that appends whole lines to a file: one write a call, on the disk with the first call that
+    comes `seconds` after the last time.
+    """
+
+    def __init__(
+        self,
+        file,  # path
+        seconds=5.0,  # what a power cut costs at most, and a batch besides
+    ):
+        self.file, self.seconds = file, seconds
 
     def __enter__(self):
-        self.stream, self.synced = open(self.file, 'ab', buffering=0), time.monotonic()
+        self.stream = open(self.file, 'ab', buffering=0)
+        self.synced = time.monotonic()
         return self
 
-    def append(self,
-        lines:list[bytes], # each with its line break
+    def append(
+        self,
+        lines: list[bytes],  # each with its line break
     ):
         "Hand lines to the system; OSError naming the file, where the disk is full for instance."
         left = memoryview(b''.join(lines))
         with self._named():
-            while left: left = left[self.stream.write(left):]
-            if time.monotonic() - self.synced > self.seconds: self._sync()
+            while left:
+                left = left[self.stream.write(left) :]
+            if time.monotonic() - self.synced > self.seconds:
+                self._sync()
 
     def _sync(self):
         os.fsync(self.stream.fileno())
@@ -325,60 +490,83 @@ class LineWriter:
 
     @contextmanager
     def _named(self):
-        try: yield
+        try:
+            yield
         except OSError as error:
-            raise OSError(f"{printable(self.file)}: {error.strerror}; make room: what was written stays, and the same command goes on from there") from error
+            raise OSError(
+                f'{printable(self.file)}: {error.strerror}; make room: what was written stays, and '
+                'the same command goes on from there'
+            ) from error
 
     def __exit__(self, *_):
         try:
-            with self._named(): self._sync()
-        finally: self.stream.close()
+            with self._named():
+                self._sync()
+        finally:
+            self.stream.close()
+
 
 def json_text(
-    result,     # plain values
+    result,  # plain values
     **options,  # of `json.dumps`
-) -> str: # bytes of a name that are no UTF-8 come as JSON's \udcXX, as Python reads them back; what would steer a terminal as \u00XX
+) -> str:  # bytes of a name that are no UTF-8 as JSON's \udcXX; what would steer a terminal as \u00XX
     "JSON that can be written as UTF-8 and shown by a terminal, whatever a file is called."
     steering = '[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
-    return re.sub(steering, lambda found: f'\\u{ord(found[0]):04x}', json.dumps(result, ensure_ascii=False, **options))
+    return re.sub(
+        steering, lambda found: f'\\u{ord(found[0]):04x}', json.dumps(result, ensure_ascii=False, **options)
+    )
 
-def json_line(result): return json_text(result).encode() + b'\n'
+
+def json_line(result):
+    return json_text(result).encode() + b'\n'
 
 # %% ../nbs/16_pipeline.ipynb #b47d201e
 def cut_half_line(
-    file, # path of a file of lines
-) -> int: # bytes that were cut
+    file,  # path of a file of lines
+) -> int:  # bytes that were cut
     "Cut off what follows the last line break."
     with open(file, 'r+b') as stream:
         size = end = stream.seek(0, os.SEEK_END)
         while end:
             start = max(0, end - 2**16)
             stream.seek(start)
-            if (place := stream.read(end - start).rfind(b'\n')) >= 0: break
+            if (place := stream.read(end - start).rfind(b'\n')) >= 0:
+                break
             end = start
         whole = start + place + 1 if end else 0
-        if whole < size: stream.truncate(whole)
+        if whole < size:
+            stream.truncate(whole)
     return size - whole
 
 # %% ../nbs/16_pipeline.ipynb #bed097c8
 def _mark(name):
     "A name in 8 bytes."
-    return int.from_bytes(hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).digest(), 'big')
+    return int.from_bytes(
+        hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).digest(), 'big'
+    )
+
 
 def _entries(file):
     "(line, what it says) of an output file; ValueError FILE:LINE where it is none."
     with open(file, 'rb') as lines:
         for number, line in enumerate(lines, 1):
-            try: entry = json.loads(line); entry['image'].encode('utf-8', 'surrogatepass')
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError): raise ValueError(
-                f"{file}:{number}: not a line that this command wrote ({line[:40]!r}); correct it or remove it") from None
+            try:
+                entry = json.loads(line)
+                entry['image'].encode('utf-8', 'surrogatepass')
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                raise ValueError(
+                    f'{file}:{number}: not a line that this command wrote ({line[:40]!r}); correct it '
+                    'or remove it'
+                ) from None
             yield line, entry
 
+
 def read_done(
-    file, # path
-) -> set[int]: # marks of the photos that have a line
+    file,  # path
+) -> set[int]:  # marks of the photos that have a line
     "Which photos an output file speaks of."
     return {_mark(entry['image']) for _, entry in _entries(file)}
+
 
 def _not_done(photos, done):
     "Photos without a mark, which get one now: a photo that is named twice is captioned once."
@@ -389,41 +577,51 @@ def _not_done(photos, done):
 
 # %% ../nbs/16_pipeline.ipynb #9f185883
 def drop_failures(
-    file, # path
-) -> int: # how many
+    file,  # path
+) -> int:  # how many
     "Take the lines of failed photos out of an output file; the file changes in one step or not at all."
     dropped = 0
     with whole_file(file) as temporary, open(temporary, 'wb') as kept:
         for line, entry in _entries(file):
-            if 'error' in entry: dropped += 1
-            else: kept.write(line)
+            if 'error' in entry:
+                dropped += 1
+            else:
+                kept.write(line)
     return dropped
 
 # %% ../nbs/16_pipeline.ipynb #a3981d30
-def fingerprint(
-    model:Captioner,
-) -> str: # 16 hexadecimal digits
+def fingerprint(model: Captioner) -> str:  # 16 hexadecimal digits
     "A hash of weights, sizes and vocabulary: the same for the same model, wherever it lies."
-    config, tokenizer = asdict(model.config), model.tokenizer.tokenizer
+    config = asdict(model.config)
+    tokenizer = model.tokenizer.tokenizer
     config['encoder'].pop('weights')
-    digest = hashlib.blake2b(json.dumps(config).encode() + tokenizer.backend_tokenizer.to_str().encode(), digest_size=8)
+    digest = hashlib.blake2b(
+        json.dumps(config).encode() + tokenizer.backend_tokenizer.to_str().encode(), digest_size=8
+    )
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
+
 def run_facts(
-    model:Captioner,
-    options:GenerationConfig, # checked
+    model: Captioner,
+    options: GenerationConfig,  # checked
     tokens=False,
-    seed=0, # of the draws; counts only with do_sample
-    judge=None, # `Judge`: its calibration counts, too
-) -> dict: # plain values
+    seed=0,  # of the draws; counts only with do_sample
+    judge=None,  # `Judge`: its calibration counts, too
+) -> dict:  # plain values
     "What shapes the lines: the model, and the options that are not the usual ones."
     usual = GenerationConfig()
-    changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != getattr(usual, f.name)}
-    if options.do_sample: changed['seed'] = seed
-    if judge: changed['sure'] = judge.facts()
+    changed = {
+        f.name: getattr(options, f.name)
+        for f in fields(options)
+        if getattr(options, f.name) != getattr(usual, f.name)
+    }
+    if options.do_sample:
+        changed['seed'] = seed
+    if judge:
+        changed['sure'] = judge.facts()
     return json.loads(json.dumps(dict(model=fingerprint(model), tokens=tokens, **changed)))
 
 # %% ../nbs/16_pipeline.ipynb #fdc723c4
@@ -431,81 +629,123 @@ def _parts(file):
     "What several processes wrote beside an output file."
     return sorted(map(Path, glob.glob(f'{glob.escape(str(file))}.part-*')))
 
+
 def same_run(
-    file, # path of the output
-    facts:dict, # of `run_facts`
+    file,  # path of the output
+    facts: dict,  # of `run_facts`
 ):
-    "Leave a note of what makes the lines; ValueError where there are lines that something else made, or a foreign note."
+    """Leave a note of what makes the lines; ValueError where there are lines that something else made, or a
+    foreign note.
+    """
     file, note = Path(file), Path(f'{file}.run.json')
     if not (file.exists() and file.stat().st_size or _parts(file)):
         refuse_outputs({'--jsonl': note})
         return write_json(note, facts)
-    if not note.is_file(): raise ValueError(f"{printable(file)}: holds something, and no {printable(note.name)} says how it was made; give another file")
-    try: then = read_json(note, dict)
+    if not note.is_file():
+        raise ValueError(
+            f'{printable(file)}: holds something, and no {printable(note.name)} says how it was made; '
+            'give another file'
+        )
+    try:
+        then = read_json(note, dict)
     except ValueError as error:
-        raise ValueError(f"{printable(note)}: damaged, so nobody knows how the lines of {printable(file.name)} were made; give another file") from error
+        raise ValueError(
+            f'{printable(note)}: damaged, so nobody knows how the lines of {printable(file.name)} '
+            'were made; give another file'
+        ) from error
     then.pop('written_by', None)
-    changed = [printable(f"{name}: {str(then.get(name)):.120} then, {str(facts.get(name)):.120} now")
-               for name in {**then, **facts} if then.get(name) != facts.get(name)]
-    if changed: raise ValueError(f"{printable(file)}: its lines were made otherwise ({'; '.join(changed)}); give the same model and options, or another file")
+    changed = [
+        printable(f'{name}: {str(then.get(name)):.120} then, {str(facts.get(name)):.120} now')
+        for name in {**then, **facts}
+        if then.get(name) != facts.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f'{printable(file)}: its lines were made otherwise ({"; ".join(changed)}); give the same '
+            'model and options, or another file'
+        )
 
 # %% ../nbs/16_pipeline.ipynb #1c405f26
 def gather_parts(
-    file,       # path of the output
-    batch_size, # lines taken from each part in turn
+    file,  # path of the output
+    batch_size,  # lines taken from each part in turn
 ):
     "Put the parts of several processes into the output file, and remove them."
-    if not (parts := _parts(file)): return
+    if not (parts := _parts(file)):
+        return
     done = read_done(file)
-    for part in parts: cut_half_line(part)
+    for part in parts:
+        cut_half_line(part)
     with LineWriter(file) as out:
         streams = [_groups(_entries(part), batch_size) for part in parts]
         while streams:
             groups = [next(stream, None) for stream in streams]
-            new = [(line, mark) for group in groups if group for line, entry in group if (mark := _mark(entry['image'])) not in done]
+            new = [
+                (line, mark)
+                for group in groups
+                if group
+                for line, entry in group
+                if (mark := _mark(entry['image'])) not in done
+            ]
             out.append([line for line, _ in new])
             done.update(mark for _, mark in new)
             streams = [stream for stream, group in zip(streams, groups) if group]
-    for part in parts: part.unlink()
+    for part in parts:
+        part.unlink()
 
 # %% ../nbs/16_pipeline.ipynb #06d2a5ce
 def best_device() -> str:
     "'cuda', 'mps' or 'cpu', the first that is there."
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
+
 def load_model(
-    name,        # a folder that `save_pretrained` or a command wrote, or a name on the Hugging Face hub
-    device=None, # None: CUDA, else MPS, else the processor
+    name,  # a folder that `save_pretrained` or a command wrote, or a name on the Hugging Face hub
+    device=None,  # None: CUDA, else MPS, else the processor
     dtype=None,  # 'bfloat16', 'float16' or 'float32': compute in it; None: in that of the file
-) -> Captioner: # in evaluation mode
-    "A trained captioner, ready to use; raises ValueError naming what is wrong with the folder, or an unknown dtype."
-    if dtype not in (None, 'bfloat16', 'float16', 'float32'): raise ValueError(f"dtype is {dtype!r}; give bfloat16, float16 or float32")
+) -> Captioner:  # in evaluation mode
+    """A trained captioner, ready to use; raises ValueError naming what is wrong with the folder, or an
+    unknown dtype.
+    """
+    if dtype not in (None, 'bfloat16', 'float16', 'float32'):
+        raise ValueError(f'dtype is {dtype!r}; give bfloat16, float16 or float32')
     model = Captioner.from_pretrained(name).to(device or best_device(), dtype and getattr(torch, dtype))
     return pack(model)
 
 # %% ../nbs/16_pipeline.ipynb #65d0b023
 def _processes():
     "The processes that share the work (Accelerate's `PartialState`), or None where this is the only one."
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return None
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return None
     from pvtblip.training import processes
+
     return processes()
+
 
 def default_workers() -> int:
     "Processes that decode ahead: the cores that this process may use, less one; 1 to 8."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, min(8, cores//int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))
+    return max(1, min(8, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))
 
 # %% ../nbs/16_pipeline.ipynb #b2eab0fa
 def _make_ready(file, facts, retry, batch_size, log):
     "Bring an output file into a state that can be continued; ValueError where it is of another run."
     same_run(file, facts)
     open(file, 'ab').close()
-    if cut := cut_half_line(file): log(f"{printable(file)}: half a line was cut off ({cut} bytes, left by a run that was killed); its photo is captioned again")
+    if cut := cut_half_line(file):
+        log(
+            f'{printable(file)}: half a line was cut off ({cut} bytes, left by a run that was '
+            'killed); its photo is captioned again'
+        )
     gather_parts(file, batch_size)
-    if retry and (dropped := drop_failures(file)): log(f"{printable(file)}: {dropped} photos that failed are tried again")
+    if retry and (dropped := drop_failures(file)):
+        log(f'{printable(file)}: {dropped} photos that failed are tried again')
+
 
 def _say_all(batches, model, out, bar, tokens, stop, judge):
-    "Write the results of batches until there are no more, or a signal came; returns how many photos that were."
+    """Write the results of batches until there are no more, or a signal came; returns how many photos that
+    were.
+    """
     count = 0
     while stop.number is None and (batch := next(batches, None)) is not None:
         out.append([json_line(result) for result in caption_results(batch, model, tokens, judge)])
@@ -516,65 +756,108 @@ def _say_all(batches, model, out, bar, tokens, stop, judge):
 # %% ../nbs/16_pipeline.ipynb #9d93aa1c
 def _judge(folder, sure, dtype):
     "What says how sure a caption is, or None where nobody asked."
-    if sure is None: return None
-    if dtype is not None: raise ValueError(f"sure was calibrated with the weights as they are saved; leave dtype={dtype} out")
+    if sure is None:
+        return None
+    if dtype is not None:
+        raise ValueError(f'sure was calibrated with the weights as they are saved; leave dtype={dtype} out')
     from pvtblip.confidence import Judge
+
     return Judge(folder, sure)
 
 # %% ../nbs/16_pipeline.ipynb #5cc21d89
 def _options(options, model, force_words, bad_words):
     "Options checked for this model, words as its tokens; three beams unless told."
     words = dict(force_words_ids=force_words, bad_words_ids=bad_words)
-    return replace(options or GenerationConfig(num_beams=3), **{name: word_ids(model, given) for name, given in words.items() if given}).check(model)
+    return replace(
+        options or GenerationConfig(num_beams=3),
+        **{name: word_ids(model, given) for name, given in words.items() if given},
+    ).check(model)
 
 # %% ../nbs/16_pipeline.ipynb #0560548f
 def caption_many(
-    inputs,           # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
-    model,            # folder or hub name
-    out,              # file of JSON lines; what it holds already is not done again
-    options=None,     # `GenerationConfig`; None: three beams
-    batch_size=16,    # photos captioned together
-    num_workers=None, # processes that decode ahead; None: `default_workers`
-    tokens=False,     # also every token with its log-probability
-    retry=False,      # try photos again that failed before
-    progress=True,    # show a bar
-    log=print,        # gets a line at the start, if need be, and at the end
-    force_words=(),   # words that every caption must say
-    bad_words=(),     # words that none may say
-    seed=0,           # of the draws, where options say do_sample
-    sure=None,        # share of captions that must be right among those called sure, as `Calibration.threshold` promises it; needs the folder's confidence.json
-    dtype=None,       # of the computation, see `load_model`
-) -> int: # photos in `out` that failed
-    """Caption photos into a file of JSON lines, one a photo, in their order; the same call goes on where a killed one was.
+    inputs,  # folders, lists of photos (.txt, or - for standard input), shards (.tar), photos
+    model,  # folder or hub name
+    out,  # file of JSON lines; what it holds already is not done again
+    options=None,  # `GenerationConfig`; None: three beams
+    batch_size=16,  # photos captioned together
+    num_workers=None,  # processes that decode ahead; None: `default_workers`
+    tokens=False,  # also every token with its log-probability
+    retry=False,  # try photos again that failed before
+    progress=True,  # show a bar
+    log=print,  # gets a line at the start, if need be, and at the end
+    force_words=(),  # words that every caption must say
+    bad_words=(),  # words that none may say
+    seed=0,  # of the draws, where options say do_sample
+    # share of captions that must be right among those called sure, as `Calibration.threshold` promises it;
+    # needs the folder's confidence.json
+    sure=None,
+    dtype=None,  # of the computation, see `load_model`
+) -> int:  # photos in `out` that failed
+    """Caption photos into a file of JSON lines, one a photo, in their order; the same call goes on where
+    a killed one was.
 
-    Under `accelerate launch` the processes share the work. ValueError and OSError for bad input come before work starts;
+    Under `accelerate launch` the processes share the work. ValueError and OSError for bad input come
+    before work starts;
     SystemExit(128 + number) after SIGTERM or Ctrl-C, when the batch at hand is written."""
-    inputs, out, team = check_inputs(inputs), Path(out), _processes()
+    inputs = check_inputs(inputs)
+    out = Path(out)
+    team = _processes()
     number, index = (team.num_processes, team.process_index) if team else (1, 0)
-    if number > 1 and '-' in inputs: raise ValueError("standard input cannot be shared by several processes; write the list into a .txt file")
+    if number > 1 and '-' in inputs:
+        raise ValueError(
+            'standard input cannot be shared by several processes; write the list into a .txt file'
+        )
     refuse_sizes(batch_size, num_workers)
-    refuse_outputs({'--jsonl': out, 'its note': f'{out}.run.json'}, [*inputs, *model_files(model)], continued=('--jsonl', 'its note'))
+    refuse_outputs(
+        {'--jsonl': out, 'its note': f'{out}.run.json'},
+        [*inputs, *model_files(model)],
+        continued=('--jsonl', 'its note'),
+    )
     total, judge = count_photos(inputs, skipped := Counter()), _judge(model, sure, dtype)
-    if index == 0 and (left := describe_skipped(skipped)): log(left)
+    if index == 0 and (left := describe_skipped(skipped)):
+        log(left)
     with StopAtSignal() as stop, nullcontext() if index else only_writer(out):
         captioner = load_model(model, team and team.device, dtype)
-        if judge: judge.check(captioner)
+        if judge:
+            judge.check(captioner)
         options = _options(options, captioner, force_words, bad_words)
-        if index == 0: _make_ready(out, run_facts(captioner, options, tokens, seed, judge), retry, batch_size, log)
-        if team: team.wait_for_everyone()
+        if index == 0:
+            _make_ready(out, run_facts(captioner, options, tokens, seed, judge), retry, batch_size, log)
+        if team:
+            team.wait_for_everyone()
         done = read_done(out)
-        before, start = len(done), time.perf_counter()
+        before = len(done)
+        start = time.perf_counter()
         groups = islice(_groups(_not_done(list_photos(inputs), done), batch_size), index, None, number)
-        batches = caption_batches(chain.from_iterable(groups), captioner, options, batch_size, default_workers() if num_workers is None else num_workers, seed)
-        with (LineWriter(f'{out}.part-{index:04}-of-{number:04}' if team else out) as lines,
-              tqdm(total=total and max(0, total - before)//number, disable=not progress or index > 0, desc='captioning', unit='photo') as bar):
+        batches = caption_batches(
+            chain.from_iterable(groups),
+            captioner,
+            options,
+            batch_size,
+            default_workers() if num_workers is None else num_workers,
+            seed,
+        )
+        with (
+            LineWriter(f'{out}.part-{index:04}-of-{number:04}' if team else out) as lines,
+            tqdm(
+                total=total and max(0, total - before) // number,
+                disable=not progress or index > 0,
+                desc='captioning',
+                unit='photo',
+            ) as bar,
+        ):
             count = _say_all(batches, captioner, lines, bar, tokens, stop, judge)
-        batches.close()                                                          # the workers go home
+        batches.close()  # the workers go home
         if stop.number is not None:
-            log(f"stopped by {signal.Signals(stop.number).name} after {count} photos; the same command goes on from there")
+            log(
+                f'stopped by {signal.Signals(stop.number).name} after {count} photos; the same '
+                'command goes on from there'
+            )
             raise SystemExit(128 + stop.number)
-        if team: team.wait_for_everyone()
-        if index: return 0
+        if team:
+            team.wait_for_everyone()
+        if index:
+            return 0
         gather_parts(out, batch_size)
         return _report(inputs, out, before, time.perf_counter() - start, log)
 
@@ -582,49 +865,68 @@ def caption_many(
 def _report(inputs, out, before, seconds, log):
     "Say what was done, in a line; returns how many photos of the file failed."
     failed = Counter('error' in entry for _, entry in _entries(out))
-    if not failed: raise _nothing(inputs)
+    if not failed:
+        raise _nothing(inputs)
     new = failed.total() - before
-    log(f"{new} photos{f' (and {before} before)' if before else ''}, {new/seconds:.1f} a second; {failed[True]} failed; captions in {printable(out)}")
+    log(
+        f'{new} photos{f" (and {before} before)" if before else ""}, {new / seconds:.1f} a second; '
+        f'{failed[True]} failed; captions in {printable(out)}'
+    )
     return failed[True]
 
 # %% ../nbs/16_pipeline.ipynb #dce703aa
 def caption_files(
-    inputs,           # as in `caption_many`
-    model,            # folder or hub name
-    options=None,     # `GenerationConfig`; None: three beams
-    as_json=False,    # JSON with scores and tokens instead of lines of text
-    look=None,        # called with the model and the first `CaptionedBatch` in which a photo could be read
-    out=print,        # gets the result
-    error=print,      # gets a line for each photo that cannot be read
-    log=print,        # gets a line about what folders hold besides photos
-    batch_size=16,    # photos captioned together
-    num_workers=None, # processes that decode ahead; None: none for a few photos, else `default_workers`
-    force_words=(),   # words that every caption must say
-    bad_words=(),     # words that none may say
-    seed=0,           # of the draws, where options say do_sample
-    sure=None,        # share of captions that must be right among those called sure, as `Calibration.threshold` promises it; needs the folder's confidence.json
-    dtype=None,       # of the computation, see `load_model`
-) -> int: # how many could not be read
+    inputs,  # as in `caption_many`
+    model,  # folder or hub name
+    options=None,  # `GenerationConfig`; None: three beams
+    as_json=False,  # JSON with scores and tokens instead of lines of text
+    look=None,  # called with the model and the first `CaptionedBatch` in which a photo could be read
+    out=print,  # gets the result
+    error=print,  # gets a line for each photo that cannot be read
+    log=print,  # gets a line about what folders hold besides photos
+    batch_size=16,  # photos captioned together
+    num_workers=None,  # processes that decode ahead; None: none for a few photos, else `default_workers`
+    force_words=(),  # words that every caption must say
+    bad_words=(),  # words that none may say
+    seed=0,  # of the draws, where options say do_sample
+    # share of captions that must be right among those called sure, as `Calibration.threshold` promises it;
+    # needs the folder's confidence.json
+    sure=None,
+    dtype=None,  # of the computation, see `load_model`
+) -> int:  # how many could not be read
     "Caption photos with a model folder; a missing file stops it before work starts, a broken photo does not."
     inputs = check_inputs(inputs)
-    if _processes(): raise ValueError("several processes need a file to write to: add --jsonl FILE")
+    if _processes():
+        raise ValueError('several processes need a file to write to: add --jsonl FILE')
     refuse_sizes(batch_size, num_workers)
     total, judge = count_photos(inputs, skipped := Counter()), _judge(model, sure, dtype)
-    if left := describe_skipped(skipped): log(left)
+    if left := describe_skipped(skipped):
+        log(left)
     model = load_model(model, dtype=dtype)
-    if judge: judge.check(model)
+    if judge:
+        judge.check(model)
     options = _options(options, model, force_words, bad_words)
-    if num_workers is None: num_workers = 0 if total and total <= 2*batch_size else default_workers()
-    results, failed, seen = [], 0, 0
+    if num_workers is None:
+        num_workers = 0 if total and total <= 2 * batch_size else default_workers()
+    results = []
+    failed = 0
+    seen = 0
     for batch in caption_batches(list_photos(inputs), model, options, batch_size, num_workers, seed):
         for result in caption_results(batch, model, as_json, judge):
             name = printable(result['image'])
-            if 'error' in result: failed += 1; error(f"{name}: {printable(result['error'])}")
+            if 'error' in result:
+                failed += 1
+                error(f'{name}: {printable(result["error"])}')
             elif not as_json:
-                for one in (result, *result.get('more', ())): out(f"{name}\t{printable(one['caption']) if one.get('sure', True) else 'not sure'}")
-            if as_json: results.append(result)
+                for one in (result, *result.get('more', ())):
+                    out(f'{name}\t{printable(one["caption"]) if one.get("sure", True) else "not sure"}')
+            if as_json:
+                results.append(result)
         seen += len(batch.photos)
-        if look and batch.read: look = look(model, batch)                        # once: it returns nothing
-    if not seen: raise _nothing(inputs)
-    if as_json: out(json_text(results, indent=2))
+        if look and batch.read:
+            look = look(model, batch)  # once: it returns nothing
+    if not seen:
+        raise _nothing(inputs)
+    if as_json:
+        out(json_text(results, indent=2))
     return failed

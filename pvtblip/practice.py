@@ -9,7 +9,7 @@ __all__ = ['SaveEvery', 'StopOnSignal', 'KeepBest', 'WeightAverage', 'load_best'
            'run_training', 'dry_run']
 
 # %% ../nbs/13_practice.ipynb #f005ae0a
-import copy, functools, json, math, os, random, re, signal, statistics, sys, time, warnings
+import copy, functools, json, math, random, re, signal, statistics, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -25,108 +25,192 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
 from .data import Collate
-from .files import (Count, Share, StopAtSignal, Within, check_settings, from_plain, meant, part_of, read_json, read_toml,
-                           setting_names, settings_of, short, write_whole)
-from .decoder import Captioner, CaptionerConfig, DecoderLayer
+from pvtblip.files import (
+    Count,
+    StopAtSignal,
+    Within,
+    check_settings,
+    from_plain,
+    meant,
+    part_of,
+    read_json,
+    read_toml,
+    setting_names,
+    settings_of,
+    short,
+    write_whole,
+)
+from .decoder import CaptionerConfig, DecoderLayer
 from .evaluation import gap_of, shuffled_losses
 from .pvt_encoder import Block
-from .training import (Callback, TrainingConfig, check_state, make_accelerator, newest_state, read_facts, read_tensors,
-                              saved_states, split_like, train)
+from pvtblip.training import (
+    Callback,
+    TrainingConfig,
+    check_state,
+    make_accelerator,
+    newest_state,
+    read_facts,
+    read_tensors,
+    saved_states,
+    split_like,
+    train,
+)
 
 # %% ../nbs/13_practice.ipynb #ad65b489
 class SaveEvery(Callback):
     "A state every so many minutes, and one after the last step."
-    def __init__(self,
-        minutes:float,        # what a kill costs at most
-        clock=time.monotonic, # seconds
+
+    def __init__(
+        self,
+        minutes: float,  # what a kill costs at most
+        clock=time.monotonic,  # seconds
     ):
         "ValueError where the minutes are not above 0."
-        if not minutes > 0: raise ValueError(f"minutes is {minutes}; it must be above 0")
+        if not minutes > 0:
+            raise ValueError(f'minutes is {minutes}; it must be above 0')
         self.minutes, self.clock = minutes, clock
 
-    def on_train_begin(self, run): self.since = self.clock()
-    def on_save(self, run): self.since = self.clock()
-    def on_step_end(self, run): run.should_save |= run.step == run.config.max_steps or self.clock() - self.since >= 60*self.minutes
+    def on_train_begin(self, run):
+        self.since = self.clock()
+
+    def on_save(self, run):
+        self.since = self.clock()
+
+    def on_step_end(self, run):
+        run.should_save |= run.step == run.config.max_steps or self.clock() - self.since >= 60 * self.minutes
 
 # %% ../nbs/13_practice.ipynb #9a20421d
 class StopOnSignal(StopAtSignal, Callback):
-    "A context: at SIGTERM or Ctrl-C the step is finished, a state written, and the process exits with 128 + the signal's number; at a second one it ends at once."
-    line = "before the first step was done: there is nothing to resume"
-    def __init__(self,
-        log=print, # told of the end, in a line
-    ): self.log = log
+    """A context: at SIGTERM or Ctrl-C the step is finished, a state written, and the process exits with 128 +
+    the signal's number; at a second one it ends at once.
+    """
+
+    line = 'before the first step was done: there is nothing to resume'
+
+    def __init__(
+        self,
+        log=print,  # told of the end, in a line
+    ):
+        self.log = log
 
     def __enter__(self):
         "Take over the signals; ValueError outside the main thread, which alone gets them."
-        if not super().__enter__().before: raise ValueError("signals come to the main thread only: train there, or set practice.stop_on_signal to false")
+        if not super().__enter__().before:
+            raise ValueError(
+                'signals come to the main thread only: train there, or set practice.stop_on_signal to false'
+            )
         return self
 
     def on_step_end(self, run):
-        if self.number is not None: run.should_save = run.should_stop = True
-    def on_evaluate(self, run, measures): self.on_step_end(run)              # a signal that came while it measured
+        if self.number is not None:
+            run.should_save = run.should_stop = True
+
+    def on_evaluate(self, run, measures):
+        self.on_step_end(run)  # a signal that came while it measured
 
     def on_train_end(self, run):
         "One process's signal ends all of them."
         self.number = next((number for number in gather_object([self.number]) if number is not None), None)
         state = saved_states(run.folder)[-1:] if run.folder else ()
-        self.line = f"after step {run.step} of {run.config.max_steps}; " + (f"the state is {state[0]}: resume to go on" if state else "no folder for states was given")
+        self.line = f'after step {run.step} of {run.config.max_steps}; ' + (
+            f'the state is {state[0]}: resume to go on' if state else 'no folder for states was given'
+        )
 
     def __exit__(self, kind, error, trace):
         super().__exit__()
-        if error is not None or self.number is None: return
-        if PartialState().is_main_process: self.log(f"stopped by {signal.Signals(self.number).name} {self.line}")
+        if error is not None or self.number is None:
+            return
+        if PartialState().is_main_process:
+            self.log(f'stopped by {signal.Signals(self.number).name} {self.line}')
         raise SystemExit(128 + self.number)
 
 # %% ../nbs/13_practice.ipynb #b632d95c
 class KeepBest(Callback):
-    "The state with the best measure stays, whatever its age; with `patience`, that many evaluations without a better one end the run."
-    def __init__(self,
-        metric='validation_loss', # a key of what `evaluate` returns
-        greater_is_better=False,  # True for scores such as CIDEr
-        patience:int=0,           # 0: never end early
-    ): self.metric, self.sign, self.patience = metric, 1 if greater_is_better else -1, patience
+    """The state with the best measure stays, whatever its age; with `patience`, that many evaluations without
+    a better one end the run.
+    """
 
-    def settings(self): return dict(metric=self.metric, sign=self.sign)
+    def __init__(
+        self,
+        metric='validation_loss',  # a key of what `evaluate` returns
+        greater_is_better=False,  # True for scores such as CIDEr
+        patience: int = 0,  # 0: never end early
+    ):
+        self.metric = metric
+        self.sign = 1 if greater_is_better else -1
+        self.patience = patience
+
+    def settings(self):
+        return dict(metric=self.metric, sign=self.sign)
 
     def on_train_begin(self, run):
-        if run.step == 0: self.score, self.waited = None, 0
-        if self._tired(): run.should_stop = True                         # a run that had ended early stays ended
+        if run.step == 0:
+            self.score, self.waited = None, 0
+        if self._tired():
+            run.should_stop = True  # a run that had ended early stays ended
 
-    def _tired(self): return self.patience and self.waited >= self.patience
+    def _tired(self):
+        return self.patience and self.waited >= self.patience
 
     def on_evaluate(self, run, measures):
         "ValueError where the measure was not taken."
-        if self.metric not in measures: raise ValueError(f"no measure {self.metric!r} to tell the best model by; evaluate gave {', '.join(k for k in measures if k != 'step')}")
+        if self.metric not in measures:
+            raise ValueError(
+                f'no measure {self.metric!r} to tell the best model by; evaluate gave '
+                f'{", ".join(k for k in measures if k != "step")}'
+            )
         score = self.sign * measures[self.metric]
         better = math.isfinite(score) and (self.score is None or score > self.score)
-        if better: self.score, self.waited, run.best, run.should_save = score, 0, run.step, True
-        else: self.waited += 1
-        if self._tired(): run.should_save = run.should_stop = True
+        if better:
+            self.score = score
+            self.waited = 0
+            run.best = run.step
+            run.should_save = True
+        else:
+            self.waited += 1
+        if self._tired():
+            run.should_save = run.should_stop = True
 
-    def state_dict(self): return dict(score=self.score, waited=self.waited)
-    def load_state_dict(self, state): self.score, self.waited = state['score'], state['waited']
+    def state_dict(self):
+        return dict(score=self.score, waited=self.waited)
+
+    def load_state_dict(self, state):
+        self.score, self.waited = state['score'], state['waited']
 
 # %% ../nbs/13_practice.ipynb #4387b7d7
 class WeightAverage(Callback):
-    "An exponential moving average of the trained weights, evaluated and returned in their place (Polyak & Juditsky 1992; the warm-up is timm's)."
-    def __init__(self,
-        decay:float=0.999, # memory of about 1/(1 - decay) steps
+    """An exponential moving average of the trained weights, evaluated and returned in their place (Polyak &
+    Juditsky 1992; the warm-up is timm's).
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.999,  # memory of about 1/(1 - decay) steps
     ):
         "ValueError outside 0 to 1."
-        if not 0 < decay < 1: raise ValueError(f"decay is {decay}; it must be between 0 and 1, such as 0.999")
-        self.decay, self.averages = decay, None
+        if not 0 < decay < 1:
+            raise ValueError(f'decay is {decay}; it must be between 0 and 1, such as 0.999')
+        self.decay = decay
+        self.averages = None
 
-    def settings(self): return dict(decay=self.decay)
-    def _trained(self, run): return {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    def settings(self):
+        return dict(decay=self.decay)
+
+    def _trained(self, run):
+        return {name: p for name, p in run.model.named_parameters() if p.requires_grad}
 
     def on_train_begin(self, run):
         trained = self._trained(run)
-        if run.step == 0: self.averages = {name: p.detach().clone() for name, p in trained.items()}
-        else: self.averages = {name: split_like(self.averages[name], p) for name, p in trained.items()}
+        if run.step == 0:
+            self.averages = {name: p.detach().clone() for name, p in trained.items()}
+        else:
+            self.averages = {name: split_like(self.averages[name], p) for name, p in trained.items()}
 
     def on_step_end(self, run):
         decay = min(self.decay, (1 + run.step) / (10 + run.step))
-        get_ema_multi_avg_fn(decay)(list(self.averages.values()), [p.detach() for p in self._trained(run).values()], None)
+        get_ema_multi_avg_fn(decay)(
+            list(self.averages.values()), [p.detach() for p in self._trained(run).values()], None
+        )
 
     @torch.no_grad()
     def on_evaluate_begin(self, run):
@@ -135,234 +219,348 @@ class WeightAverage(Callback):
             kept = p.clone()
             p.copy_(self.averages[name])
             self.averages[name].copy_(kept)
+
     def on_evaluate(self, run, measures):
         "And back; FSDP leaves the weights whole after a forward pass, and splits them again here."
-        if hasattr(run.model, 'reshard'): run.model.reshard()
+        if hasattr(run.model, 'reshard'):
+            run.model.reshard()
         self.on_evaluate_begin(run)
 
-    def on_train_end(self, run): run.model.load_state_dict(self.averages, strict=False)
-    def state_dict(self): return dict(self.averages)
-    def load_state_dict(self, state): self.averages = state
+    def on_train_end(self, run):
+        run.model.load_state_dict(self.averages, strict=False)
+
+    def state_dict(self):
+        return dict(self.averages)
+
+    def load_state_dict(self, state):
+        self.averages = state
 
 # %% ../nbs/13_practice.ipynb #50fc1648
 def _state_to_keep(folder, log):
     "The best state and None, or the newest and the reason why it is not the best."
     newest = newest_state(folder, log)
-    if newest is None: raise ValueError(f"{folder}: no training states here; train first")
+    if newest is None:
+        raise ValueError(f'{folder}: no training states here; train first')
     best = read_facts(newest).get('best')
-    if best is None: return newest, 'no measure was a number'
+    if best is None:
+        return newest, 'no measure was a number'
     state = newest.with_name(f'checkpoint-{best}')
-    try: check_state(state)
+    try:
+        check_state(state)
     except ValueError as error:
-        log(f"{error}; it was the best one, and the newest is taken in its place")
+        log(f'{error}; it was the best one, and the newest is taken in its place')
         return newest, 'the best one is damaged'
     return state, None
+
 
 def _load_weights(state, model):
     "The weights that were measured: averaged ones where the run has them; returns their step."
     model.load_state_dict(read_tensors(state, 'model') | read_tensors(state, 'WeightAverage'))
     return read_facts(state)['step']
 
+
 def load_best(
-    folder, # of a run's states
+    folder,  # of a run's states
     model,  # a Captioner, gets the weights; after FSDP a fresh one, since the trained one is split
-    log=warnings.warn, # told of damaged states, a line each
-) -> int: # the step they are from
-    "The weights of the best state; of the newest where no best was chosen or it is damaged. ValueError where there is no whole state."
+    log=warnings.warn,  # told of damaged states, a line each
+) -> int:  # the step they are from
+    """The weights of the best state; of the newest where no best was chosen or it is damaged. ValueError
+    where there is no whole state.
+    """
     return _load_weights(_state_to_keep(folder, log)[0], model)
 
 # %% ../nbs/13_practice.ipynb #d89c0a6b
 class HeldOutLoss:
-    "For `evaluate`: loss on held-out photos, and how much worse it is with the images exchanged; several processes share the work (not under FSDP)."
-    def __init__(self,
-        dataset,        # held-out photos, addressed by index
-        tokenizer,      # the model's
+    """For `evaluate`: loss on held-out photos, and how much worse it is with the images exchanged; several
+    processes share the work (not under FSDP).
+    """
+
+    def __init__(
+        self,
+        dataset,  # held-out photos, addressed by index
+        tokenizer,  # the model's
         batch_size=32,  # images at once; exchanged among themselves
-        images=256,     # the first so many
-        workers=0,      # processes that read photos ahead
+        images=256,  # the first so many
+        workers=0,  # processes that read photos ahead
     ):
         "ValueError for less than two images: there would be nothing to exchange."
         images = min(images, len(dataset))
-        if min(images, batch_size) < 2: raise ValueError(f"{images} held-out photos in batches of {batch_size}; at least two are needed")
-        self.batches = DataLoader(Subset(dataset, range(images)), batch_size, collate_fn=Collate(tokenizer), num_workers=workers)
+        if min(images, batch_size) < 2:
+            raise ValueError(f'{images} held-out photos in batches of {batch_size}; at least two are needed')
+        self.batches = DataLoader(
+            Subset(dataset, range(images)), batch_size, collate_fn=Collate(tokenizer), num_workers=workers
+        )
 
-    def __call__(self,
+    def __call__(
+        self,
         model,  # a Captioner
-        step=0, # not used: the photos are always the same
-    ) -> dict: # validation_loss and shuffled_image_gap, in nats a token
+        step=0,  # not used: the photos are always the same
+    ) -> dict:  # validation_loss and shuffled_image_gap, in nats a token
         "Measure; ValueError where no photo could be read."
         model.eval()
-        weight, state = next(model.parameters()), PartialState()
-        device, share = weight.device, 1 if hasattr(weight, 'full_tensor') else state.num_processes    # FSDP: all see all, in step
-        sums = torch.zeros(3, device=device)                             # of the losses, of those with exchanged images, of labels
+        weight = next(model.parameters())
+        state = PartialState()
+        device, share = (
+            weight.device,
+            1 if hasattr(weight, 'full_tensor') else state.num_processes,
+        )  # FSDP: all see all, in step
+        sums = torch.zeros(3, device=device)  # of the losses, of those with exchanged images, of labels
         for i, batch in enumerate(self.batches):
-            if i % share != state.process_index % share or 'labels' not in batch: continue
+            if i % share != state.process_index % share or 'labels' not in batch:
+                continue
             pixels, ids, labels = (batch[name].to(device) for name in ('pixel_values', 'input_ids', 'labels'))
-            if len(pixels) < 2: continue                                 # a last photo has none to be exchanged with
+            if len(pixels) < 2:
+                continue  # a last photo has none to be exchanged with
             sums += shuffled_losses(model, pixels, ids, labels)
         sums = reduce(sums)
-        if not sums[-1]: raise ValueError("no held-out photo could be read; check the folder of photos")
+        if not sums[-1]:
+            raise ValueError('no held-out photo could be read; check the folder of photos')
         gap = gap_of(sums)
         return dict(validation_loss=gap['real'], shuffled_image_gap=gap['gap'])
 
 # %% ../nbs/13_practice.ipynb #7de3484f
 class HeldOutCaptions:
-    "For `evaluate`: the share of different captions among those of held-out photos (1/photos: the same for all), and scores such as CIDEr."
-    def __init__(self,
-        dataset,    # held-out photos, addressed by index
+    """For `evaluate`: the share of different captions among those of held-out photos (1/photos: the same for
+    all), and scores such as CIDEr.
+    """
+
+    def __init__(
+        self,
+        dataset,  # held-out photos, addressed by index
         tokenizer,  # the model's
-        speak,      # function (model, pixel_values (B, 3, H, W)) -> B captions
+        speak,  # function (model, pixel_values (B, 3, H, W)) -> B captions
         images=64,  # the first so many
-        score=None, # function ({file: caption}) -> dict of more measures
-    ): self.batches, self.speak, self.score = DataLoader(Subset(dataset, range(min(images, len(dataset)))), 32, collate_fn=Collate(tokenizer)), speak, score
+        score=None,  # function ({file: caption}) -> dict of more measures
+    ):
+        self.batches = DataLoader(
+            Subset(dataset, range(min(images, len(dataset)))), 32, collate_fn=Collate(tokenizer)
+        )
+        self.speak = speak
+        self.score = score
 
     @torch.inference_mode()
-    def __call__(self, model, step=0) -> dict: # unique_caption_share, 0 to 1, and what `score` gives
+    def __call__(self, model, step=0) -> dict:  # unique_caption_share, 0 to 1, and what `score` gives
         "Let the model speak; ValueError where no photo could be read."
-        device, captions = next(model.parameters()).device, {}
+        device = next(model.parameters()).device
+        captions = {}
         for batch in self.batches:
-            if 'labels' in batch: captions |= zip(batch['files'], self.speak(model.eval(), batch['pixel_values'].to(device)))
-        if not captions: raise ValueError("no held-out photo could be read; check the folder of photos")
-        return dict(unique_caption_share=len(set(captions.values())) / len(captions), **(self.score(captions) if self.score else {}))
+            if 'labels' in batch:
+                captions |= zip(batch['files'], self.speak(model.eval(), batch['pixel_values'].to(device)))
+        if not captions:
+            raise ValueError('no held-out photo could be read; check the folder of photos')
+        return dict(
+            unique_caption_share=len(set(captions.values())) / len(captions),
+            **(self.score(captions) if self.score else {}),
+        )
+
 
 def measures(
-    *functions, # each (model, step) -> dict
-): # one such function
+    *functions,  # each (model, step) -> dict
+):  # one such function
     "All measures in one dict; ValueError where two give the same name."
+
     def evaluate(model, step):
         found = {}
         for function in functions:
             new = function(model, step)
-            if both := found.keys() & new.keys(): raise ValueError(f"two measures are called {min(both)!r}; rename one")
+            if both := found.keys() & new.keys():
+                raise ValueError(f'two measures are called {min(both)!r}; rename one')
             found |= new
         return found
+
     return evaluate
 
 # %% ../nbs/13_practice.ipynb #aa9b4539
 class Tracker(Callback):
     "Hands readings and measures to the trackers of an accelerator that was made with `log_with`."
-    def __init__(self, project='pvtblip'): self.project = project # name of the runs' group
+
+    def __init__(self, project='pvtblip'):
+        self.project = project  # name of the runs' group
 
     def on_train_begin(self, run):
         "ValueError where the tracker is not installed."
-        if not run.accelerator.log_with: raise ValueError("no tracker: make the accelerator with log_with='tensorboard' (or another name), and install it (pip install tensorboard)")
-        run.accelerator.init_trackers(self.project, config={k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in run.settings.items()})
+        if not run.accelerator.log_with:
+            raise ValueError(
+                "no tracker: make the accelerator with log_with='tensorboard' (or another name), and "
+                'install it (pip install tensorboard)'
+            )
+        run.accelerator.init_trackers(
+            self.project,
+            config={
+                k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v)
+                for k, v in run.settings.items()
+            },
+        )
 
     def on_log(self, run, reading):
         numbers = {k: v for k, v in reading.items() if isinstance(v, (int, float)) and k != 'step'}
         run.accelerator.log(numbers, step=run.step)
-    def on_evaluate(self, run, measures): self.on_log(run, measures)
+
+    def on_evaluate(self, run, measures):
+        self.on_log(run, measures)
 
     def on_train_end(self, run):
-        for tracker in run.accelerator.trackers: tracker.finish()
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
 
 # %% ../nbs/13_practice.ipynb #2a0918fc
 @functools.cache
 def _checkpointed(kind):
     "The same module class, with a forward pass that is computed again in the backward pass."
+
     class Checkpointed(kind):
         def forward(self, *args, **kwargs):
-            if not torch.is_grad_enabled(): return super().forward(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return super().forward(*args, **kwargs)
             return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+
     Checkpointed.__name__ = Checkpointed.__qualname__ = kind.__name__
     return Checkpointed
 
+
 def checkpoint_gradients(
-    model, # a Captioner, changed in place: weights and their names stay
+    model,  # a Captioner, changed in place: weights and their names stay
 ):
-    "Keep only what goes into each block of encoder and decoder, and compute the rest again (arXiv:1604.06174); returns the model."
-    if hasattr(model.encoder.backbone, 'model'): model.encoder.backbone.model.set_grad_checkpointing()   # timm
+    """Keep only what goes into each block of encoder and decoder, and compute the rest again
+    (arXiv:1604.06174); returns the model.
+    """
+    if hasattr(model.encoder.backbone, 'model'):
+        model.encoder.backbone.model.set_grad_checkpointing()  # timm
     for module in model.modules():
-        if type(module) in (Block, DecoderLayer): module.__class__ = _checkpointed(type(module))
+        if type(module) in (Block, DecoderLayer):
+            module.__class__ = _checkpointed(type(module))
     return model
 
 # %% ../nbs/13_practice.ipynb #f5e14405
 @dataclass
 class LoraSettings:
     "Low-rank adapters on the decoder's projections; names are those of peft's `LoraConfig`."
-    r: Annotated[int, Within(0, 4096)] = 0 # rank of the learnt product; 0: no LoRA; 8 is a good start
-    lora_alpha: Annotated[float, Within(0, 1e6, above=True)] = 16. # the product is scaled by lora_alpha / r
-    lora_dropout: Annotated[float, Within(0, 0.99)] = 0. # dropout on what goes into it
-    whole_cross_attention: bool = True  # train the cross-attention as it is: BERT brings none, and low rank on random weights learns little
 
-    def __post_init__(self): check_settings(self)
+    r: Annotated[int, Within(0, 4096)] = 0  # rank of the learnt product; 0: no LoRA; 8 is a good start
+    lora_alpha: Annotated[float, Within(0, 1e6, above=True)] = 16.0  # the product is scaled by lora_alpha / r
+    lora_dropout: Annotated[float, Within(0, 0.99)] = 0.0  # dropout on what goes into it
+    # train the cross-attention as it is: BERT brings none, and low rank on random weights learns little
+    whole_cross_attention: bool = True
+
+    def __post_init__(self):
+        check_settings(self)
+
 
 def add_lora(
-    model, # a Captioner, changed in place
-    settings:LoraSettings,
+    model,  # a Captioner, changed in place
+    settings: LoraSettings,
 ):
-    "Freeze the decoder and put adapters beside its projections; returns the model. ModuleNotFoundError where peft is missing."
-    try: from peft import LoraConfig, inject_adapter_in_model
-    except ModuleNotFoundError as error: raise ModuleNotFoundError("LoRA needs peft; pip install 'pvtblip[lora]'") from error
+    """Freeze the decoder and put adapters beside its projections; returns the model. ModuleNotFoundError
+    where peft is missing.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("LoRA needs peft; pip install 'pvtblip[lora]'") from error
     parts = 'attention' if settings.whole_cross_attention else '(cross)?attention'
     names = rf'bert\.encoder\.layer\.\d+\.({parts}\..*|intermediate\.|output\.)(query|key|value|dense)'
-    inject_adapter_in_model(LoraConfig(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout, target_modules=names), model.decoder)
+    inject_adapter_in_model(
+        LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=names,
+        ),
+        model.decoder,
+    )
     if settings.whole_cross_attention:
         for name, p in model.decoder.named_parameters():
-            if 'crossattention' in name: p.requires_grad_(True)
+            if 'crossattention' in name:
+                p.requires_grad_(True)
     return model
 
+
 def merge_lora(
-    model, # a Captioner, changed in place
+    model,  # a Captioner, changed in place
 ):
-    "Add each adapter's product to its matrix and take the adapters out; returns the model, which needs no peft any more."
+    """Add each adapter's product to its matrix and take the adapters out; returns the model, which needs no
+    peft any more.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
+
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)                                # ValueError where the product is no number
+            module.merge(safe_merge=True)  # ValueError where the product is no number
             parent, _, child = name.rpartition('.')
             setattr(model.get_submodule(parent), child, module.get_base_layer())
-    if hasattr(model.decoder, 'peft_config'): del model.decoder.peft_config
+    if hasattr(model.decoder, 'peft_config'):
+        del model.decoder.peft_config
     return model.requires_grad_(True)
 
 # %% ../nbs/13_practice.ipynb #f636ca2b
 @dataclass
 class PracticeConfig:
     "Which pieces go around the loop."
-    save_minutes: Annotated[float, Within(0, 1e6)] = 10. # a state every so many minutes: what a kill costs at most; 0: only by `save_steps`
-    stop_on_signal: bool = True            # at SIGTERM or Ctrl-C finish the step, write a state, exit
-    metric_for_best_model: str|None = None # a measure of `evaluate`: its best state is kept and is the model in the end; not set: the last
-    greater_is_better: bool = False        # True for scores such as CIDEr, False for losses
-    early_stopping_patience: Count = 0     # evaluations without a better one that end the run; 0: never, as the rate's descent often still helps
-    ema_decay: Annotated[float, Within(0, 0.999999999)] = 0. # average of the weights, evaluated and saved in their place; 0: none; 0.999 suits runs of thousands of steps
-    gradient_checkpointing: bool = False   # less memory for a second forward pass: for batches that do not fit otherwise
-    lora: LoraSettings = field(default_factory=LoraSettings) # adapters instead of the decoder's own weights
-    log_with: str|None = None              # 'tensorboard', 'wandb', ...: any tracker of Accelerate; not set: none
+
+    save_minutes: Annotated[float, Within(0, 1e6)] = (
+        10.0  # a state every so many minutes: what a kill costs at most; 0: only by `save_steps`
+    )
+    stop_on_signal: bool = True  # at SIGTERM or Ctrl-C finish the step, write a state, exit
+    metric_for_best_model: str | None = (
+        None  # a measure of `evaluate`: its best state is kept and is the model in the end; not set: the last
+    )
+    greater_is_better: bool = False  # True for scores such as CIDEr, False for losses
+    # evaluations without a better one that end the run; 0: never, as the rate's descent often still helps
+    early_stopping_patience: Count = 0
+    ema_decay: Annotated[float, Within(0, 0.999999999)] = (
+        # average of the weights, evaluated and saved in their place; 0: none; 0.999 suits runs of thousands
+        # of steps
+        0.0
+    )
+    gradient_checkpointing: bool = (
+        False  # less memory for a second forward pass: for batches that do not fit otherwise
+    )
+    lora: LoraSettings = field(default_factory=LoraSettings)  # adapters instead of the decoder's own weights
+    log_with: str | None = None  # 'tensorboard', 'wandb', ...: any tracker of Accelerate; not set: none
 
     def __post_init__(self):
         check_settings(self)
-        if self.early_stopping_patience and not self.metric_for_best_model: raise ValueError("early_stopping_patience needs metric_for_best_model, such as 'validation_loss'")
+        if self.early_stopping_patience and not self.metric_for_best_model:
+            raise ValueError("early_stopping_patience needs metric_for_best_model, such as 'validation_loss'")
+
 
 @dataclass
 class RunConfig:
     "Everything that makes a run."
-    captioner: CaptionerConfig = field(default_factory=CaptionerConfig) # what is trained
-    training: TrainingConfig = field(default_factory=TrainingConfig)    # how
-    practice: PracticeConfig = field(default_factory=PracticeConfig)    # what goes around the loop
+
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)  # what is trained
+    training: TrainingConfig = field(default_factory=TrainingConfig)  # how
+    practice: PracticeConfig = field(default_factory=PracticeConfig)  # what goes around the loop
 
 # %% ../nbs/13_practice.ipynb #092bd437
 def read_config(
     cls,  # a dataclass, perhaps of dataclasses
-    file, # .toml or .json
+    file,  # .toml or .json
 ):
     "A config from a file; what it does not say has its default. ValueError naming file and setting."
     values = read_toml(file) if Path(file).suffix == '.toml' else read_json(file, dict)
-    from_plain(cls, values, file)                                        # the file alone first: an error then names what the file says
+    from_plain(cls, values, file)  # the file alone first: an error then names what the file says
     return from_plain(cls, _over(cls, asdict(cls()), values), file)
+
 
 def _over(cls, defaults, values):
     "Plain values laid over a tree's defaults, part by part."
     parts = {f.name: part_of(hint) for f, hint in settings_of(cls)}
-    return defaults | {name: _over(parts[name], defaults[name], value) if parts[name] and isinstance(value, dict) else value for name, value in values.items()}
+    return defaults | {
+        name: _over(parts[name], defaults[name], value) if parts[name] and isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+
 
 def change_config(
     config,  # a dataclass, perhaps of dataclasses
-    changes, # {dotted name: value}, such as {'training.max_steps': 100}
+    changes,  # {dotted name: value}, such as {'training.max_steps': 100}
 ):
     "A config with some settings changed, as flags of a command line do; ValueError as in `from_plain`."
     values = asdict(config)
     for path, value in changes.items():
-        if path not in set(setting_names(type(config))): raise ValueError(f"no setting is called {short(path)}{meant(path, type(config))}")
+        if path not in set(setting_names(type(config))):
+            raise ValueError(f'no setting is called {short(path)}{meant(path, type(config))}')
         *parts, name = path.split('.')
         functools.reduce(lambda part, key: part[key], parts, values)[name] = value
     return from_plain(type(config), values)
@@ -370,112 +568,171 @@ def change_config(
 # %% ../nbs/13_practice.ipynb #e243e140
 def _toml(value):
     "A plain value as TOML writes it."
-    if isinstance(value, dict): return '{' + ', '.join(f'{_toml(k)} = {_toml(v)}' for k, v in value.items() if v is not None) + '}'
-    if isinstance(value, (list, tuple)): return '[' + ', '.join(map(_toml, value)) + ']'
-    if isinstance(value, float): return repr(value)
+    if isinstance(value, dict):
+        return '{' + ', '.join(f'{_toml(k)} = {_toml(v)}' for k, v in value.items() if v is not None) + '}'
+    if isinstance(value, (list, tuple)):
+        return '[' + ', '.join(map(_toml, value)) + ']'
+    if isinstance(value, float):
+        return repr(value)
     return json.dumps(value, ensure_ascii=False).replace('\x7f', '\\u007f')
 
+
 def _whole_letters(text, name):
-    "The text; ValueError where it holds half a letter, as names of files do that are not in UTF-8: TOML could not be read again."
-    if re.search('[\ud800-\udfff]', text): raise ValueError(f"{name} is {short(text)}, which TOML cannot say; rename the file in UTF-8")
+    """The text; ValueError where it holds half a letter, as names of files do that are not in UTF-8: TOML
+    could not be read again.
+    """
+    if re.search('[\ud800-\udfff]', text):
+        raise ValueError(f'{name} is {short(text)}, which TOML cannot say; rename the file in UTF-8')
     return text
 
+
 def to_toml(
-    config, # a dataclass, perhaps of dataclasses
-    above='', # dotted name of the part
+    config,  # a dataclass, perhaps of dataclasses
+    above='',  # dotted name of the part
 ) -> str:
-    "A config as TOML, with each setting's reason as a comment; ValueError for a value that is None where it is not by default (TOML has no word for it)."
-    lines, parts, reasons = [], [], docments(type(config))
+    """A config as TOML, with each setting's reason as a comment; ValueError for a value that is None where it
+    is not by default (TOML has no word for it).
+    """
+    lines = []
+    parts = []
+    reasons = docments(type(config))
     for f in fields(config):
-        value, reason = getattr(config, f.name), reasons.get(f.name) or ''
-        if is_dataclass(value): parts.append(f"\n[{above}{f.name}]  # {reason}\n" + to_toml(value, f'{above}{f.name}.'))
-        elif value is not None: lines.append(f'{f.name} = {_whole_letters(_toml(value), above + f.name)}  # {reason}')
-        elif f.default is None: lines.append(f'# {f.name} is not set  # {reason}')
-        else: raise ValueError(f"{above}{f.name} is None, which TOML cannot say; save the config as .json")
+        value = getattr(config, f.name)
+        reason = ' '.join((reasons.get(f.name) or '').split())  # it may take several lines
+        if is_dataclass(value):
+            parts.append(f'\n[{above}{f.name}]  # {reason}\n' + to_toml(value, f'{above}{f.name}.'))
+        elif value is not None:
+            lines.append(f'{f.name} = {_whole_letters(_toml(value), above + f.name)}  # {reason}')
+        elif f.default is None:
+            lines.append(f'# {f.name} is not set  # {reason}')
+        else:
+            raise ValueError(f'{above}{f.name} is None, which TOML cannot say; save the config as .json')
     return '\n'.join([*lines, *parts]) + '\n'
 
+
 def write_config(
-    config, # a dataclass, perhaps of dataclasses
-    file,   # .toml or .json
+    config,  # a dataclass, perhaps of dataclasses
+    file,  # .toml or .json
 ):
     "Write a config where `read_config` finds it again, whole or not at all."
     text = to_toml(config) if Path(file).suffix == '.toml' else json.dumps(asdict(config), indent=2)
     write_whole(file, text)
 
 # %% ../nbs/13_practice.ipynb #cea10606
-def practice_callbacks(
-    practice:PracticeConfig,
-) -> list[Callback]:
+def practice_callbacks(practice: PracticeConfig) -> list[Callback]:
     "The pieces that a config asks for; `StopOnSignal`, which is a context, comes besides."
     pieces = []
-    if practice.ema_decay: pieces.append(WeightAverage(practice.ema_decay))
-    if practice.metric_for_best_model: pieces.append(KeepBest(practice.metric_for_best_model, practice.greater_is_better, practice.early_stopping_patience))
-    if practice.save_minutes: pieces.append(SaveEvery(practice.save_minutes))
-    if practice.log_with: pieces.append(Tracker())
+    if practice.ema_decay:
+        pieces.append(WeightAverage(practice.ema_decay))
+    if practice.metric_for_best_model:
+        pieces.append(
+            KeepBest(
+                practice.metric_for_best_model, practice.greater_is_better, practice.early_stopping_patience
+            )
+        )
+    if practice.save_minutes:
+        pieces.append(SaveEvery(practice.save_minutes))
+    if practice.log_with:
+        pieces.append(Tracker())
     return pieces
 
+
 def prepare_model(
-    model, # a Captioner, changed in place
-    practice:PracticeConfig,
+    model,  # a Captioner, changed in place
+    practice: PracticeConfig,
 ):
     "Adapters and gradient checkpointing, where the config asks for them; returns the model."
-    if practice.lora.r: add_lora(model, practice.lora)
+    if practice.lora.r:
+        add_lora(model, practice.lora)
     return checkpoint_gradients(model) if practice.gradient_checkpointing else model
 
 # %% ../nbs/13_practice.ipynb #7201a80e
 def run_training(
-    model,          # a Captioner, changed in place
-    dataset,        # as `train` takes it
-    training:TrainingConfig|None=None,
-    practice:PracticeConfig|None=None,
-    folder=None,    # for training states; None: none are written
-    resume=False,   # go on from the newest whole state
+    model,  # a Captioner, changed in place
+    dataset,  # as `train` takes it
+    training: TrainingConfig | None = None,
+    practice: PracticeConfig | None = None,
+    folder=None,  # for training states; None: none are written
+    resume=False,  # go on from the newest whole state
     evaluate=None,  # function of (model, step) -> dict
     progress=True,  # show a bar
-    callbacks=(),   # more pieces
-    log=print,      # told of damaged states, of a signal, of which state is the best: a line each
-    loader=None,    # as `train` takes it
+    callbacks=(),  # more pieces
+    log=print,  # told of damaged states, of a signal, of which state is the best: a line each
+    loader=None,  # as `train` takes it
     settings=None,  # {part: dict} of what else must be the same at a resume
-) -> list[dict]: # history, as `train` returns it
-    "`train` with all that a config asks for; in the end the model has its best weights (averaged, merged). SystemExit after a signal, when its state is written."
+) -> list[dict]:  # history, as `train` returns it
+    """`train` with all that a config asks for; in the end the model has its best weights (averaged, merged).
+    SystemExit after a signal, when its state is written.
+    """
     training, practice = training or TrainingConfig(), practice or PracticeConfig()
-    if practice.metric_for_best_model and not (evaluate and training.eval_steps and folder): raise ValueError(
-        "metric_for_best_model needs a folder for states, an evaluate function and eval_steps above 0")
-    if practice.log_with and not folder: raise ValueError("log_with needs a folder: the curves are written beside the states")
-    tracking = dict(log_with=practice.log_with, project_dir=folder and Path(folder).parent) if practice.log_with else {}
+    if practice.metric_for_best_model and not (evaluate and training.eval_steps and folder):
+        raise ValueError(
+            'metric_for_best_model needs a folder for states, an evaluate function and eval_steps above 0'
+        )
+    if practice.log_with and not folder:
+        raise ValueError('log_with needs a folder: the curves are written beside the states')
+    tracking = (
+        dict(log_with=practice.log_with, project_dir=folder and Path(folder).parent)
+        if practice.log_with
+        else {}
+    )
     accelerator = make_accelerator(training, **tracking)
     prepare_model(model, practice)
     with StopOnSignal(log) if practice.stop_on_signal else nullcontext() as stop:
-        history = train(model, dataset, training, folder, resume, evaluate, progress, [*practice_callbacks(practice), *([stop] if stop else []), *callbacks],
-                        accelerator, dict(lora=asdict(practice.lora)) | (settings or {}), log, loader)
+        history = train(
+            model,
+            dataset,
+            training,
+            folder,
+            resume,
+            evaluate,
+            progress,
+            [*practice_callbacks(practice), *([stop] if stop else []), *callbacks],
+            accelerator,
+            dict(lora=asdict(practice.lora)) | (settings or {}),
+            log,
+            loader,
+        )
     if practice.metric_for_best_model:
         state, why = _state_to_keep(folder, log)
         which = f'the newest, since {why}' if why else f'the best by {practice.metric_for_best_model}'
-        log(f"the model is that of step {_load_weights(state, model)}, {which}")
-    if practice.lora.r: merge_lora(model)
+        log(f'the model is that of step {_load_weights(state, model)}, {which}')
+    if practice.lora.r:
+        merge_lora(model)
     return history
 
 # %% ../nbs/13_practice.ipynb #d1ae421c
 def _peak_memory(device):
     "Bytes: of a GPU the most that tensors took, else the most that this process ever had in memory."
-    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
-    if sys.platform == 'win32': return None                              # no such count in Python's library
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == 'win32':
+        return None  # no such count in Python's library
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
+
 class _Clock(Callback):
-    def on_train_begin(self, run): self.times = [time.perf_counter()]
+    def on_train_begin(self, run):
+        self.times = [time.perf_counter()]
+
     def on_step_end(self, run):
-        if run.loss is not None: run.loss.item()                         # wait for the GPU
+        if run.loss is not None:
+            run.loss.item()  # wait for the GPU
         self.times.append(time.perf_counter())
-        self.device, self.captions = run.accelerator.device, sum(len(batch.get('labels', ())) for batch in run.batches)
+        self.device = run.accelerator.device
+        self.captions = sum(len(batch.get('labels', ())) for batch in run.batches)
+
 
 @contextmanager
 def _same_random_numbers():
     "What is drawn inside is not missed outside."
-    python, numpy = random.getstate(), np.random.get_state()
+    python = random.getstate()
+    numpy = np.random.get_state()
     try:
-        with torch.random.fork_rng(): yield
+        with torch.random.fork_rng():
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
@@ -483,32 +740,63 @@ def _same_random_numbers():
 # %% ../nbs/13_practice.ipynb #159649ac
 def _without_end(loader):
     "A loader whose batches begin again after the last one."
+
     def batches(step, accelerator):
-        while True: yield from loader(step, accelerator)
+        while True:
+            yield from loader(step, accelerator)
+
     return batches
 
+
 def dry_run(
-    model,   # a Captioner; a copy of it is trained
-    dataset, # as `train` takes it
-    training:TrainingConfig,
-    practice:PracticeConfig|None=None,
-    steps:int=3, # that are timed; one more comes first and warms up
-    pieces=None, # function of the copy -> (loader, callbacks) of the run, as `run_training` takes them; None: those of `train`
-) -> dict: # images, max_steps, epochs, parameters, trained_parameters, seconds_per_step, hours, captions_per_second, peak_memory and state_size (bytes)
-    "Measure a few real steps of a run without changing it; evaluation and the writing of states come on top of the time."
-    practice, clock = practice or PracticeConfig(), _Clock()
-    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    model,  # a Captioner; a copy of it is trained
+    dataset,  # as `train` takes it
+    training: TrainingConfig,
+    practice: PracticeConfig | None = None,
+    steps: int = 3,  # that are timed; one more comes first and warms up
+    # function of the copy -> (loader, callbacks) of the run, as `run_training` takes them; None: those of
+    # `train`
+    pieces=None,
+) -> dict:  # images, steps, epochs, parameters, times and speeds; peak_memory and state_size in bytes
+    """Measure a few real steps of a run without changing it; evaluation and the writing of states come on top
+    of the time.
+    """
+    practice = practice or PracticeConfig()
+    clock = _Clock()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with _same_random_numbers():
         trial = prepare_model(copy.deepcopy(model), practice)
         loader, callbacks = pieces(trial) if pieces else (None, [])
         average = [WeightAverage(practice.ema_decay)] if practice.ema_decay else []
-        train(trial, dataset, replace(training, max_steps=steps+1, eval_steps=0, save_steps=0, logging_steps=steps+1), progress=False,
-              callbacks=[*average, *callbacks, clock], loader=loader and _without_end(loader))
+        train(
+            trial,
+            dataset,
+            replace(training, max_steps=steps + 1, eval_steps=0, save_steps=0, logging_steps=steps + 1),
+            progress=False,
+            callbacks=[*average, *callbacks, clock],
+            loader=loader and _without_end(loader),
+        )
     seconds = statistics.median(b - a for a, b in zip(clock.times[1:], clock.times[2:]))
-    processes, copies = PartialState().num_processes, 3 + bool(practice.ema_decay)                   # weights, two moments, averages
+    processes, copies = (
+        PartialState().num_processes,
+        3 + bool(practice.ema_decay),
+    )  # weights, two moments, averages
     trained = sum(p.numel() for p in trial.parameters() if p.requires_grad)
     whole = sum(t.nbytes for t in trial.state_dict().values())
-    return dict(images=len(dataset), max_steps=training.max_steps, parameters=sum(p.numel() for p in model.parameters()), trained_parameters=trained,
-                epochs=training.max_steps*training.batch_size*training.gradient_accumulation_steps*processes / len(dataset),
-                seconds_per_step=seconds, hours=seconds*training.max_steps/3600, captions_per_second=clock.captions*processes/seconds,
-                peak_memory=_peak_memory(clock.device), state_size=whole + (copies - 1)*4*trained)
+    return dict(
+        images=len(dataset),
+        max_steps=training.max_steps,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained_parameters=trained,
+        epochs=training.max_steps
+        * training.batch_size
+        * training.gradient_accumulation_steps
+        * processes
+        / len(dataset),
+        seconds_per_step=seconds,
+        hours=seconds * training.max_steps / 3600,
+        captions_per_second=clock.captions * processes / seconds,
+        peak_memory=_peak_memory(clock.device),
+        state_size=whole + (copies - 1) * 4 * trained,
+    )

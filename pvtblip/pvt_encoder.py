@@ -29,50 +29,61 @@ from .files import Share, Size, Within, check_settings, check_value, reason
 # %% ../nbs/01_pvt_encoder.ipynb #b94eefcd
 class OverlapPatchEmbed(nn.Module):
     "Cut a map into overlapping patches: one strided convolution, then a LayerNorm (PVT v2, section 3.2)."
-    def __init__(self,
-        in_channels:int,  # channels that come in: 3 for an image
-        width:int,        # channels of a token that goes out
-        kernel:int,       # side of a patch; larger than the stride, so that neighbours overlap
-        stride:int,       # distance between two patches
+
+    def __init__(
+        self,
+        in_channels: int,  # channels that come in: 3 for an image
+        width: int,  # channels of a token that goes out
+        kernel: int,  # side of a patch; larger than the stride, so that neighbours overlap
+        stride: int,  # distance between two patches
     ):
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, kernel, stride, padding=kernel//2)
+        self.proj = nn.Conv2d(in_channels, width, kernel, stride, padding=kernel // 2)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, feature_map):
-        patches = self.proj(feature_map)                             # (B, C, h, w)
-        tokens = patches.flatten(2).transpose(1, 2)                  # (B, h*w, C)
+        patches = self.proj(feature_map)  # (B, C, h, w)
+        tokens = patches.flatten(2).transpose(1, 2)  # (B, h*w, C)
         return self.norm(tokens), tuple(patches.shape[-2:])
 
 # %% ../nbs/01_pvt_encoder.ipynb #3c725ece
-def to_map(tokens,      # (B, h*w, C), row by row
-           grid:tuple,  # (h, w)
-          ):
+def to_map(
+    tokens,  # (B, h*w, C), row by row
+    grid: tuple,  # (h, w)
+):
     "Lay tokens out as the map (B, C, h, w) that they came from; a view, nothing is copied."
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 # %% ../nbs/01_pvt_encoder.ipynb #d5582eb9
-def attend(query, key, value,  # each (B, H, S, d)
-           **options):         # of scaled_dot_product_attention
-    "PyTorch's attention; while training in bfloat16 on a processor, done in float32, whose backward pass is many times faster there."
-    if not (query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()):
+def attend(
+    query,
+    key,
+    value,  # each (B, H, S, d)
+    **options,
+):  # of scaled_dot_product_attention
+    """PyTorch's attention; while training in bfloat16 on a processor, done in float32, whose backward pass is
+    many times faster there.
+    """
+    if not (query.device.type == 'cpu' and query.dtype == torch.bfloat16 and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(query, key, value, **options)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast('cpu', enabled=False):
         return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **options).bfloat16()
 
 # %% ../nbs/01_pvt_encoder.ipynb #a8cafa3b
 class ReducedAttention(nn.Module):
     "Attention in which every token asks, but only a reduced map answers (PVT v2, section 3.1)."
-    def __init__(self,
-        width:int,     # C, channels of a token
-        heads:int,     # H; divides the width
-        reduction:int, # R: keys and values come from a map R times smaller on each side; 1 for none
-        linear:bool,   # the linear variant: pool every map to 7 x 7 whatever its size
+
+    def __init__(
+        self,
+        width: int,  # C, channels of a token
+        heads: int,  # H; divides the width
+        reduction: int,  # R: keys and values come from a map R times smaller on each side; 1 for none
+        linear: bool,  # the linear variant: pool every map to 7 x 7 whatever its size
     ):
         super().__init__()
-        self.heads,self.reduction,self.linear = heads,reduction,linear
+        self.heads, self.reduction, self.linear = heads, reduction, linear
         self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2*width)
+        self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
         if linear or reduction > 1:
             side = 1 if linear else reduction
@@ -81,25 +92,29 @@ class ReducedAttention(nn.Module):
 
     def reduce(self, tokens, grid):
         "The tokens that answer: (B, S, C) with S = h*w / R**2, or 49 in the linear variant."
-        if not self.linear and self.reduction == 1: return tokens
-        feature_map = to_map(tokens, grid)                           # (B, C, h, w)
-        if self.linear: feature_map = F.adaptive_avg_pool2d(feature_map, 7)
+        if not self.linear and self.reduction == 1:
+            return tokens
+        feature_map = to_map(tokens, grid)  # (B, C, h, w)
+        if self.linear:
+            feature_map = F.adaptive_avg_pool2d(feature_map, 7)
         reduced = self.norm(self.sr(feature_map).flatten(2).transpose(1, 2))
         return F.gelu(reduced) if self.linear else reduced
 
     def forward(self, tokens, grid):
         split = lambda x: x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, S, C) -> (B, H, S, C/H)
-        key,value = self.kv(self.reduce(tokens, grid)).chunk(2, dim=-1)
+        key, value = self.kv(self.reduce(tokens, grid)).chunk(2, dim=-1)
         mixed = attend(split(self.q(tokens)), split(key), split(value))
-        return self.proj(mixed.transpose(1, 2).flatten(2))           # (B, h*w, C)
+        return self.proj(mixed.transpose(1, 2).flatten(2))  # (B, h*w, C)
 
 # %% ../nbs/01_pvt_encoder.ipynb #b5f04293
 class ConvFeedForward(nn.Module):
     "Two linear layers with a 3 x 3 depth-wise convolution between them (PVT v2, section 3.3)."
-    def __init__(self,
-        width:int,   # C, channels of a token
-        hidden:int,  # channels between the two layers
-        linear:bool, # the linear variant has one more ReLU before the convolution
+
+    def __init__(
+        self,
+        width: int,  # C, channels of a token
+        hidden: int,  # channels between the two layers
+        linear: bool,  # the linear variant has one more ReLU before the convolution
     ):
         super().__init__()
         self.linear = linear
@@ -108,34 +123,41 @@ class ConvFeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, tokens, grid):
-        hidden = to_map(self.fc1(tokens), grid)                      # (B, hidden, h, w)
-        if self.linear: hidden = F.relu(hidden)
-        hidden = self.dwconv(hidden).flatten(2).transpose(1, 2)      # (B, h*w, hidden)
+        hidden = to_map(self.fc1(tokens), grid)  # (B, hidden, h, w)
+        if self.linear:
+            hidden = F.relu(hidden)
+        hidden = self.dwconv(hidden).flatten(2).transpose(1, 2)  # (B, h*w, hidden)
         return self.fc2(F.gelu(hidden))
 
 # %% ../nbs/01_pvt_encoder.ipynb #12dc0a63
 def _skip(drop_path):
-    "torchvision is asked only where branches are skipped: it imports torch's compiler, which takes longer than all of this package."
-    if not drop_path: return nn.Identity()
+    """torchvision is asked only where branches are skipped: it imports torch's compiler, which takes longer
+    than all of this package.
+    """
+    if not drop_path:
+        return nn.Identity()
     from torchvision.ops import StochasticDepth
-    return StochasticDepth(drop_path, mode="row")
+
+    return StochasticDepth(drop_path, mode='row')
 
 # %% ../nbs/01_pvt_encoder.ipynb #ca58b03a
 class Block(nn.Module):
     "Attention, then feed-forward; each sees normalised tokens and adds to the stream."
-    def __init__(self,
-        width:int,       # C, channels of a token
-        heads:int,       # attention heads
-        mlp_ratio:float, # hidden channels of the feed-forward part, in widths
-        reduction:int,   # R of the attention
-        linear:bool,     # the linear variant
-        drop_path:float, # chance that a branch is skipped for one image while training
+
+    def __init__(
+        self,
+        width: int,  # C, channels of a token
+        heads: int,  # attention heads
+        mlp_ratio: float,  # hidden channels of the feed-forward part, in widths
+        reduction: int,  # R of the attention
+        linear: bool,  # the linear variant
+        drop_path: float,  # chance that a branch is skipped for one image while training
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = ReducedAttention(width, heads, reduction, linear)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = ConvFeedForward(width, int(width*mlp_ratio), linear)
+        self.mlp = ConvFeedForward(width, int(width * mlp_ratio), linear)
         self.skip = _skip(drop_path)
 
     def forward(self, tokens, grid):
@@ -145,12 +167,14 @@ class Block(nn.Module):
 # %% ../nbs/01_pvt_encoder.ipynb #fb62edbc
 class Stage(nn.Module):
     "Shrink the map (not in the first stage), run the blocks, normalise."
-    def __init__(self,
-        in_channels:int,   # channels of the map that comes in
-        width:int,         # channels of this stage
-        drop_paths:list,   # one rate per block; its length is the depth
-        downsample:bool,   # halve the map first; False in the first stage, which the patch embedding feeds
-        **block,           # heads, mlp_ratio, reduction, linear: as in `Block`
+
+    def __init__(
+        self,
+        in_channels: int,  # channels of the map that comes in
+        width: int,  # channels of this stage
+        drop_paths: list,  # one rate per block; its length is the depth
+        downsample: bool,  # halve the map first; False in the first stage, which the patch embedding feeds
+        **block,  # heads, mlp_ratio, reduction, linear: as in `Block`
     ):
         super().__init__()
         self.downsample = OverlapPatchEmbed(in_channels, width, kernel=3, stride=2) if downsample else None
@@ -158,108 +182,171 @@ class Stage(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, tokens, grid):
-        if self.downsample is not None: tokens,grid = self.downsample(to_map(tokens, grid))
-        for block in self.blocks: tokens = block(tokens, grid)
+        if self.downsample is not None:
+            tokens, grid = self.downsample(to_map(tokens, grid))
+        for block in self.blocks:
+            tokens = block(tokens, grid)
         return self.norm(tokens), grid
 
 # %% ../nbs/01_pvt_encoder.ipynb #bd86cf99
 PVT_CONFIGS = {  # the seven published models (PVT v2, table 1)
-    name: dict(depths=depths, embed_dims=widths, num_heads=[1, 2, 5, 8], sr_ratios=[8, 4, 2, 1], mlp_ratios=ratios, linear=linear)
-    for name,depths,widths,ratios,linear in (
-        ("pvt_v2_b0",    [2, 2, 2, 2],  [32, 64, 160, 256],  [8, 8, 4, 4], False),
-        ("pvt_v2_b1",    [2, 2, 2, 2],  [64, 128, 320, 512], [8, 8, 4, 4], False),
-        ("pvt_v2_b2",    [3, 4, 6, 3],  [64, 128, 320, 512], [8, 8, 4, 4], False),
-        ("pvt_v2_b2_li", [3, 4, 6, 3],  [64, 128, 320, 512], [8, 8, 4, 4], True),
-        ("pvt_v2_b3",    [3, 4, 18, 3], [64, 128, 320, 512], [8, 8, 4, 4], False),
-        ("pvt_v2_b4",    [3, 8, 27, 3], [64, 128, 320, 512], [8, 8, 4, 4], False),
-        ("pvt_v2_b5",    [3, 6, 40, 3], [64, 128, 320, 512], [4, 4, 4, 4], False))}
+    name: dict(
+        depths=depths,
+        embed_dims=widths,
+        num_heads=[1, 2, 5, 8],
+        sr_ratios=[8, 4, 2, 1],
+        mlp_ratios=ratios,
+        linear=linear,
+    )
+    for name, depths, widths, ratios, linear in (
+        ('pvt_v2_b0', [2, 2, 2, 2], [32, 64, 160, 256], [8, 8, 4, 4], False),
+        ('pvt_v2_b1', [2, 2, 2, 2], [64, 128, 320, 512], [8, 8, 4, 4], False),
+        ('pvt_v2_b2', [3, 4, 6, 3], [64, 128, 320, 512], [8, 8, 4, 4], False),
+        ('pvt_v2_b2_li', [3, 4, 6, 3], [64, 128, 320, 512], [8, 8, 4, 4], True),
+        ('pvt_v2_b3', [3, 4, 18, 3], [64, 128, 320, 512], [8, 8, 4, 4], False),
+        ('pvt_v2_b4', [3, 8, 27, 3], [64, 128, 320, 512], [8, 8, 4, 4], False),
+        ('pvt_v2_b5', [3, 6, 40, 3], [64, 128, 320, 512], [4, 4, 4, 4], False),
+    )
+}
 
 # %% ../nbs/01_pvt_encoder.ipynb #90bfd528
-def initialise_pvt(module:nn.Module):
+def initialise_pvt(module: nn.Module):
     "PVT's start: linear weights with deviation 0.02, convolutions by their outgoing fan, biases 0."
-    if isinstance(module, nn.Linear): nn.init.trunc_normal_(module.weight, std=.02)
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv2d):
         fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=(2/fan_out)**.5)
-    else: return
+        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+    else:
+        return
     nn.init.zeros_(module.bias)
 
 # %% ../nbs/01_pvt_encoder.ipynb #6647e4b1
 _Depth = Annotated[int, Within(1, 1000)]
 _Ratio = Annotated[float, Within(0, 100, above=True)]
 
+
 class PyramidVisionTransformerV2(nn.Module):
-    "Images to a pyramid of feature maps, as in Wang et al., PVT v2 (arXiv 2106.13797); parameter names as in timm."
-    def __init__(self,
-        depths:list[_Depth]=(2, 2, 2, 2),         # blocks per stage; as many stages as there are entries
-        embed_dims:list[Size]=(32, 64, 160, 256), # channels per stage
-        num_heads:list[Size]=(1, 2, 5, 8),        # attention heads per stage
-        sr_ratios:list[Size]=(8, 4, 2, 1),        # spatial reduction per stage: more where the map is larger
-        mlp_ratios:list[_Ratio]=(8, 8, 4, 4),     # hidden channels of the feed-forward part, in widths
-        linear:bool=False,                        # the linear variant of the attention
-        drop_path_rate:Share=0.,                  # stochastic depth, rising from 0 to this rate at the last block
+    """Images to a pyramid of feature maps, as in Wang et al., PVT v2 (arXiv 2106.13797); parameter names as
+    in timm.
+    """
+
+    def __init__(
+        self,
+        depths: list[_Depth] = (2, 2, 2, 2),  # blocks per stage; as many stages as there are entries
+        embed_dims: list[Size] = (32, 64, 160, 256),  # channels per stage
+        num_heads: list[Size] = (1, 2, 5, 8),  # attention heads per stage
+        sr_ratios: list[Size] = (8, 4, 2, 1),  # spatial reduction per stage: more where the map is larger
+        mlp_ratios: list[_Ratio] = (8, 8, 4, 4),  # hidden channels of the feed-forward part, in widths
+        linear: bool = False,  # the linear variant of the attention
+        drop_path_rate: Share = 0.0,  # stochastic depth, rising from 0 to this rate at the last block
     ):
         super().__init__()
         per_stage = (depths, embed_dims, num_heads, sr_ratios, mlp_ratios)
         if len({len(values) for values in per_stage}) != 1:
-            raise ValueError(f"depths, embed_dims, num_heads, sr_ratios and mlp_ratios need one entry per stage, not {per_stage}")
-        if any(width % heads for width,heads in zip(embed_dims, num_heads)):
-            raise ValueError(f"every width must be a multiple of its heads: {embed_dims} by {num_heads}")
-        self.channels,self.sr_ratios,self.linear = list(embed_dims),tuple(sr_ratios),linear
+            raise ValueError(
+                'depths, embed_dims, num_heads, sr_ratios and mlp_ratios need one entry per stage, '
+                f'not {per_stage}'
+            )
+        if any(width % heads for width, heads in zip(embed_dims, num_heads)):
+            raise ValueError(f'every width must be a multiple of its heads: {embed_dims} by {num_heads}')
+        self.channels = list(embed_dims)
+        self.sr_ratios = tuple(sr_ratios)
+        self.linear = linear
         rates = [float(r) for r in np.linspace(0, drop_path_rate, sum(depths))]
         self.patch_embed = OverlapPatchEmbed(3, embed_dims[0], kernel=7, stride=4)
         self.stages = nn.ModuleList(
-            Stage(embed_dims[max(i-1, 0)], width, rates[sum(depths[:i]):sum(depths[:i+1])], downsample=i > 0,
-                  heads=heads, mlp_ratio=ratio, reduction=reduction, linear=linear)
-            for i,(_,width,heads,reduction,ratio) in enumerate(zip(*per_stage)))
+            Stage(
+                embed_dims[max(i - 1, 0)],
+                width,
+                rates[sum(depths[:i]) : sum(depths[: i + 1])],
+                downsample=i > 0,
+                heads=heads,
+                mlp_ratio=ratio,
+                reduction=reduction,
+                linear=linear,
+            )
+            for i, (_, width, heads, reduction, ratio) in enumerate(zip(*per_stage))
+        )
         self.apply(initialise_pvt)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        "As in torch, but timm's dict fits unchanged: its head, and stages that this model does not have, are left out."
-        absent = lambda name: name.startswith("stages.") and int(name.split(".")[1]) >= len(self.stages)
-        kept = {k: v for k,v in state_dict.items() if not k.startswith("head.") and not absent(k)}
+        """As in torch, but timm's dict fits unchanged: its head, and stages that this model does not have,
+        are left out.
+        """
+        absent = lambda name: name.startswith('stages.') and int(name.split('.')[1]) >= len(self.stages)
+        kept = {k: v for k, v in state_dict.items() if not k.startswith('head.') and not absent(k)}
         return super().load_state_dict(kept, *args, **kwargs)
 
-    def grids(self, height:int, width:int) -> list:
-        "Height and width of every stage's map, for an image of this size; raises ValueError for one too small."
-        sizes = [(-(-height//stride), -(-width//stride)) for stride in (4 * 2**i for i in range(len(self.stages)))]
-        if not self.linear and any(min(size) < ratio for size,ratio in zip(sizes, self.sr_ratios)):
-            raise ValueError(f"an image of {height} x {width} is too small: its maps {sizes} cannot be reduced "
-                             f"by {self.sr_ratios}; use a larger image_size or smaller sr_ratios")
+    def grids(self, height: int, width: int) -> list:
+        """Height and width of every stage's map, for an image of this size; raises ValueError for one too
+        small.
+        """
+        sizes = [
+            (-(-height // stride), -(-width // stride))
+            for stride in (4 * 2**i for i in range(len(self.stages)))
+        ]
+        if not self.linear and any(min(size) < ratio for size, ratio in zip(sizes, self.sr_ratios)):
+            raise ValueError(
+                f'an image of {height} x {width} is too small: its maps {sizes} cannot be reduced '
+                f'by {self.sr_ratios}; use a larger image_size or smaller sr_ratios'
+            )
         return sizes
 
     def forward(self, pixel_values):  # (B, 3, H, W), normalised
         self.grids(*pixel_values.shape[-2:])
         maps = []
-        tokens,grid = self.patch_embed(pixel_values)
+        tokens, grid = self.patch_embed(pixel_values)
         for stage in self.stages:
-            tokens,grid = stage(tokens, grid)
+            tokens, grid = stage(tokens, grid)
             maps.append(to_map(tokens, grid))
         return maps  # one (B, C_i, h_i, w_i) per stage
 
 # %% ../nbs/01_pvt_encoder.ipynb #e80873dc
-_OPENS = ("pretrained", "checkpoint", "cache", "feature", "model_", "kwargs_filter", "out_indices", "scriptable", "exportable", "no_jit", "pruned",
-          "device", "dtype")  # how the arguments of timm begin that say where from and in which form, and not what is built
+_OPENS = (
+    'pretrained',
+    'checkpoint',
+    'cache',
+    'feature',
+    'model_',
+    'kwargs_filter',
+    'out_indices',
+    'scriptable',
+    'exportable',
+    'no_jit',
+    'pruned',
+    'device',
+    'dtype',
+)  # how the arguments of timm begin that say where from and in which form, and not what is built
 
-def _check_kwargs(value, name="backbone_kwargs"):
+
+def _check_kwargs(value, name='backbone_kwargs'):
     "ValueError for what would make timm open a file or an address, and for numbers beyond every backbone."
     if isinstance(value, dict):
-        for key,part in value.items():
-            if not isinstance(key, str) or key.startswith(_OPENS): raise ValueError(
-                f"backbone_kwargs has {key!r}; these settings say how a backbone is built, and its weights come from a .safetensors file alone")
-            _check_kwargs(part, f"backbone_kwargs.{key}")
+        for key, part in value.items():
+            if not isinstance(key, str) or key.startswith(_OPENS):
+                raise ValueError(
+                    f'backbone_kwargs has {key!r}; these settings say how a backbone is built, and '
+                    'its weights come from a .safetensors file alone'
+                )
+            _check_kwargs(part, f'backbone_kwargs.{key}')
     elif isinstance(value, (list, tuple)):
-        for part in value: _check_kwargs(part, name)
+        for part in value:
+            _check_kwargs(part, name)
     elif isinstance(value, str):
-        if not re.fullmatch(r"[\w.,-]*", value): raise ValueError(f"{name} is {value!r}; it must be a plain word, no address and no folder")
-    elif value is not None: check_value(name, value, bool|Annotated[float, Within(-2**16, 2**16)])
+        if not re.fullmatch(r'[\w.,-]*', value):
+            raise ValueError(f'{name} is {value!r}; it must be a plain word, no address and no folder')
+    elif value is not None:
+        check_value(name, value, bool | Annotated[float, Within(-(2**16), 2**16)])
+
 
 def _check_pvt(name, kwargs):
     "ValueError for an argument that our PVT does not have, or of another type."
     allowed = get_type_hints(PyramidVisionTransformerV2.__init__, include_extras=True)
-    for key,value in kwargs.items():
-        if key not in allowed: raise ValueError(f"backbone_kwargs has {key!r}; {name} takes {', '.join(allowed)}")
-        check_value(f"backbone_kwargs.{key}", value, allowed[key])
+    for key, value in kwargs.items():
+        if key not in allowed:
+            raise ValueError(f'backbone_kwargs has {key!r}; {name} takes {", ".join(allowed)}')
+        check_value(f'backbone_kwargs.{key}', value, allowed[key])
 
 # %% ../nbs/01_pvt_encoder.ipynb #5db47c5e
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # red, green, blue on the scale 0 to 1
@@ -267,167 +354,267 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _Level = Annotated[float, Within(-1000, 1000)]
 _Spread = Annotated[float, Within(0.0001, 1000)]
 
+
 @dataclass
 class EncoderConfig:
-    "What the image encoder is made of; plain values only, so it becomes JSON with `dataclasses.asdict` and back with `**`."
-    name:str = "pvt_v2_b0"            # a name of `PVT_CONFIGS`: our PVT; any other: a timm model. b0 is the smallest
-    weights:str|bool|None = None      # None: random; True: pretrained, from the hub through timm; else a .safetensors file
-    backbone_kwargs:dict = field(default_factory=dict)  # changes to the backbone: other depths, a drop_path_rate
-    stages:tuple[Annotated[int, Within(-1000, 1000)], ...] = (3,)  # what the decoder reads, from 0, or -1 for the last (in a ViT: blocks); earlier stages: more tokens
-    image_size:Annotated[int, Within(1, 4096)] = 224  # side of the square in pixels; what the published weights were trained with
-    mean:tuple[_Level, _Level, _Level] = IMAGENET_MEAN  # subtracted from the pixels, as the published weights expect
-    std:tuple[_Spread, _Spread, _Spread] = IMAGENET_STD # then the pixels are divided by this
-    freeze_batch_norm:bool = False    # BatchNorm keeps its statistics in training; for pretrained weights that are trained further
-    normaliser:Literal["layernorm", "none"] = "layernorm"  # features of a foreign backbone come at any scale
-    position:Literal["sincos", "none"] = "sincos"          # flattened, a map no longer says where a token was
+    """What the image encoder is made of; plain values only, so it becomes JSON with `dataclasses.asdict` and
+    back with `**`.
+    """
+
+    name: str = 'pvt_v2_b0'  # a name of `PVT_CONFIGS`: our PVT; any other: a timm model. b0 is the smallest
+    weights: str | bool | None = (
+        None  # None: random; True: pretrained, from the hub through timm; else a .safetensors file
+    )
+    backbone_kwargs: dict = field(
+        default_factory=dict
+    )  # changes to the backbone: other depths, a drop_path_rate
+    stages: tuple[Annotated[int, Within(-1000, 1000)], ...] = (
+        3,
+    )  # what the decoder reads, from 0, or -1 for the last (in a ViT: blocks); earlier stages: more tokens
+    image_size: Annotated[int, Within(1, 4096)] = (
+        224  # side of the square in pixels; what the published weights were trained with
+    )
+    mean: tuple[_Level, _Level, _Level] = (
+        IMAGENET_MEAN  # subtracted from the pixels, as the published weights expect
+    )
+    std: tuple[_Spread, _Spread, _Spread] = IMAGENET_STD  # then the pixels are divided by this
+    freeze_batch_norm: bool = (
+        False  # BatchNorm keeps its statistics in training; for pretrained weights that are trained further
+    )
+    normaliser: Literal['layernorm', 'none'] = 'layernorm'  # features of a foreign backbone come at any scale
+    position: Literal['sincos', 'none'] = 'sincos'  # flattened, a map no longer says where a token was
 
     def __post_init__(self):
-        if isinstance(self.weights, Path): self.weights = str(self.weights)
+        if isinstance(self.weights, Path):
+            self.weights = str(self.weights)
         check_settings(self)
-        if not re.fullmatch(r"[\w.-]+", self.name): raise ValueError(f"name is {self.name!r}; it must be a plain name of a backbone, no address and no folder")
+        if not re.fullmatch(r'[\w.-]+', self.name):
+            raise ValueError(
+                f'name is {self.name!r}; it must be a plain name of a backbone, no address and no folder'
+            )
         if not self.stages or len(set(self.stages)) < len(self.stages):
-            raise ValueError(f"stages must name at least one stage, each once, not {self.stages}")
+            raise ValueError(f'stages must name at least one stage, each once, not {self.stages}')
         _check_kwargs(self.backbone_kwargs)
-        if self.name.split(".")[0] in PVT_CONFIGS: _check_pvt(self.name, self.backbone_kwargs)
+        if self.name.split('.')[0] in PVT_CONFIGS:
+            _check_pvt(self.name, self.backbone_kwargs)
         self.backbone_kwargs = json.loads(json.dumps(self.backbone_kwargs))
 
     @classmethod
     def tiny(cls, **changes):
         "A three-stage PVT for 64-pixel drawings, small enough to train on a laptop's processor."
-        backbone = dict(depths=[1, 1, 1], embed_dims=[32, 64, 128], num_heads=[1, 2, 4], sr_ratios=[4, 2, 1], mlp_ratios=[4, 4, 4])
+        backbone = dict(
+            depths=[1, 1, 1],
+            embed_dims=[32, 64, 128],
+            num_heads=[1, 2, 4],
+            sr_ratios=[4, 2, 1],
+            mlp_ratios=[4, 4, 4],
+        )
         return cls(**(dict(image_size=64, stages=(2,), backbone_kwargs=backbone) | changes))
 
 # %% ../nbs/01_pvt_encoder.ipynb #95a2a78a
-def sincos_positions(grid:tuple,   # (h, w)
-                     width:int,    # D, a multiple of 4
-                     device=None,  # where to make it
-                    ):
-    "One fixed code (h*w, D) per cell: sines and cosines of where its centre lies in the image, half for y, half for x."
-    cycles = torch.logspace(-1, 4, width//4, base=2, device=device)          # half a wave per image, up to 16 waves
-    centres = [(torch.arange(n, device=device) + .5) / n for n in grid]      # 0 to 1, so stages agree on a place
-    angles = [2*torch.pi * centre[:, None] * cycles for centre in centres]   # (h, D/4) and (w, D/4)
-    y,x = [torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles] # (h, D/2) and (w, D/2)
-    h,w = grid
+def sincos_positions(
+    grid: tuple,  # (h, w)
+    width: int,  # D, a multiple of 4
+    device=None,  # where to make it
+):
+    """One fixed code (h*w, D) per cell: sines and cosines of where its centre lies in the image, half for y,
+    half for x.
+    """
+    cycles = torch.logspace(-1, 4, width // 4, base=2, device=device)  # half a wave per image, up to 16 waves
+    centres = [(torch.arange(n, device=device) + 0.5) / n for n in grid]  # 0 to 1, so stages agree on a place
+    angles = [2 * torch.pi * centre[:, None] * cycles for centre in centres]  # (h, D/4) and (w, D/4)
+    y, x = [torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles]  # (h, D/2) and (w, D/2)
+    h, w = grid
     return torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], dim=2).flatten(0, 1)
 
 # %% ../nbs/01_pvt_encoder.ipynb #08329ee7
 def _timm_model(config, **kwargs):
     "A model of timm; ValueError where it cannot be made, whatever timm raises."
     import timm  # here, because it takes seconds and our own PVT does without it
-    try: return timm.create_model(config.name, pretrained=config.weights is True, **kwargs)
+
+    try:
+        return timm.create_model(config.name, pretrained=config.weights is True, **kwargs)
     except Exception as error:
-        raise ValueError(f"{config.name}: timm cannot make this model ({reason(error)}); correct the name or backbone_kwargs") from error
+        raise ValueError(
+            f'{config.name}: timm cannot make this model ({reason(error)}); correct the name or '
+            'backbone_kwargs'
+        ) from error
+
 
 class TimmBackbone(nn.Module):
-    "The chosen stages (blocks, in a ViT) of any timm model as maps (B, C, h, w); layers behind the last one are dropped."
-    def __init__(self, config:EncoderConfig):
+    """The chosen stages (blocks, in a ViT) of any timm model as maps (B, C, h, w); layers behind the last one
+    are dropped.
+    """
+
+    def __init__(self, config: EncoderConfig):
         super().__init__()
         import timm
+
         kwargs = dict(config.backbone_kwargs)
-        known = timm.get_pretrained_cfg(config.name)  # None for a name that timm does not know: create_model says so
-        if known is not None and known.fixed_input_size: kwargs.setdefault("img_size", config.image_size)
+        known = timm.get_pretrained_cfg(
+            config.name
+        )  # None for a name that timm does not know: create_model says so
+        if known is not None and known.fixed_input_size:
+            kwargs.setdefault('img_size', config.image_size)
         self.model = _timm_model(config, **kwargs)
-        if not hasattr(self.model, "forward_intermediates"):
-            raise ValueError(f"{config.name}: timm cannot give this model's feature maps; choose another backbone")
+        if not hasattr(self.model, 'forward_intermediates'):
+            raise ValueError(
+                f"{config.name}: timm cannot give this model's feature maps; choose another backbone"
+            )
         try:
-            self.indices = self.model.prune_intermediate_layers(list(config.stages), prune_norm=False, prune_head=True)
+            self.indices = self.model.prune_intermediate_layers(
+                list(config.stages), prune_norm=False, prune_head=True
+            )
             self.channels = [m.shape[1] for m in self.try_out(config.image_size, config.image_size)]
         except Exception as error:
-            raise ValueError(f"{config.name}: gives no maps of the stages {list(config.stages)} at {config.image_size} pixels ({reason(error)})") from error
+            raise ValueError(
+                f'{config.name}: gives no maps of the stages {list(config.stages)} at '
+                f'{config.image_size} pixels ({reason(error)})'
+            ) from error
 
     def try_out(self, height, width):
         "The maps of a black image; the model's mode and running statistics stay as they are."
-        training,like = self.model.training,next(self.model.parameters())
-        with torch.no_grad(): maps = self.eval()(like.new_zeros(1, 3, height, width))
+        training = self.model.training
+        like = next(self.model.parameters())
+        with torch.no_grad():
+            maps = self.eval()(like.new_zeros(1, 3, height, width))
         self.train(training)
         return maps
 
-    def grids(self, height:int, width:int) -> list:
+    def grids(self, height: int, width: int) -> list:
         "Height and width of every chosen map, for an image of this size."
         return [tuple(m.shape[-2:]) for m in self.try_out(height, width)]
 
     def forward(self, pixel_values):  # (B, 3, H, W)
-        return self.model.forward_intermediates(pixel_values, indices=self.indices, norm=True, output_fmt="NCHW", intermediates_only=True)
+        return self.model.forward_intermediates(
+            pixel_values, indices=self.indices, norm=True, output_fmt='NCHW', intermediates_only=True
+        )
 
 # %% ../nbs/01_pvt_encoder.ipynb #d8791ec6
 def weights_in(
-    file, # .safetensors
-) -> dict: # name -> (shape, type), such as ((768, 768), "F32")
-    "What a file of weights holds, by its header; no weight is read. ValueError naming the file where it is damaged."
+    file,  # .safetensors
+) -> dict:  # name -> (shape, type), such as ((768, 768), "F32")
+    """What a file of weights holds, by its header; no weight is read. ValueError naming the file where it is
+    damaged.
+    """
     try:
-        with safe_open(file, "pt") as opened:
+        with safe_open(file, 'pt') as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name,part in parts.items()}
-    except Exception as error: raise ValueError(f"{file}: not a whole safetensors file ({reason(error)}); copy or download it again") from error
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except Exception as error:
+        raise ValueError(
+            f'{file}: not a whole safetensors file ({reason(error)}); copy or download it again'
+        ) from error
+
 
 def read_weights(
-    file, # .safetensors
-) -> dict: # name -> tensor
+    file,  # .safetensors
+) -> dict:  # name -> tensor
     "All weights of a file; ValueError naming it where it is damaged."
-    try: return load_file(file)
-    except Exception as error: raise ValueError(f"{file}: not a whole safetensors file ({reason(error)}); copy or download it again") from error
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise ValueError(
+            f'{file}: not a whole safetensors file ({reason(error)}); copy or download it again'
+        ) from error
+
 
 def check_weights(
-    own:dict,  # of `state_dict`
-    held:dict, # of `weights_in`
-    file,      # named in errors
+    own: dict,  # of `state_dict`
+    held: dict,  # of `weights_in`
+    file,  # named in errors
 ):
-    "ValueError naming the first weight of a model that a file holds in another shape, or as whole numbers where fractions belong."
+    """ValueError naming the first weight of a model that a file holds in another shape, or as whole numbers
+    where fractions belong.
+    """
     for name in own.keys() & held.keys():
-        shape,kind = held[name]
-        if tuple(own[name].shape) != shape: raise ValueError(
-            f"{file}: weight {name} is {shape}, the model asks for {tuple(own[name].shape)}; is it another model's file?")
-        if own[name].is_floating_point() != kind.startswith(("F", "BF")): raise ValueError(
-            f"{file}: weight {name} is of type {kind}, the model's is {str(own[name].dtype).removeprefix('torch.')}; save it in that type")
+        shape, kind = held[name]
+        if tuple(own[name].shape) != shape:
+            raise ValueError(
+                f'{file}: weight {name} is {shape}, the model asks for {tuple(own[name].shape)}; is '
+                "it another model's file?"
+            )
+        if own[name].is_floating_point() != kind.startswith(('F', 'BF')):
+            raise ValueError(
+                f"{file}: weight {name} is of type {kind}, the model's is "
+                f'{str(own[name].dtype).removeprefix("torch.")}; save it in that type'
+            )
 
-def load_weights(backbone:nn.Module, # a PVT, or a timm model
-                 path,               # a .safetensors file with timm's parameter names
-                ):
-    "Fill a backbone from a file; what it does not need (head, later stages) is left, what it misses raises ValueError."
+
+def load_weights(
+    backbone: nn.Module,  # a PVT, or a timm model
+    path,  # a .safetensors file with timm's parameter names
+):
+    """Fill a backbone from a file; what it does not need (head, later stages) is left, what it misses raises
+    ValueError.
+    """
     path = Path(path)
-    if path.suffix != ".safetensors": raise ValueError(f"{path}: only .safetensors files are loaded, they cannot run code")
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file of weights")
-    own,held = backbone.state_dict(),weights_in(path)
+    if path.suffix != '.safetensors':
+        raise ValueError(f'{path}: only .safetensors files are loaded, they cannot run code')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file of weights')
+    own = backbone.state_dict()
+    held = weights_in(path)
     missing = [name for name in own if name not in held]
-    if missing: raise ValueError(f"{path}: {len(missing)} weights are missing, first {missing[0]}; is it another model's file?")
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} weights are missing, first {missing[0]}; is it another model's file?"
+        )
     check_weights(own, held, path)
     backbone.load_state_dict(read_weights(path), strict=False)
 
 # %% ../nbs/01_pvt_encoder.ipynb #b584bd28
-def make_backbone(config:EncoderConfig) -> tuple:
-    "(backbone, which of its maps are read, early to late): our PVT, cut behind the last stage that is read, or a timm model."
-    name = config.name.split(".")[0]  # "pvt_v2_b2.in1k" names weights of pvt_v2_b2
+def make_backbone(config: EncoderConfig) -> tuple:
+    """(backbone, which of its maps are read, early to late): our PVT, cut behind the last stage that is read,
+    or a timm model.
+    """
+    name = config.name.split('.')[0]  # "pvt_v2_b2.in1k" names weights of pvt_v2_b2
     if name not in PVT_CONFIGS:
         backbone = TimmBackbone(config)
         chosen = list(range(len(backbone.channels)))
     else:
         settings = PVT_CONFIGS[name] | config.backbone_kwargs
-        count = len(settings["depths"])
+        count = len(settings['depths'])
         if not all(-count <= stage < count for stage in config.stages):
-            raise ValueError(f"{config.name} has the stages 0 to {count-1}, not {config.stages}")
+            raise ValueError(f'{config.name} has the stages 0 to {count - 1}, not {config.stages}')
         chosen = sorted({stage % count for stage in config.stages})
-        cut = {key: value[:chosen[-1]+1] if isinstance(value, list) else value for key,value in settings.items()}
+        cut = {
+            key: value[: chosen[-1] + 1] if isinstance(value, list) else value
+            for key, value in settings.items()
+        }
         backbone = PyramidVisionTransformerV2(**cut)
-        if config.weights is True: backbone.load_state_dict(_timm_model(config).state_dict())  # timm only for its downloads
-    if isinstance(config.weights, (str, Path)): load_weights(getattr(backbone, "model", backbone), config.weights)
+        if config.weights is True:
+            backbone.load_state_dict(_timm_model(config).state_dict())  # timm only for its downloads
+    if isinstance(config.weights, (str, Path)):
+        load_weights(getattr(backbone, 'model', backbone), config.weights)
     return backbone, chosen
 
 # %% ../nbs/01_pvt_encoder.ipynb #f446175d
 class ImageEncoder(nn.Module):
-    "Images to tokens that a decoder can read: backbone, then for every chosen stage normalise, project, add positions."
-    def __init__(self,
-        config:EncoderConfig, # which backbone and how it is read
-        width:int,            # D, the decoder's width; a multiple of 4
+    """Images to tokens that a decoder can read: backbone, then for every chosen stage normalise, project, add
+    positions.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,  # which backbone and how it is read
+        width: int,  # D, the decoder's width; a multiple of 4
     ):
         super().__init__()
-        if width % 4: raise ValueError(f"the width must be a multiple of 4 (sine and cosine, for y and for x), not {width}")
-        self.config,self.width = config,width
-        self.backbone,self.chosen = make_backbone(config)
+        if width % 4:
+            raise ValueError(
+                f'the width must be a multiple of 4 (sine and cosine, for y and for x), not {width}'
+            )
+        self.config, self.width = config, width
+        self.backbone, self.chosen = make_backbone(config)
         channels = [self.backbone.channels[i] for i in self.chosen]
-        plain = config.normaliser == "none"
+        plain = config.normaliser == 'none'
         self.norms = nn.ModuleList(nn.Identity() if plain else nn.LayerNorm(c, eps=1e-12) for c in channels)
-        self.projections = nn.ModuleList(nn.Linear(c, width) for c in channels)  # each bias is its stage's own mark
-        if config.position == "sincos": self.position_scale = nn.Parameter(torch.ones(len(channels)))
+        self.projections = nn.ModuleList(
+            nn.Linear(c, width) for c in channels
+        )  # each bias is its stage's own mark
+        if config.position == 'sincos':
+            self.position_scale = nn.Parameter(torch.ones(len(channels)))
 
     def grids(self, image_size=None) -> list:  # side in pixels, or (height, width); default: the config's
         "(h, w) of every chosen stage, in the order of the tokens: stage by stage, row by row."
@@ -438,170 +625,261 @@ class ImageEncoder(nn.Module):
     @property
     def num_tokens(self) -> int:
         "S, the image tokens of one image of the config's size."
-        return sum(h*w for h,w in self.grids())
+        return sum(h * w for h, w in self.grids())
 
     def train(self, mode=True):
-        "As always; but a backbone whose weights are all frozen stays in evaluation mode, and BatchNorm where the config says so."
+        """As always; but a backbone whose weights are all frozen stays in evaluation mode, and BatchNorm
+        where the config says so.
+        """
         super().train(mode)
-        if not any(p.requires_grad for p in self.backbone.parameters()): self.backbone.eval()
+        if not any(p.requires_grad for p in self.backbone.parameters()):
+            self.backbone.eval()
         if self.config.freeze_batch_norm:
             for module in self.backbone.modules():
-                if isinstance(module, nn.BatchNorm2d): module.eval()
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         return self
 
     def features(self, pixel_values) -> list:  # (B, 3, H, W)
         "The chosen maps (B, C_i, h_i, w_i) as they leave the backbone."
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values must be floats (B, 3, H, W) from image_transform, not {pixel_values.dtype} {tuple(pixel_values.shape)}")
-        maps = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))         # convolutions are faster so, MobileNetV2's by two thirds on a processor
+            raise ValueError(
+                'pixel_values must be floats (B, 3, H, W) from image_transform, not '
+                f'{pixel_values.dtype} {tuple(pixel_values.shape)}'
+            )
+        maps = self.backbone(
+            pixel_values.contiguous(memory_format=torch.channels_last)
+        )  # convolutions are faster so, MobileNetV2's by two thirds on a processor
         return [maps[i] for i in self.chosen]
 
     def forward(self, pixel_values):  # (B, 3, H, W), from image_transform
         parts = []
-        for i,feature_map in enumerate(self.features(pixel_values)):
-            tokens = feature_map.flatten(2).transpose(1, 2)                                      # (B, h*w, C_i)
-            tokens = self.projections[i](self.norms[i](tokens))                                  # (B, h*w, D)
-            if self.config.position == "sincos":
+        for i, feature_map in enumerate(self.features(pixel_values)):
+            tokens = feature_map.flatten(2).transpose(1, 2)  # (B, h*w, C_i)
+            tokens = self.projections[i](self.norms[i](tokens))  # (B, h*w, D)
+            if self.config.position == 'sincos':
                 positions = sincos_positions(tuple(feature_map.shape[-2:]), self.width, tokens.device)
                 tokens = tokens + (self.position_scale[i] * positions).to(tokens.dtype)
             parts.append(tokens)
-        return torch.cat(parts, dim=1)                                                           # (B, S, D)
+        return torch.cat(parts, dim=1)  # (B, S, D)
 
 # %% ../nbs/01_pvt_encoder.ipynb #83f1b7aa
-PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS: opening one starts Ghostscript
+PHOTO_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')  # no EPS: opening one starts Ghostscript
 
-_TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                         Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90), 2))
+_TURNS = dict(
+    enumerate(
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        2,
+    )
+)
 
-def orientation(image:Image.Image) -> int:
-    "How a photo lies, by its EXIF or XMP: 2 to 8; 1, upright, where they do not say or are damaged, which says nothing about the pixels."
-    try: found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception: return 1  # damaged EXIF raises in a dozen ways
+
+def orientation(image: Image.Image) -> int:
+    """How a photo lies, by its EXIF or XMP: 2 to 8; 1, upright, where they do not say or are damaged, which
+    says nothing about the pixels.
+    """
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1  # damaged EXIF raises in a dozen ways
     return found if isinstance(found, int) and found in _TURNS else 1
 
-def upright(image:Image.Image) -> Image.Image:
+
+def upright(image: Image.Image) -> Image.Image:
     "A photo turned as its EXIF says."
     image.load()
-    if (found := orientation(image)) == 1: return image
+    if (found := orientation(image)) == 1:
+        return image
     turned = image.transpose(_TURNS[found])
-    for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"): turned.info.pop(key, None)  # else it would be turned twice
+    for key in ('exif', 'xmp', 'XML:com.adobe.xmp', 'Raw profile type exif'):
+        turned.info.pop(key, None)  # else it would be turned twice
     return turned
 
-def to_rgb(image:Image.Image) -> Image.Image:
+
+def to_rgb(image: Image.Image) -> Image.Image:
     "Upright RGB pixels: EXIF rotation applied, 16 bits brought to 8, transparency laid on white."
     image = upright(image)
-    if image.mode == "F": raise ValueError("floating-point pixels have no fixed white; save it with 8 bits")
-    if image.mode.startswith("I"):
-        if image.getextrema()[1] > 65535: raise ValueError("32-bit pixels have no fixed white; save it with 8 bits")
+    if image.mode == 'F':
+        raise ValueError('floating-point pixels have no fixed white; save it with 8 bits')
+    if image.mode.startswith('I'):
+        if image.getextrema()[1] > 65535:
+            raise ValueError('32-bit pixels have no fixed white; save it with 8 bits')
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if "A" in image.mode.upper() and image.mode != "LAB" or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    if 'A' in image.mode.upper() and image.mode != 'LAB' or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
 
 # %% ../nbs/01_pvt_encoder.ipynb #ffb8a57b
 _BEGINNINGS = {  # what files begin with that cannot be opened, as patterns; and what to do
-    rb"....ftyp(?=.*avi[fs])": "AVIF; save it as JPEG or PNG",
-    rb"....ftyp(hei|hev|mif1|msf1)": "HEIC, as iPhones write photos; save it as JPEG",
-    rb"....ftyp|\x1aE\xdf\xa3": "a video; save one of its pictures as JPEG",
-    rb"\x00\x00\x00\x0cJXL |\xff\x0a": "JPEG XL; save it as JPEG or PNG",
-    rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51": "JPEG 2000; save it as JPEG or PNG",
-    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*": "damaged at its beginning; copy or download it again",
-    rb"%!PS|%PDF|8BPS|\s*<(\?xml|svg)": "a drawing or document (PDF, EPS, SVG, PSD); save it as PNG",
-    rb"\s*<": "a web page, perhaps a server's error; download the photo again",
-    rb"PK\x03\x04|\x1f\x8b": "an archive; unpack it",
-    rb"version https://git-lfs": "a pointer of Git LFS; fetch the photo with git lfs pull"}
+    rb'....ftyp(?=.*avi[fs])': 'AVIF; save it as JPEG or PNG',
+    rb'....ftyp(hei|hev|mif1|msf1)': 'HEIC, as iPhones write photos; save it as JPEG',
+    rb'....ftyp|\x1aE\xdf\xa3': 'a video; save one of its pictures as JPEG',
+    rb'\x00\x00\x00\x0cJXL |\xff\x0a': 'JPEG XL; save it as JPEG or PNG',
+    rb'\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51': 'JPEG 2000; save it as JPEG or PNG',
+    rb'\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*': 'damaged at its beginning; copy or download it again',
+    rb'%!PS|%PDF|8BPS|\s*<(\?xml|svg)': 'a drawing or document (PDF, EPS, SVG, PSD); save it as PNG',
+    rb'\s*<': "a web page, perhaps a server's error; download the photo again",
+    rb'PK\x03\x04|\x1f\x8b': 'an archive; unpack it',
+    rb'version https://git-lfs': 'a pointer of Git LFS; fetch the photo with git lfs pull',
+}
+
 
 def _what_it_is(head):
     "Of a file that is no photo, by its first bytes: what it is instead, and what to do."
-    return next((f": {what}" for pattern,what in _BEGINNINGS.items() if re.match(pattern, head, re.S)), f"; these are read: {', '.join(PHOTO_FORMATS)}")
+    return next(
+        (f': {what}' for pattern, what in _BEGINNINGS.items() if re.match(pattern, head, re.S)),
+        f'; these are read: {", ".join(PHOTO_FORMATS)}',
+    )
 
-_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # parts of a PNG that say something about the picture and hold none of it
+
+_NOTES = (
+    b'tEXt',
+    b'zTXt',
+    b'iTXt',
+    b'iCCP',
+)  # parts of a PNG that say something about the picture and hold none of it
+
 
 def _without_notes(stream):
     "A PNG's content without its texts and colour profile, or None where it has none or is no PNG."
     stream.seek(0)
-    kept,dropped = [stream.read(8)],False
-    if kept[0] != b"\x89PNG\r\n\x1a\n": return None
+    kept = [stream.read(8)]
+    dropped = False
+    if kept[0] != b'\x89PNG\r\n\x1a\n':
+        return None
     while len(head := stream.read(8)) == 8:
-        length = int.from_bytes(head[:4], "big") + 4             # of what follows, with its checksum
-        if head[4:] not in _NOTES: kept += [head, stream.read(length)]
-        else: dropped = bool(stream.seek(length, io.SEEK_CUR))
-    return b"".join(kept) if dropped else None
+        length = int.from_bytes(head[:4], 'big') + 4  # of what follows, with its checksum
+        if head[4:] not in _NOTES:
+            kept += [head, stream.read(length)]
+        else:
+            dropped = bool(stream.seek(length, io.SEEK_CUR))
+    return b''.join(kept) if dropped else None
+
 
 def _opened(stream, read):
     "What `read` makes of the image in a stream; DecompressionBombError where it has too many pixels."
     stream.seek(0)
     with Image.open(stream, formats=PHOTO_FORMATS) as image:
-        if Image.MAX_IMAGE_PIXELS and image.width*image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f'{image.width} x {image.height}')
         return read(image)
 
+
 def read_photo(
-    source, # a file, or the bytes of one
-    read,   # function of the opened PIL image, whose pixels are not yet decoded
-    name="photo", # what errors call bytes
+    source,  # a file, or the bytes of one
+    read,  # function of the opened PIL image, whose pixels are not yet decoded
+    name='photo',  # what errors call bytes
 ):
-    "What `read` makes of a photo; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."
+    """What `read` makes of a photo; raises FileNotFoundError, or ValueError naming the file and what is wrong
+    with it.
+    """
     path, held = (name, source) if isinstance(source, bytes) else (Path(source), None)
-    if held is None and not path.is_file(): raise FileNotFoundError(f"{path}: no such image file")
-    if (path.stat().st_size if held is None else len(held)) == 0: raise ValueError(f"{path}: the file is empty (0 bytes)")
-    with (open(path, "rb") if held is None else io.BytesIO(held)) as stream:
+    if held is None and not path.is_file():
+        raise FileNotFoundError(f'{path}: no such image file')
+    if (path.stat().st_size if held is None else len(held)) == 0:
+        raise ValueError(f'{path}: the file is empty (0 bytes)')
+    with open(path, 'rb') if held is None else io.BytesIO(held) as stream:
         try:
-            try: return _opened(stream, read)
-            except ValueError:                                   # Pillow unpacks at most 1 MB of text or profile
+            try:
+                return _opened(stream, read)
+            except ValueError:  # Pillow unpacks at most 1 MB of text or profile
                 plain = _without_notes(stream)
-                if plain is None: raise
+                if plain is None:
+                    raise
                 return _opened(io.BytesIO(plain), read)
         except UnidentifiedImageError:
             stream.seek(0)
-            raise ValueError(f"{path}: not an image that can be read{_what_it_is(stream.read(64))}") from None
+            raise ValueError(f'{path}: not an image that can be read{_what_it_is(stream.read(64))}') from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first") from None
+            raise ValueError(
+                f'{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller first'
+            ) from None
         except Exception as error:  # a decoder meets damaged bytes in many ways; all mean the same here
-            raise ValueError(f"{path}: damaged or unreadable image ({reason(error)})") from error
+            raise ValueError(f'{path}: damaged or unreadable image ({reason(error)})') from error
+
 
 def load_image(source) -> Image.Image:  # a path, or a PIL image in any mode
-    "Any photo as upright RGB; raises FileNotFoundError, or ValueError naming the file and what is wrong with it."
+    """Any photo as upright RGB; raises FileNotFoundError, or ValueError naming the file and what is wrong
+    with it.
+    """
     return to_rgb(source) if isinstance(source, Image.Image) else read_photo(source, to_rgb)
 
 # %% ../nbs/01_pvt_encoder.ipynb #ff262c60
-DRAFT_MARGIN = 1.5  # a reduced JPEG has at least this many times the side that is needed; at 1.0 it would differ nearly twice as much from the full decode (12_loading)
+# a reduced JPEG has at least this many times the side that is needed; at 1.0 it would differ nearly twice as
+# much from the full decode (12_loading)
+DRAFT_MARGIN = 1.5
+
 
 def _square_pixels(image, size):
     "Decode an opened photo to (3, size, size) uint8, a large JPEG at reduced scale."
     whole = image.size
-    draft = image.draft(None, (int(DRAFT_MARGIN*size),)*2)       # None for what is no JPEG; nothing is decoded yet
-    if image.size != whole:                                      # 375 rows halved are 187.5, kept in 188: the box says where the photo ends
+    draft = image.draft(
+        None, (int(DRAFT_MARGIN * size),) * 2
+    )  # None for what is no JPEG; nothing is decoded yet
+    if image.size != whole:  # 375 rows halved are 187.5, kept in 188: the box says where the photo ends
         return _bytes(to_rgb(image.resize((size, size), Image.Resampling.BICUBIC, box=draft[1]))).contiguous()
-    plain = image.format == "JPEG" and image.mode == "RGB" and (image.info.keys().isdisjoint(("exif", "xmp")) or orientation(image) == 1)
+    plain = (
+        image.format == 'JPEG'
+        and image.mode == 'RGB'
+        and (image.info.keys().isdisjoint(('exif', 'xmp')) or orientation(image) == 1)
+    )
     return _resized(_bytes(image if plain else to_rgb(image)), size)  # to_rgb would copy it twice
 
-def _bytes(image): return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # RGB to (3, h, w) uint8, channels last in memory: so torch resizes it twice as fast
+
+def _bytes(image):
+    return torch.from_numpy(np.array(image)).permute(
+        2, 0, 1
+    )  # RGB to (3, h, w) uint8, channels last in memory: so torch resizes it twice as fast
+
 
 def _resized(pixels, size):
-    "(3, h, w) uint8 to (3, size, size), bicubic; torch is several times as fast as PIL, and within two steps of 255."
-    if pixels.shape[1:] != (size, size): pixels = F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+    """(3, h, w) uint8 to (3, size, size), bicubic; torch is several times as fast as PIL, and within two
+    steps of 255.
+    """
+    if pixels.shape[1:] != (size, size):
+        pixels = F.interpolate(pixels[None], (size, size), mode='bicubic', antialias=True)[0]
     return pixels.contiguous()
 
+
 def load_pixels(
-    source,   # a path, the bytes of an image file, or a PIL image in any mode
-    size:int, # side of the square in pixels
-) -> torch.Tensor: # (3, size, size) uint8
+    source,  # a path, the bytes of an image file, or a PIL image in any mode
+    size: int,  # side of the square in pixels
+) -> torch.Tensor:  # (3, size, size) uint8
     "Any photo as an upright RGB square, squashed; raises as `load_image` does."
-    if isinstance(source, Image.Image): return _resized(_bytes(to_rgb(source)), size)
+    if isinstance(source, Image.Image):
+        return _resized(_bytes(to_rgb(source)), size)
     return read_photo(source, partial(_square_pixels, size=size))
 
 # %% ../nbs/01_pvt_encoder.ipynb #6b109353
-def normalise_pixels(config:EncoderConfig):
-    "A function from uint8 pixels (..., 3, H, W) to pixel_values: the config's mean subtracted, divided by its std."
-    mean, std = (torch.tensor([255*value for value in values]).view(3, 1, 1) for values in (config.mean, config.std))
+def normalise_pixels(config: EncoderConfig):
+    """A function from uint8 pixels (..., 3, H, W) to pixel_values: the config's mean subtracted, divided by
+    its std.
+    """
+    mean, std = (
+        torch.tensor([255 * value for value in values]).view(3, 1, 1) for values in (config.mean, config.std)
+    )
     return partial(_normalised, mean=mean, std=std)
 
-def _normalised(pixels, mean, std): return pixels.float().sub_(mean.to(pixels.device)).div_(std.to(pixels.device))
 
-def image_transform(config:EncoderConfig):
-    "A function from a PIL image or a path to pixel_values (3, H, W): made square, bicubic, scaled as the weights expect."
+def _normalised(pixels, mean, std):
+    return pixels.float().sub_(mean.to(pixels.device)).div_(std.to(pixels.device))
+
+
+def image_transform(config: EncoderConfig):
+    """A function from a PIL image or a path to pixel_values (3, H, W): made square, bicubic, scaled as the
+    weights expect.
+    """
     return partial(_pixel_values, size=config.image_size, normalise=normalise_pixels(config))
 
-def _pixel_values(source, size, normalise): return normalise(load_pixels(source, size))
+
+def _pixel_values(source, size, normalise):
+    return normalise(load_pixels(source, size))

@@ -18,131 +18,208 @@ from .training import Callback
 
 # %% ../nbs/15_reward.ipynb #c9c6500d
 def leave_one_out(
-    rewards, # (B, C) of C captions for each image
-): # (B, C) sums to 0 over an image's captions
-    "How much better each caption is than the mean of its image's others (Luo 2020, arXiv:2003.09971); ValueError for one caption."
+    rewards,  # (B, C) of C captions for each image
+):  # (B, C) sums to 0 over an image's captions
+    """How much better each caption is than the mean of its image's others (Luo 2020, arXiv:2003.09971);
+    ValueError for one caption.
+    """
     others = rewards.shape[1] - 1
-    if not others: raise ValueError("one caption an image has no others to be compared with; sample two or more")
+    if not others:
+        raise ValueError('one caption an image has no others to be compared with; sample two or more')
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / others
 
 # %% ../nbs/15_reward.ipynb #98bfc9ef
 def _ngrams(words, longest=4):
     "How often each run of 1 to 4 words occurs."
-    return Counter(tuple(words[i:i+n]) for n in range(1, longest+1) for i in range(len(words)-n+1))
+    return Counter(tuple(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1))
 
 # %% ../nbs/15_reward.ipynb #3ead85fc
 class CiderReward:
-    "CIDEr-D of token rows (Vedantam et al. 2015, arXiv:1411.5726; pycocoevalcap's formula), with rarities counted once, over the training captions."
-    def __init__(self,
-        references, # one list of rows an image: rows are lists of words or tokens
-        sigma=6.,   # how many words a caption may be longer or shorter before it costs
+    """CIDEr-D of token rows (Vedantam et al. 2015, arXiv:1411.5726; pycocoevalcap's formula), with rarities
+    counted once, over the training captions.
+    """
+
+    def __init__(
+        self,
+        references,  # one list of rows an image: rows are lists of words or tokens
+        sigma=6.0,  # how many words a caption may be longer or shorter before it costs
     ):
         "ValueError for fewer than two images: nothing is rare then."
-        self.images, self.sigma, self.seen = len(references), sigma, Counter()
-        if self.images < 2: raise ValueError(f"{self.images} images are too few to tell rare words from common ones; give two at least")
-        for rows in references: self.seen.update({ngram for row in rows for ngram in _ngrams(row)})
+        self.images = len(references)
+        self.sigma = sigma
+        self.seen = Counter()
+        if self.images < 2:
+            raise ValueError(
+                f'{self.images} images are too few to tell rare words from common ones; give two at least'
+            )
+        for rows in references:
+            self.seen.update({ngram for row in rows for ngram in _ngrams(row)})
 
     def _vector(self, row):
         "({ngram: count times rarity} and its norm for each length, number of pairs of words)."
         parts = [{} for _ in range(4)]
         for ngram, count in _ngrams(row).items():
-            parts[len(ngram)-1][ngram] = count * (math.log(self.images) - math.log(max(1, self.seen[ngram])))
-        return [(part, math.sqrt(sum(value**2 for value in part.values()))) for part in parts], max(0, len(row)-1)
+            parts[len(ngram) - 1][ngram] = count * (
+                math.log(self.images) - math.log(max(1, self.seen[ngram]))
+            )
+        return [(part, math.sqrt(sum(value**2 for value in part.values()))) for part in parts], max(
+            0, len(row) - 1
+        )
 
     def _likeness(self, said, reference):
-        "Mean over the four lengths of the cosine, a repeated ngram counted no more often than the reference has it."
+        """Mean over the four lengths of the cosine, a repeated ngram counted no more often than the reference
+        has it.
+        """
         (own, pairs), (other, other_pairs) = said, reference
-        cosines = [sum(min(value, b.get(ngram, 0.)) * b.get(ngram, 0.) for ngram, value in a.items()) / (norm*other_norm or 1.)
-                   for (a, norm), (b, other_norm) in zip(own, other)]
-        return sum(cosines)/4 * math.exp(-(pairs - other_pairs)**2 / (2*self.sigma**2))
+        cosines = [
+            sum(min(value, b.get(ngram, 0.0)) * b.get(ngram, 0.0) for ngram, value in a.items())
+            / (norm * other_norm or 1.0)
+            for (a, norm), (b, other_norm) in zip(own, other)
+        ]
+        return sum(cosines) / 4 * math.exp(-((pairs - other_pairs) ** 2) / (2 * self.sigma**2))
 
-    def __call__(self,
-        row,        # what was said
-        references, # rows of its image
-    ) -> float: # 0 to 10
+    def __call__(
+        self,
+        row,  # what was said
+        references,  # rows of its image
+    ) -> float:  # 0 to 10
         "How much one caption is like those that people gave."
         said = self._vector(row)
-        return 10 * sum(self._likeness(said, self._vector(reference)) for reference in references) / len(references)
+        return (
+            10
+            * sum(self._likeness(said, self._vector(reference)) for reference in references)
+            / len(references)
+        )
 
 # %% ../nbs/15_reward.ipynb #5d2a7520
 def caption_rows(
-    input_ids, # (N, T) rows as the tokenizer or `generate` makes them, prompt included
-    tokenizer:CaptionTokenizer,
-) -> list[list[int]]: # the tokens of each caption, its [SEP] included where it has one
+    input_ids,  # (N, T) rows as the tokenizer or `generate` makes them, prompt included
+    tokenizer: CaptionTokenizer,
+) -> list[list[int]]:  # the tokens of each caption, its [SEP] included where it has one
     "The words of every row: what stands between the prompt and the padding."
-    rows = [row[tokenizer.prompt_length:] for row in input_ids.tolist()]
-    return [row[:row.index(tokenizer.sep_token_id)+1] if tokenizer.sep_token_id in row else [i for i in row if i != tokenizer.pad_token_id] for row in rows]
+    rows = [row[tokenizer.prompt_length :] for row in input_ids.tolist()]
+    return [
+        row[: row.index(tokenizer.sep_token_id) + 1]
+        if tokenizer.sep_token_id in row
+        else [i for i in row if i != tokenizer.pad_token_id]
+        for row in rows
+    ]
 
 # %% ../nbs/15_reward.ipynb #022c54f7
 def bleu(
-    row,        # what was said
-    references, # rows of its image
-) -> float: # 0 to 1
-    "BLEU-4 of one caption (Papineni et al. 2002), smoothed by one from pairs of words on (Lin & Och 2004, ORANGE)."
-    if not row: return 0.
-    said, given = _ngrams(row), [_ngrams(reference) for reference in references]
+    row,  # what was said
+    references,  # rows of its image
+) -> float:  # 0 to 1
+    """BLEU-4 of one caption (Papineni et al. 2002), smoothed by one from pairs of words on (Lin & Och 2004,
+    ORANGE).
+    """
+    if not row:
+        return 0.0
+    said = _ngrams(row)
+    given = [_ngrams(reference) for reference in references]
     shares = []
     for n in range(1, 5):
-        shared = sum(min(count, max(rows[ngram] for rows in given)) for ngram, count in said.items() if len(ngram) == n)
-        shares.append((shared + (n > 1)) / (max(0, len(row)-n+1) + (n > 1)))
-    like = min((len(reference) for reference in references), key=lambda length: (abs(length - len(row)), length))  # the length that is nearest
-    return math.prod(shares)**.25 * min(1., math.exp(1 - like/len(row)))
+        shared = sum(
+            min(count, max(rows[ngram] for rows in given)) for ngram, count in said.items() if len(ngram) == n
+        )
+        shares.append((shared + (n > 1)) / (max(0, len(row) - n + 1) + (n > 1)))
+    like = min(
+        (len(reference) for reference in references), key=lambda length: (abs(length - len(row)), length)
+    )  # the length that is nearest
+    return math.prod(shares) ** 0.25 * min(1.0, math.exp(1 - like / len(row)))
+
 
 def add_rewards(
-    *parts, # (weight, reward) pairs
-): # function of (row, references)
+    *parts,  # (weight, reward) pairs
+):  # function of (row, references)
     "The weighted sum of rewards is a reward, too."
     return lambda row, references: sum(weight * reward(row, references) for weight, reward in parts)
 
 # %% ../nbs/15_reward.ipynb #c7a3c807
 def sampled_batch(
-    model:Captioner, # says what it likes
-    batch,           # as `Collate` makes it, on the model's device
-    reward,          # function of (row, references), as `CiderReward`
+    model: Captioner,  # says what it likes
+    batch,  # as `Collate` makes it, on the model's device
+    reward,  # function of (row, references), as `CiderReward`
     generator=None,  # torch.Generator on the model's device
-) -> dict: # pixel_values, input_ids, labels; weights (N,) of `leave_one_out`; reward, the mean; files, broken
-    "The photos of a batch with captions that the model itself draws, as many as people gave, each weighted by how good it is."
-    tokenizer, (B, N) = model.tokenizer, (len(batch['pixel_values']), len(batch['input_ids']))
-    C, P = N // B, tokenizer.prompt_length
+) -> (
+    dict
+):  # pixel_values, input_ids, labels; weights (N,) of `leave_one_out`; reward, the mean; files, broken
+    """The photos of a batch with captions that the model itself draws, as many as people gave, each weighted
+    by how good it is.
+    """
+    tokenizer = model.tokenizer
+    (B, N) = (len(batch['pixel_values']), len(batch['input_ids']))
+    C = N // B
+    P = tokenizer.prompt_length
     # draw from the model's own probabilities, in evaluation mode, with no rule and no filter
-    drawn = generate(model, batch['pixel_values'], do_sample=True, num_return_sequences=C, generator=generator)
-    input_ids = drawn.sequences.flatten(0, 1).clone()                                        # (N, T)
+    drawn = generate(
+        model, batch['pixel_values'], do_sample=True, num_return_sequences=C, generator=generator
+    )
+    input_ids = drawn.sequences.flatten(0, 1).clone()  # (N, T)
     # pay for each caption
     said, given = caption_rows(input_ids, tokenizer), caption_rows(batch['input_ids'], tokenizer)
-    rewards = torch.tensor([[reward(said[i], given[b*C:b*C+C]) for i in range(b*C, b*C+C)] for b in range(B)])  # (B, C)
+    rewards = torch.tensor(
+        [[reward(said[i], given[b * C : b * C + C]) for i in range(b * C, b * C + C)] for b in range(B)]
+    )  # (B, C)
     # learnt is what was drawn: all behind the prompt, up to the first [SEP] or to max_length
-    ends = input_ids == tokenizer.sep_token_id                                               # (N, T)
+    ends = input_ids == tokenizer.sep_token_id  # (N, T)
     ends[:, :P] = False
-    over = ends.cumsum(1) > ends                                                             # (N, T) behind the first [SEP]
+    over = ends.cumsum(1) > ends  # (N, T) behind the first [SEP]
     labels = input_ids.masked_fill(over, -100)
     labels[:, :P] = -100
-    weights = leave_one_out(rewards).flatten().to(input_ids.device)                          # (N,)
-    return batch | dict(input_ids=input_ids, attention_mask=(~over).long(), labels=labels, weights=weights,
-                        reward=rewards.mean().item())
+    weights = leave_one_out(rewards).flatten().to(input_ids.device)  # (N,)
+    return batch | dict(
+        input_ids=input_ids,
+        attention_mask=(~over).long(),
+        labels=labels,
+        weights=weights,
+        reward=rewards.mean().item(),
+    )
 
 # %% ../nbs/15_reward.ipynb #6af2a638
 def reward_loader(
-    model:Captioner, # that is trained
-    loader,          # function (steps done, accelerator) -> batches on the device, as `train` takes it
-    reward,          # as `CiderReward`
-    accumulate=1,    # batches a step
-    seed=0,          # of the draws, which are a function of it, the batch's number and the process
-): # what `train` takes as `loader`
+    model: Captioner,  # that is trained
+    loader,  # function (steps done, accelerator) -> batches on the device, as `train` takes it
+    reward,  # as `CiderReward`
+    accumulate=1,  # batches a step
+    seed=0,  # of the draws, which are a function of it, the batch's number and the process
+):  # what `train` takes as `loader`
     "Batches of the loader with the model's own captions in the place of people's."
+
     def batches(step, accelerator):
-        for number, batch in enumerate(loader(step, accelerator), step*accumulate):
-            if 'labels' not in batch: yield batch; continue                                       # only broken photos
+        for number, batch in enumerate(loader(step, accelerator), step * accumulate):
+            if 'labels' not in batch:
+                yield batch
+                continue  # only broken photos
             drawn = random.Random(f'reward {seed} {number} {accelerator.process_index}').getrandbits(63)
-            with torch.no_grad(), accelerator.autocast():                                         # left before the batch is handed out: inside, nothing learns
-                batch = sampled_batch(model, batch, reward, torch.Generator(accelerator.device).manual_seed(drawn))
+            with (
+                torch.no_grad(),
+                accelerator.autocast(),
+            ):  # left before the batch is handed out: inside, nothing learns
+                batch = sampled_batch(
+                    model, batch, reward, torch.Generator(accelerator.device).manual_seed(drawn)
+                )
             yield batch
+
     return batches
 
 # %% ../nbs/15_reward.ipynb #d71ff0ea
 class RewardMeter(Callback):
-    "Adds to each reading of the loss, which says little here, the mean reward of the captions drawn since the last one."
-    def __init__(self): self.rewards = []
-    def on_step_end(self, run): self.rewards += [batch['reward'] for batch in run.batches if 'reward' in batch]
-    def on_log(self, run, reading): reading['reward'], self.rewards = sum(self.rewards)/len(self.rewards) if self.rewards else None, []
-    def state_dict(self): return dict(rewards=self.rewards)
-    def load_state_dict(self, state): self.rewards = state['rewards']
+    """Adds to each reading of the loss, which says little here, the mean reward of the captions drawn since
+    the last one.
+    """
+
+    def __init__(self):
+        self.rewards = []
+
+    def on_step_end(self, run):
+        self.rewards += [batch['reward'] for batch in run.batches if 'reward' in batch]
+
+    def on_log(self, run, reading):
+        reading['reward'], self.rewards = sum(self.rewards) / len(self.rewards) if self.rewards else None, []
+
+    def state_dict(self):
+        return dict(rewards=self.rewards)
+
+    def load_state_dict(self, state):
+        self.rewards = state['rewards']

@@ -18,12 +18,30 @@ from PIL import Image
 
 # %% ../nbs/05_shapes.ipynb #11bffafd
 KINDS = ('circle', 'square', 'triangle', 'star', 'heart', 'cross', 'ring', 'moon')
-COLOURS = {'red': (215, 30, 40), 'orange': (250, 135, 15), 'yellow': (250, 230, 50), 'green': (35, 160, 60),
-           'blue': (35, 80, 225), 'purple': (135, 35, 150), 'white': (238, 238, 238), 'black': (20, 20, 20)}
+COLOURS = {
+    'red': (215, 30, 40),
+    'orange': (250, 135, 15),
+    'yellow': (250, 230, 50),
+    'green': (35, 160, 60),
+    'blue': (35, 80, 225),
+    'purple': (135, 35, 150),
+    'white': (238, 238, 238),
+    'black': (20, 20, 20),
+}
 SIZES = ('small', 'large')
 RELATIONS = ('left of', 'right of', 'above', 'below')
-HELD_OUT = frozenset({('red', 'heart'), ('orange', 'ring'), ('yellow', 'moon'), ('green', 'square'),
-                      ('blue', 'circle'), ('purple', 'star'), ('white', 'cross'), ('black', 'triangle')})
+HELD_OUT = frozenset(
+    {
+        ('red', 'heart'),
+        ('orange', 'ring'),
+        ('yellow', 'moon'),
+        ('green', 'square'),
+        ('blue', 'circle'),
+        ('purple', 'star'),
+        ('white', 'cross'),
+        ('black', 'triangle'),
+    }
+)
 SPLITS = ('train', 'unseen_scenes', 'unseen_pairs')
 RADII = {'small': (0.10, 0.13), 'large': (0.19, 0.22)}  # half the height of a full-sized kind, in image sides
 
@@ -31,56 +49,82 @@ RADII = {'small': (0.10, 0.13), 'large': (0.19, 0.22)}  # half the height of a f
 @dataclass(frozen=True)
 class ShapeObject:
     "One drawn shape: what it is called and where it lies"
+
     kind: str  # one of KINDS
     colour: str  # one of COLOURS
     size: str  # 'small' or 'large'
-    box: tuple  # x0, y0, x1, y1 in image sides (0 to 1), y downwards; touches the drawn shape on all four sides
-    tint: tuple = (0., 0., 0.)  # added to the colour's red, green and blue (0 to 255): no two reds are quite alike
+    # x0, y0, x1, y1 in image sides (0 to 1), y downwards; touches the drawn shape on all four sides
+    box: tuple
+    tint: tuple = (
+        0.0,
+        0.0,
+        0.0,
+    )  # added to the colour's red, green and blue (0 to 255): no two reds are quite alike
 
     def __post_init__(self):
         for what, names in (('kind', KINDS), ('colour', COLOURS), ('size', SIZES)):
             if getattr(self, what) not in names:
                 raise ValueError(f'{what} {getattr(self, what)!r} is unknown; use one of {", ".join(names)}')
 
+
 @dataclass(frozen=True)
 class Background:
     "A muted ground: one shade, and a faint pattern on it"
-    shade: tuple = (128., 128., 128.)  # red, green, blue, 0 to 255
+
+    shade: tuple = (128.0, 128.0, 128.0)  # red, green, blue, 0 to 255
     pattern: str = 'plain'  # 'plain', 'gradient', 'stripes' or 'checks'
-    contrast: tuple = (0., 0., 0.)  # how far the pattern moves red, green and blue either way
-    angle: float = 0.  # direction of the pattern, radians
+    contrast: tuple = (0.0, 0.0, 0.0)  # how far the pattern moves red, green and blue either way
+    angle: float = 0.0  # direction of the pattern, radians
     period: float = 0.25  # width of one stripe pair or check pair, image sides
 
 # %% ../nbs/05_shapes.ipynb #7d5e156c
 def _star(x, y):
     "Five points, every second one pulled in to 0.45 of the radius; y upwards (after Inigo Quilez' sdStar5)"
-    x, (s, c), dent = np.abs(x), (math.sin(math.pi/5), math.cos(math.pi/5)), 0.45
+    x = np.abs(x)
+    s = math.sin(math.pi / 5)
+    c = math.cos(math.pi / 5)
+    dent = 0.45
     for k in ((c, -s), (-c, -s)):
-        fold = 2*np.maximum(k[0]*x + k[1]*y, 0)
-        x, y = x - fold*k[0], y - fold*k[1]
-    x, y, ex, ey = np.abs(x), y - 1, dent*s, dent*c - 1  # (ex, ey): the edge from the tip to the dent
-    along = np.clip((x*ex + y*ey)/(ex*ex + ey*ey), 0, 1)
-    return np.hypot(x - ex*along, y - ey*along)*np.sign(y*ex - x*ey)
+        fold = 2 * np.maximum(k[0] * x + k[1] * y, 0)
+        x, y = x - fold * k[0], y - fold * k[1]
+    x, y, ex, ey = np.abs(x), y - 1, dent * s, dent * c - 1  # (ex, ey): the edge from the tip to the dent
+    along = np.clip((x * ex + y * ey) / (ex * ex + ey * ey), 0, 1)
+    return np.hypot(x - ex * along, y - ey * along) * np.sign(y * ex - x * ey)
+
 
 def _heart(x, y):
     "Two round lobes on a corner that stands at the origin; y upwards (after Inigo Quilez' sdHeart)"
     x = np.abs(x)
-    lobe = np.hypot(x - 0.25, y - 0.75) - math.sqrt(2)/4
-    foot = np.maximum(x + y, 0)/2
-    corner = np.minimum(np.hypot(x, y - 1), np.hypot(x - foot, y - foot))*np.sign(x - y)
+    lobe = np.hypot(x - 0.25, y - 0.75) - math.sqrt(2) / 4
+    foot = np.maximum(x + y, 0) / 2
+    corner = np.minimum(np.hypot(x, y - 1), np.hypot(x - foot, y - foot)) * np.sign(x - y)
     return np.where(x + y > 1, lobe, corner)
 
-def _triangle(x, y): return np.maximum(y - 0.87, (1.74*np.abs(x) - y - 0.87)/math.hypot(1.74, 1))
-def _cross(x, y): return np.maximum(np.minimum(np.abs(x), np.abs(y)) - 0.36, np.maximum(np.abs(x), np.abs(y)) - 1)
-def _moon(x, y): return np.maximum(np.hypot(x, y) - 1, 0.85 - np.hypot(x - 0.55, y))
 
-# kind: (half width, half height of its box in radii, signed distance from (x, y) in radii, y downwards: negative inside)
+def _triangle(x, y):
+    return np.maximum(y - 0.87, (1.74 * np.abs(x) - y - 0.87) / math.hypot(1.74, 1))
+
+
+def _cross(x, y):
+    return np.maximum(np.minimum(np.abs(x), np.abs(y)) - 0.36, np.maximum(np.abs(x), np.abs(y)) - 1)
+
+
+def _moon(x, y):
+    return np.maximum(np.hypot(x, y) - 1, 0.85 - np.hypot(x - 0.55, y))
+
+
+# kind: (half width, half height of its box in radii, signed distance from (x, y) in radii, y downwards:
+# negative inside)
 _OUTLINES = {
     'circle': (1, 1, lambda x, y: np.hypot(x, y) - 1),
     'square': (0.92, 0.92, lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.92),
     'triangle': (1, 0.87, _triangle),
-    'star': (math.sin(0.4*math.pi), (1 + math.cos(0.2*math.pi))/2, lambda x, y: _star(x, (1 - math.cos(0.2*math.pi))/2 - y)),
-    'heart': (1, 0.9142, lambda x, y: _heart(x*0.60355, 0.55178 - y*0.60355)/0.60355),
+    'star': (
+        math.sin(0.4 * math.pi),
+        (1 + math.cos(0.2 * math.pi)) / 2,
+        lambda x, y: _star(x, (1 - math.cos(0.2 * math.pi)) / 2 - y),
+    ),
+    'heart': (1, 0.9142, lambda x, y: _heart(x * 0.60355, 0.55178 - y * 0.60355) / 0.60355),
     'cross': (1, 1, _cross),
     'ring': (1, 1, lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.28),
     'moon': (0.76364, 1, lambda x, y: _moon(x - 0.23636, y)),
@@ -89,117 +133,191 @@ _OUTLINES = {
 # %% ../nbs/05_shapes.ipynb #df4ddd48
 def _ground(background, image_size):
     "The background without noise: (H, W, 3) float32"
-    at = (np.arange(image_size, dtype=np.float32) + 0.5)/image_size
-    across, down = at*math.cos(background.angle), at[:, None]*math.sin(background.angle)
-    wave = lambda t: np.clip(3*np.sin(t*np.float32(2*math.pi/background.period)), -1, 1)
-    if background.pattern == 'gradient': pattern = (across + down - (across.mean() + down.mean()))*1.4
-    elif background.pattern == 'stripes': pattern = wave(across + down)
-    elif background.pattern == 'checks': pattern = wave(at)*wave(at[:, None])
-    elif background.pattern == 'plain': pattern = np.zeros((image_size, image_size), np.float32)
-    else: raise ValueError(f"background pattern {background.pattern!r} is unknown; use 'plain', 'gradient', 'stripes' or 'checks'")
-    return pattern[..., None]*np.float32(background.contrast) + np.float32(background.shade)  # (H, W, 3)
+    at = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
+    across, down = at * math.cos(background.angle), at[:, None] * math.sin(background.angle)
+    wave = lambda t: np.clip(3 * np.sin(t * np.float32(2 * math.pi / background.period)), -1, 1)
+    if background.pattern == 'gradient':
+        pattern = (across + down - (across.mean() + down.mean())) * 1.4
+    elif background.pattern == 'stripes':
+        pattern = wave(across + down)
+    elif background.pattern == 'checks':
+        pattern = wave(at) * wave(at[:, None])
+    elif background.pattern == 'plain':
+        pattern = np.zeros((image_size, image_size), np.float32)
+    else:
+        raise ValueError(
+            f"background pattern {background.pattern!r} is unknown; use 'plain', 'gradient', "
+            "'stripes' or 'checks'"
+        )
+    return pattern[..., None] * np.float32(background.contrast) + np.float32(background.shade)  # (H, W, 3)
+
 
 def _paint(image, shape):
     "Paints one shape into the (H, W, 3) float image, touching only the pixels near its box"
     half_width, half_height, outline = _OUTLINES[shape.kind]
-    side, (x0, y0, x1, y1) = len(image), shape.box
-    radius = (x1 - x0)*side/2/half_width  # pixels
-    left, top = max(math.floor(x0*side) - 1, 0), max(math.floor(y0*side) - 1, 0)
-    right, bottom = min(math.ceil(x1*side) + 1, side), min(math.ceil(y1*side) + 1, side)
-    x = (np.arange(left, right, dtype=np.float32) + 0.5 - (x0 + x1)*side/2)/radius  # (w,)
-    y = (np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - (y0 + y1)*side/2)/radius  # (h, 1)
-    cover = np.clip(0.5 - outline(x, y)*radius, 0, 1)[..., None]  # (h, w, 1): share of the pixel inside the outline
+    side = len(image)
+    (x0, y0, x1, y1) = shape.box
+    radius = (x1 - x0) * side / 2 / half_width  # pixels
+    left, top = max(math.floor(x0 * side) - 1, 0), max(math.floor(y0 * side) - 1, 0)
+    right, bottom = min(math.ceil(x1 * side) + 1, side), min(math.ceil(y1 * side) + 1, side)
+    x = (np.arange(left, right, dtype=np.float32) + 0.5 - (x0 + x1) * side / 2) / radius  # (w,)
+    y = (np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - (y0 + y1) * side / 2) / radius  # (h, 1)
+    cover = np.clip(0.5 - outline(x, y) * radius, 0, 1)[
+        ..., None
+    ]  # (h, w, 1): share of the pixel inside the outline
     crop = image[top:bottom, left:right]
-    crop += cover*(np.add(COLOURS[shape.colour], shape.tint, dtype=np.float32) - crop)
+    crop += cover * (np.add(COLOURS[shape.colour], shape.tint, dtype=np.float32) - crop)
 
-def draw(objects,  # ShapeObjects, drawn in this order
-         background=Background(),  # the ground beneath them
-         image_size=64,  # side of the square picture, pixels
-         noise_seed=None  # seed of the pixel noise; None draws a clean picture
-        ):  # (H, W, 3) uint8
+
+def draw(
+    objects,  # ShapeObjects, drawn in this order
+    background=Background(),  # the ground beneath them
+    image_size=64,  # side of the square picture, pixels
+    noise_seed=None,  # seed of the pixel noise; None draws a clean picture
+):  # (H, W, 3) uint8
     "Draws shapes with soft edges from signed distances; raises ValueError for an unknown background pattern"
     image = _ground(background, image_size)
-    for shape in objects: _paint(image, shape)
+    for shape in objects:
+        _paint(image, shape)
     if noise_seed is not None:
-        noise = np.frombuffer(np.random.default_rng(noise_seed).bytes(image.size), np.uint8).reshape(image.shape)
+        noise = np.frombuffer(np.random.default_rng(noise_seed).bytes(image.size), np.uint8).reshape(
+            image.shape
+        )
         image += (noise & 7) + (noise >> 3 & 7)  # 0 to 14, mostly near 7
         image -= 7
     return np.clip(image, 0, 255).astype(np.uint8)
 
 # %% ../nbs/05_shapes.ipynb #78281858
-def relation(box,  # x0, y0, x1, y1 of the one that is spoken of
-             other  # x0, y0, x1, y1 of the one that it is compared with
-            ):  # one of RELATIONS, or None where no single word is clearly right
-    "Where `box` lies seen from `other`: clear of it along one axis, with centres 1.5 times as far apart there as on the other axis"
-    dx, dy = (box[0] + box[2] - other[0] - other[2])/2, (box[1] + box[3] - other[1] - other[3])/2
+def relation(
+    box,  # x0, y0, x1, y1 of the one that is spoken of
+    other,  # x0, y0, x1, y1 of the one that it is compared with
+):  # one of RELATIONS, or None where no single word is clearly right
+    """Where `box` lies seen from `other`: clear of it along one axis, with centres 1.5 times as far apart
+    there as on the other axis
+    """
+    dx, dy = (box[0] + box[2] - other[0] - other[2]) / 2, (box[1] + box[3] - other[1] - other[3]) / 2
     first, far, near, names = (0, dx, dy, RELATIONS[:2]) if abs(dx) > abs(dy) else (1, dy, dx, RELATIONS[2:])
     apart = max(other[first] - box[first + 2], box[first] - other[first + 2])
-    return names[int(far > 0)] if apart >= 0 and abs(far) >= 1.5*abs(near) else None
+    return names[int(far > 0)] if apart >= 0 and abs(far) >= 1.5 * abs(near) else None
 
 # %% ../nbs/05_shapes.ipynb #a91dc890
-def _pick(rng, options): return options[int(rng.random()*len(options))]
+def _pick(rng, options):
+    return options[int(rng.random() * len(options))]
 
-def _between(rng, low, high): return low + (high - low)*rng.random()
+
+def _between(rng, low, high):
+    return low + (high - low) * rng.random()
+
 
 def _place(halves, rng, margin=0.015):
-    "Boxes for shapes of these half widths and heights: inside the picture, and each pair with one clear relation"
+    """Boxes for shapes of these half widths and heights: inside the picture, and each pair with one clear
+    relation
+    """
     while True:
         boxes = []
         for half_width, half_height in halves:
             x = _between(rng, half_width + margin, 1 - half_width - margin)
             y = _between(rng, half_height + margin, 1 - half_height - margin)
             box = (x - half_width, y - half_height, x + half_width, y + half_height)
-            if any(relation(box, other) is None for other in boxes): break
+            if any(relation(box, other) is None for other in boxes):
+                break
             boxes.append(box)
-        else: return boxes
+        else:
+            return boxes
 
 # %% ../nbs/05_shapes.ipynb #2393da63
 def _names(number, split, rng):
     "Different (colour, kind) pairs that the split allows"
-    held_out, names = sorted(HELD_OUT), []
-    if split == 'unseen_pairs': names.append(_pick(rng, held_out))
+    held_out = sorted(HELD_OUT)
+    names = []
+    if split == 'unseen_pairs':
+        names.append(_pick(rng, held_out))
     while len(names) < number:
         pair = _pick(rng, tuple(COLOURS)), _pick(rng, KINDS)
-        if pair not in names and (split == 'unseen_pairs' or pair not in HELD_OUT): names.append(pair)
+        if pair not in names and (split == 'unseen_pairs' or pair not in HELD_OUT):
+            names.append(pair)
     return names
+
 
 def _objects(number, split, rng):
     "Shapes with names, sizes, places and tints"
-    names, sizes = _names(number, split, rng), [_pick(rng, SIZES) for _ in range(number)]
-    while sizes.count('large') > 2: sizes = [_pick(rng, SIZES) for _ in range(number)]  # three large ones do not fit
+    names = _names(number, split, rng)
+    sizes = [_pick(rng, SIZES) for _ in range(number)]
+    while sizes.count('large') > 2:
+        sizes = [_pick(rng, SIZES) for _ in range(number)]  # three large ones do not fit
     radii = [_between(rng, *RADII[size]) for size in sizes]
-    boxes = _place([(radius*_OUTLINES[kind][0], radius*_OUTLINES[kind][1]) for radius, (_, kind) in zip(radii, names)], rng)
+    boxes = _place(
+        [
+            (radius * _OUTLINES[kind][0], radius * _OUTLINES[kind][1])
+            for radius, (_, kind) in zip(radii, names)
+        ],
+        rng,
+    )
     light = [_between(rng, -14, 14) for _ in names]
-    return tuple(ShapeObject(kind, colour, size, box, tuple(lightness + _between(rng, -8, 8) for _ in 'rgb'))
-                 for (colour, kind), size, box, lightness in zip(names, sizes, boxes, light))
+    return tuple(
+        ShapeObject(kind, colour, size, box, tuple(lightness + _between(rng, -8, 8) for _ in 'rgb'))
+        for (colour, kind), size, box, lightness in zip(names, sizes, boxes, light)
+    )
+
 
 def _background(rng):
     "A muted shade between the colours, patterned or not"
-    grey, pattern = _between(rng, 100, 150), _pick(rng, ('plain', 'gradient', 'stripes', 'checks'))
+    grey = _between(rng, 100, 150)
+    pattern = _pick(rng, ('plain', 'gradient', 'stripes', 'checks'))
     contrast = _between(rng, 5, 12)
-    return Background(shade=tuple(grey + _between(rng, -10, 10) for _ in 'rgb'), pattern=pattern,
-                      contrast=tuple(contrast*_between(rng, 0.6, 1) for _ in 'rgb'),
-                      angle=_between(rng, 0, 2*math.pi), period=_between(rng, 0.15, 0.5))
+    return Background(
+        shade=tuple(grey + _between(rng, -10, 10) for _ in 'rgb'),
+        pattern=pattern,
+        contrast=tuple(contrast * _between(rng, 0.6, 1) for _ in 'rgb'),
+        angle=_between(rng, 0, 2 * math.pi),
+        period=_between(rng, 0.15, 0.5),
+    )
 
 # %% ../nbs/05_shapes.ipynb #3dc667a6
 NUMBERS = ('no', 'one', 'two', 'three', 'four', 'five', 'six')
 SIZE_WORDS = {'small': ('small', 'little', 'tiny'), 'large': ('large', 'big', 'huge')}
 RELATION_WORDS = {
-    'left of': ('left of', 'to the left of', 'on the left of'), 'right of': ('right of', 'to the right of', 'on the right of'),
-    'above': ('above', 'over', 'higher than'), 'below': ('below', 'under', 'beneath', 'lower than')}
+    'left of': ('left of', 'to the left of', 'on the left of'),
+    'right of': ('right of', 'to the right of', 'on the right of'),
+    'above': ('above', 'over', 'higher than'),
+    'below': ('below', 'under', 'beneath', 'lower than'),
+}
 RELATION_WORDS_IT = {
-    'left of': ('to its left', 'on its left'), 'right of': ('to its right', 'on its right'),
-    'above': ('above it', 'over it'), 'below': ('below it', 'under it', 'beneath it')}
+    'left of': ('to its left', 'on its left'),
+    'right of': ('to its right', 'on its right'),
+    'above': ('above it', 'over it'),
+    'below': ('below it', 'under it', 'beneath it'),
+}
 # {a}: the first shape; {ab}: how a lies from b; {ab_it}: the same with "it" for b; {all}: all shapes counted
 TEMPLATES = {
     1: ('{a}', 'there is {a}', 'one shape, {a}', '{a} alone', '{a} on its own'),
-    2: ('{a} {ab} {b}', '{a} is {ab} {b}', 'there is {a} {ab} {b}', '{ab} {b} is {a}', '{ab} {b} there is {a}',
-        '{b} with {a} {ab_it}', '{all}, {a} {ab} {b}', '{all}, {a} and {b}', 'there are {all}, {a} {ab} {b}', '{a} and {b}'),
-    3: ('{a}, {b} and {c}', '{all}, {a}, {b} and {c}', 'there are {all}, {a}, {b} and {c}', '{a} {ab} {b} and {ac} {c}',
-        '{all}, {a} {ab} {b} and {ac} {c}', '{b} with {a} {ab_it} and {c} {cb_it}', '{a} {ab} {b}, and {c}')}
+    2: (
+        '{a} {ab} {b}',
+        '{a} is {ab} {b}',
+        'there is {a} {ab} {b}',
+        '{ab} {b} is {a}',
+        '{ab} {b} there is {a}',
+        '{b} with {a} {ab_it}',
+        '{all}, {a} {ab} {b}',
+        '{all}, {a} and {b}',
+        'there are {all}, {a} {ab} {b}',
+        '{a} and {b}',
+    ),
+    3: (
+        '{a}, {b} and {c}',
+        '{all}, {a}, {b} and {c}',
+        'there are {all}, {a}, {b} and {c}',
+        '{a} {ab} {b} and {ac} {c}',
+        '{all}, {a} {ab} {b} and {ac} {c}',
+        '{b} with {a} {ab_it} and {c} {cb_it}',
+        '{a} {ab} {b}, and {c}',
+    ),
+}
 
-def plural(kind  # one of KINDS, or 'shape'
-          ):  # str
+
+def plural(
+    kind,  # one of KINDS, or 'shape'
+):  # str
     "The name of several of a kind"
     return kind + ('es' if kind.endswith('s') else 's')
 
@@ -207,32 +325,45 @@ def plural(kind  # one of KINDS, or 'shape'
 def _phrase(shape, shared, rng):
     "A noun phrase for a shape, without the attribute that the caption has already given to all"
     size = '' if shared == 'size' or rng.random() < 0.5 else _pick(rng, SIZE_WORDS[shape.size]) + ' '
-    if shared == 'kind' and rng.random() < 0.5: return f'one {size}{shape.colour}'
+    if shared == 'kind' and rng.random() < 0.5:
+        return f'one {size}{shape.colour}'
     noun = 'one' if shared == 'kind' else shape.kind
-    if shared is None and rng.random() < 0.12: words = f'{size}{noun} in {shape.colour}'
-    else: words = size + ('' if shared == 'colour' else shape.colour + ' ') + noun
+    if shared is None and rng.random() < 0.12:
+        words = f'{size}{noun} in {shape.colour}'
+    else:
+        words = size + ('' if shared == 'colour' else shape.colour + ' ') + noun
     return ('an ' if words[0] in 'aeiou' and not words.startswith('one') else 'a ') + words
+
 
 def _all(objects, shared, rng):
     "All shapes counted, with the attribute that they share: 'two red shapes'"
     number, first = NUMBERS[len(objects)], objects[0]
-    if shared == 'kind': return f'{number} {plural(first.kind)}'
-    adjective = {'colour': first.colour + ' ', 'size': _pick(rng, SIZE_WORDS[first.size]) + ' ', None: ''}[shared]
+    if shared == 'kind':
+        return f'{number} {plural(first.kind)}'
+    adjective = {'colour': first.colour + ' ', 'size': _pick(rng, SIZE_WORDS[first.size]) + ' ', None: ''}[
+        shared
+    ]
     return f'{number} {adjective}shapes'
 
-def write_caption(objects,  # the ShapeObjects of a scene, one to three
-                  rng  # numpy Generator: picks order, template and words
-                 ):  # str, lower case
+
+def write_caption(
+    objects,  # the ShapeObjects of a scene, one to three
+    rng,  # numpy Generator: picks order, template and words
+):  # str, lower case
     "One true sentence about the shapes; raises ValueError where there are none or more than three"
-    if len(objects) not in TEMPLATES: raise ValueError(f'{len(objects)} shapes; the grammar can speak of one to three')
+    if len(objects) not in TEMPLATES:
+        raise ValueError(f'{len(objects)} shapes; the grammar can speak of one to three')
     order = sorted(objects, key=lambda _: rng.random())
-    template, named = _pick(rng, TEMPLATES[len(order)]), dict(zip('abc', order))
+    template = _pick(rng, TEMPLATES[len(order)])
+    named = dict(zip('abc', order))
     sharing = [what for what in ('kind', 'colour', 'size') if len({getattr(o, what) for o in order}) == 1]
     shared = _pick(rng, [None, *sharing]) if '{all}' in template else None
     words = {}
     for slot in re.findall(r'{(\w+)}', template):
-        if slot == 'all': words[slot] = _all(order, shared, rng)
-        elif len(slot) == 1: words[slot] = _phrase(named[slot], shared, rng)
+        if slot == 'all':
+            words[slot] = _all(order, shared, rng)
+        elif len(slot) == 1:
+            words[slot] = _phrase(named[slot], shared, rng)
         else:
             place = relation(named[slot[0]].box, named[slot[1]].box)
             words[slot] = _pick(rng, (RELATION_WORDS_IT if slot.endswith('it') else RELATION_WORDS)[place])
@@ -242,17 +373,24 @@ def write_caption(objects,  # the ShapeObjects of a scene, one to three
 @dataclass(frozen=True)
 class Statement:
     "One thing that is said, or that could be said, about a scene"
+
     about: str  # 'kind', 'colour', 'size', 'relation' or 'count'
     value: str  # for example 'circle', 'red', 'small', 'left of', 'two shapes'
-    objects: tuple  # positions of the objects in the scene; a relation holds from the first to the second; () where no object fits
-    words: str = field(default='', compare=False)  # what the caption said; two statements are equal if they claim the same
+    # positions of the objects in the scene; a relation holds from the first to the second; () where no object
+    # fits
+    objects: tuple
+    words: str = field(
+        default='', compare=False
+    )  # what the caption said; two statements are equal if they claim the same
 
-    def __repr__(self): return f"{self.about} {self.value!r} of {self.objects}" + (f" ({self.words})" if self.words else '')
+    def __repr__(self):
+        return f'{self.about} {self.value!r} of {self.objects}' + (f' ({self.words})' if self.words else '')
 
 # %% ../nbs/05_shapes.ipynb #e40548a6
 @dataclass(frozen=True)
 class Scene:
     "A few shapes on a ground: drawn when `image` is asked for, described when `captions` is"
+
     objects: tuple  # ShapeObjects
     background: Background  # what they lie on
     key: tuple  # seed, number of the split, index: all that the scene depends on, besides its size
@@ -266,39 +404,63 @@ class Scene:
     @cached_property
     def captions(self):
         "Five different true captions"
-        rng, captions = np.random.default_rng([*self.key, 2]), {}
-        while len(captions) < 5: captions[write_caption(self.objects, rng)] = None
+        rng = np.random.default_rng([*self.key, 2])
+        captions = {}
+        while len(captions) < 5:
+            captions[write_caption(self.objects, rng)] = None
         return tuple(captions)
 
     @property
     def facts(self):
         "Everything that can be said: three Statements a shape, one relation for each ordered pair, one count"
-        named = [Statement(about, getattr(shape, about), (i,)) for i, shape in enumerate(self.objects)
-                 for about in ('kind', 'colour', 'size')]
-        placed = [Statement('relation', place, (i, j)) for i, j in permutations(range(len(self.objects)), 2)
-                  if (place := relation(self.objects[i].box, self.objects[j].box))]
-        return (*named, *placed, Statement('count', _count_words(len(self.objects)), tuple(range(len(self.objects)))))
+        named = [
+            Statement(about, getattr(shape, about), (i,))
+            for i, shape in enumerate(self.objects)
+            for about in ('kind', 'colour', 'size')
+        ]
+        placed = [
+            Statement('relation', place, (i, j))
+            for i, j in permutations(range(len(self.objects)), 2)
+            if (place := relation(self.objects[i].box, self.objects[j].box))
+        ]
+        return (
+            *named,
+            *placed,
+            Statement('count', _count_words(len(self.objects)), tuple(range(len(self.objects)))),
+        )
 
 # %% ../nbs/05_shapes.ipynb #72f73eed
 def _count_words(number, attributes=()):
     "A count in words: 'two shapes', 'two red shapes', 'one circle'"
     said = dict(attributes)
     noun = said.get('kind', 'shape')
-    return ' '.join([NUMBERS[number], *(said[about] for about in ('size', 'colour') if about in said),
-                     noun if number == 1 else plural(noun)])
+    return ' '.join(
+        [
+            NUMBERS[number],
+            *(said[about] for about in ('size', 'colour') if about in said),
+            noun if number == 1 else plural(noun),
+        ]
+    )
 
 # %% ../nbs/05_shapes.ipynb #f311633c
-def make_scene(seed:int,  # which world
-               index:int,  # which scene of it, from 0
-               split='train',  # one of SPLITS; each has its own random stream
-               max_objects=2,  # one to three shapes; n shapes are n times as frequent as one
-               image_size=64  # side of the picture, pixels: the same scene at any size
-              ):  # Scene
-    "The scene with this number: the same on every machine and in every process; raises ValueError for what cannot be drawn"
-    if split not in SPLITS: raise ValueError(f'split {split!r} is unknown; use one of {", ".join(SPLITS)}')
-    if not 1 <= max_objects <= 3: raise ValueError(f'max_objects is {max_objects}; a scene has one to three')
-    if seed < 0 or index < 0: raise ValueError(f'seed {seed} and index {index} must not be negative')
-    if image_size < 16: raise ValueError(f'image_size is {image_size}; below 16 pixels the shapes cannot be told apart')
+def make_scene(
+    seed: int,  # which world
+    index: int,  # which scene of it, from 0
+    split='train',  # one of SPLITS; each has its own random stream
+    max_objects=2,  # one to three shapes; n shapes are n times as frequent as one
+    image_size=64,  # side of the picture, pixels: the same scene at any size
+):  # Scene
+    """The scene with this number: the same on every machine and in every process; raises ValueError for what
+    cannot be drawn
+    """
+    if split not in SPLITS:
+        raise ValueError(f'split {split!r} is unknown; use one of {", ".join(SPLITS)}')
+    if not 1 <= max_objects <= 3:
+        raise ValueError(f'max_objects is {max_objects}; a scene has one to three')
+    if seed < 0 or index < 0:
+        raise ValueError(f'seed {seed} and index {index} must not be negative')
+    if image_size < 16:
+        raise ValueError(f'image_size is {image_size}; below 16 pixels the shapes cannot be told apart')
     key = (seed, SPLITS.index(split), index)
     rng = np.random.default_rng([*key, 0])
     number = _pick(rng, [n for n in range(1, max_objects + 1) for _ in range(n)])
@@ -307,45 +469,71 @@ def make_scene(seed:int,  # which world
 # %% ../nbs/05_shapes.ipynb #069cd416
 class ShapesDataset:
     "Scenes as a map-style data set; addressed by (epoch, index), it never shows a scene twice"
-    def __init__(self,
-                 transform,  # function of a PIL image that gives pixel_values (3, H, W)
-                 seed=0,  # which world
-                 split='train',  # one of SPLITS
-                 length=10_000,  # scenes that are called an epoch
-                 max_objects=2,  # one to three shapes
-                 captions_per_image=5,  # C, from 1 to 5
-                 image_size=64,  # pixels, before the transform
-                ):
-        make_scene(seed, 0, split, max_objects, image_size)  # raises ValueError now rather than in the first batch
-        if not 1 <= captions_per_image <= 5: raise ValueError(f'captions_per_image is {captions_per_image}; a scene has five captions')
-        if length < 1: raise ValueError(f'length is {length}; an epoch needs at least one scene')
-        self.transform, self.seed, self.split, self.length = transform, seed, split, length
-        self.max_objects, self.captions_per_image, self.image_size = max_objects, captions_per_image, image_size
 
-    def __len__(self): return self.length
+    def __init__(
+        self,
+        transform,  # function of a PIL image that gives pixel_values (3, H, W)
+        seed=0,  # which world
+        split='train',  # one of SPLITS
+        length=10_000,  # scenes that are called an epoch
+        max_objects=2,  # one to three shapes
+        captions_per_image=5,  # C, from 1 to 5
+        image_size=64,  # pixels, before the transform
+    ):
+        make_scene(
+            seed, 0, split, max_objects, image_size
+        )  # raises ValueError now rather than in the first batch
+        if not 1 <= captions_per_image <= 5:
+            raise ValueError(f'captions_per_image is {captions_per_image}; a scene has five captions')
+        if length < 1:
+            raise ValueError(f'length is {length}; an epoch needs at least one scene')
+        self.transform = transform
+        self.seed = seed
+        self.split = split
+        self.length = length
+        self.max_objects = max_objects
+        self.captions_per_image = captions_per_image
+        self.image_size = image_size
 
-    def __getitem__(self,
-                    item  # (epoch, index), or an index of epoch 0
-                   ):  # dict(pixel_values, captions: list of C, file)
+    def __len__(self):
+        return self.length
+
+    def __getitem__(
+        self,
+        item,  # (epoch, index), or an index of epoch 0
+    ):  # dict(pixel_values, captions: list of C, file)
         "Draw one scene and write its captions; raises IndexError outside the epoch"
         epoch, index = item if isinstance(item, tuple) else (0, item)
         if epoch < 0 or not 0 <= index < self.length:
-            raise IndexError(f'epoch {epoch}, index {index}: there are {self.length} scenes in an epoch, counted from 0')
-        scene = make_scene(self.seed, epoch*self.length + index, self.split, self.max_objects, self.image_size)
-        return dict(pixel_values=self.transform(Image.fromarray(scene.image)), captions=list(scene.captions[:self.captions_per_image]),
-                    file=f'{self.split} {scene.key[2]}')
+            raise IndexError(
+                f'epoch {epoch}, index {index}: there are {self.length} scenes in an epoch, counted from 0'
+            )
+        scene = make_scene(
+            self.seed, epoch * self.length + index, self.split, self.max_objects, self.image_size
+        )
+        return dict(
+            pixel_values=self.transform(Image.fromarray(scene.image)),
+            captions=list(scene.captions[: self.captions_per_image]),
+            file=f'{self.split} {scene.key[2]}',
+        )
 
 # %% ../nbs/05_shapes.ipynb #8758251f
-_LEXICON = {tuple(phrase.split()): meaning for phrase, meaning in [
-    *((kind, ('kind', kind)) for kind in KINDS), *((plural(kind), ('kinds', kind)) for kind in KINDS),
-    *((colour, ('colour', colour)) for colour in COLOURS),
-    *((word, ('size', size)) for size, words in SIZE_WORDS.items() for word in words),
-    *((word, ('relation', place)) for place, words in RELATION_WORDS.items() for word in words),
-    *((word, ('relation_it', place)) for place, words in RELATION_WORDS_IT.items() for word in words),
-    *((word, ('number', number)) for number, word in enumerate(NUMBERS) if number > 1),
-    *((word, (word, None)) for word in ('one', 'shape', 'shapes', 'in', 'and', 'with')),
-    *((word, ('alone', None)) for word in ('alone', 'on its own')),
-    *((word, ('gap', None)) for word in ('a', 'an', 'the', 'there', 'is', 'are', ','))]}
+_LEXICON = {
+    tuple(phrase.split()): meaning
+    for phrase, meaning in [
+        *((kind, ('kind', kind)) for kind in KINDS),
+        *((plural(kind), ('kinds', kind)) for kind in KINDS),
+        *((colour, ('colour', colour)) for colour in COLOURS),
+        *((word, ('size', size)) for size, words in SIZE_WORDS.items() for word in words),
+        *((word, ('relation', place)) for place, words in RELATION_WORDS.items() for word in words),
+        *((word, ('relation_it', place)) for place, words in RELATION_WORDS_IT.items() for word in words),
+        *((word, ('number', number)) for number, word in enumerate(NUMBERS) if number > 1),
+        *((word, (word, None)) for word in ('one', 'shape', 'shapes', 'in', 'and', 'with')),
+        *((word, ('alone', None)) for word in ('alone', 'on its own')),
+        *((word, ('gap', None)) for word in ('a', 'an', 'the', 'there', 'is', 'are', ',')),
+    ]
+}
+
 
 def _split(caption):
     "The caption's words from left to right, longest known phrase first, as (role, value)"
@@ -353,65 +541,121 @@ def _split(caption):
     while words:
         length = next((n for n in (4, 3, 2, 1) if tuple(words[:n]) in _LEXICON), 0)
         yield _LEXICON[tuple(words[:length])] if length else ('unknown', words[0])
-        words = words[max(length, 1):]
+        words = words[max(length, 1) :]
 
 # %% ../nbs/05_shapes.ipynb #e9ac9c40
 class CaptionReader:
-    "Reads a caption into mentions of shapes, relations between mentions, counts, and words that it does not know"
-    def __init__(self, caption:str):  # any text; case and punctuation other than commas do not matter
-        self.mentions, self.relations, self.counts, self.unknown = [], [], [], []
-        self.attributes, self.number, self.group = [], None, []  # of the phrase being read; said of all shapes
-        self.inside, self.joined, self.anchor = False, False, None  # after "in"; after "and"; what "it" stands for
+    """Reads a caption into mentions of shapes, relations between mentions, counts, and words that it does not
+    know
+    """
+
+    def __init__(self, caption: str):  # any text; case and punctuation other than commas do not matter
+        self.mentions = []
+        self.relations = []
+        self.counts = []
+        self.unknown = []
+        self.attributes, self.number, self.group = (
+            [],
+            None,
+            [],
+        )  # of the phrase being read; said of all shapes
+        self.inside, self.joined, self.anchor = (
+            False,
+            False,
+            None,
+        )  # after "in"; after "and"; what "it" stands for
         for role, value in _split(caption):
             getattr(self, f'_{role}')(value)
             self.inside = role == 'in'
         self._gap()
 
-    def _unknown(self, word): self.unknown.append(word)
+    def _unknown(self, word):
+        self.unknown.append(word)
 
     def _mention(self):
-        "Ends a phrase: a shape has been mentioned; what was said of all holds for it unless it says otherwise"
+        """Ends a phrase: a shape has been mentioned; what was said of all holds for it unless it says
+        otherwise
+        """
         said = {about for about, _ in self.attributes}
-        self.mentions.append(self.attributes + [(about, value) for about, value in self.group if about not in said])
+        self.mentions.append(
+            self.attributes + [(about, value) for about, value in self.group if about not in said]
+        )
         here = len(self.mentions) - 1
-        for place in self.relations:  # [value, subject, reference]: fill the first gap, reference before subject
-            if place[2] is None: place[2] = here
-            elif place[1] is None: place[1] = here
-        self.attributes, self.number, self.joined = [], None, False
+        for (
+            place
+        ) in self.relations:  # [value, subject, reference]: fill the first gap, reference before subject
+            if place[2] is None:
+                place[2] = here
+            elif place[1] is None:
+                place[1] = here
+        self.attributes = []
+        self.number = None
+        self.joined = False
 
     def _header(self):
         "Ends a phrase with a number: all shapes have been counted"
         self.counts.append((self.number, self.attributes))
-        self.group, self.attributes, self.number = self.attributes, [], None
+        self.group = self.attributes
+        self.attributes = []
+        self.number = None
 
     def _gap(self, _=None):
         "Ends a phrase without a noun: 'one red and one blue'"
-        if self.attributes and self.number in (None, 1): self._mention()
-        elif self.number: self._header()
+        if self.attributes and self.number in (None, 1):
+            self._mention()
+        elif self.number:
+            self._header()
 
     def _attribute(self, about, value):
-        if self.inside and self.mentions and not self.attributes: self.mentions[-1].append((about, value))  # a circle in red
-        else: self.attributes.append((about, value))
-    def _size(self, value): self._attribute('size', value)
-    def _colour(self, value): self._attribute('colour', value)
-    def _number(self, value): self._gap(); self.number = value
+        if self.inside and self.mentions and not self.attributes:
+            self.mentions[-1].append((about, value))  # a circle in red
+        else:
+            self.attributes.append((about, value))
+
+    def _size(self, value):
+        self._attribute('size', value)
+
+    def _colour(self, value):
+        self._attribute('colour', value)
+
+    def _number(self, value):
+        self._gap()
+        self.number = value
 
     def _one(self, _):
-        if self.attributes: self._mention()  # a red one
-        else: self._gap(); self.number = 1  # one shape, one red
+        if self.attributes:
+            self._mention()  # a red one
+        else:
+            self._gap()
+            self.number = 1  # one shape, one red
 
     def _noun(self, kind, several):
-        if kind: self.attributes.append(('kind', kind))
+        if kind:
+            self.attributes.append(('kind', kind))
         counted = self.number and (several or self.number > 1 or not self.attributes)
         self._header() if counted else self._mention()
-    def _kind(self, value): self._noun(value, False)
-    def _kinds(self, value): self._noun(value, True)
-    def _shape(self, _): self._noun(None, False)
-    def _shapes(self, _): self._noun(None, True)
+
+    def _kind(self, value):
+        self._noun(value, False)
+
+    def _kinds(self, value):
+        self._noun(value, True)
+
+    def _shape(self, _):
+        self._noun(None, False)
+
+    def _shapes(self, _):
+        self._noun(None, True)
 
     def _relation(self, value):
         self._gap()
-        subject = self.relations[-1][1] if self.joined and self.relations else len(self.mentions) - 1 if self.mentions else None
+        subject = (
+            self.relations[-1][1]
+            if self.joined and self.relations
+            else len(self.mentions) - 1
+            if self.mentions
+            else None
+        )
         self.relations.append([value, subject, None])
 
     def _relation_it(self, value):
@@ -419,15 +663,26 @@ class CaptionReader:
         last = len(self.mentions) - 1
         self.relations.append([value, last, last - 1 if self.anchor is None else self.anchor])
 
-    def _in(self, _): self._gap()
-    def _and(self, _): self._gap(); self.joined = True
-    def _with(self, _): self._gap(); self.anchor = len(self.mentions) - 1
-    def _alone(self, _): self._gap(); self.counts.append((1, []))
+    def _in(self, _):
+        self._gap()
+
+    def _and(self, _):
+        self._gap()
+        self.joined = True
+
+    def _with(self, _):
+        self._gap()
+        self.anchor = len(self.mentions) - 1
+
+    def _alone(self, _):
+        self._gap()
+        self.counts.append((1, []))
 
 # %% ../nbs/05_shapes.ipynb #e4bf9582
 @dataclass(frozen=True)
 class Check:
     "What a caption says of a scene, sorted by truth"
+
     true: list  # Statements that hold
     false: list  # Statements that do not
     missing: list  # facts of the scene that the caption leaves out (one direction of each relation)
@@ -439,67 +694,111 @@ class Check:
         return bool(self.true) and not self.false and not self.unknown
 
 # %% ../nbs/05_shapes.ipynb #5cf93b85
-def _fits(attributes, shape): return sum(getattr(shape, about) == value for about, value in attributes)
+def _fits(attributes, shape):
+    return sum(getattr(shape, about) == value for about, value in attributes)
+
 
 def _match(reader, objects, most=8):
     "For each mention the object it speaks of, or None: the one-to-one choice that makes most statements true"
-    considered, best = min(len(reader.mentions), most), (-1, -1)
+    considered = min(len(reader.mentions), most)
+    best = (-1, -1)
     for choice in product([None, *range(considered)], repeat=len(objects)):  # for each object its mention
-        used = {mention: i for i, mention in enumerate(choice) if mention is not None}  # a mention speaks of one object
+        used = {
+            mention: i for i, mention in enumerate(choice) if mention is not None
+        }  # a mention speaks of one object
         good = sum(_fits(reader.mentions[mention], objects[i]) for mention, i in used.items())
-        good += sum(relation(objects[used[a]].box, objects[used[b]].box) == value for value, a, b in reader.relations
-                    if a in used and b in used)
-        if (good, len(used)) > best: best, answer = (good, len(used)), used
+        good += sum(
+            relation(objects[used[a]].box, objects[used[b]].box) == value
+            for value, a, b in reader.relations
+            if a in used and b in used
+        )
+        if (good, len(used)) > best:
+            best = (good, len(used))
+            answer = used
     return [answer.get(mention) for mention in range(len(reader.mentions))]
+
 
 def _statements(reader, objects):
     "Every statement of a caption, with whether it is true"
     who = _match(reader, objects)
-    text = [' '.join(value for _, value in sorted(mention, key=lambda said: ('size', 'colour', 'kind').index(said[0]))) or 'shape'
-            for mention in reader.mentions]
+    text = [
+        ' '.join(
+            value for _, value in sorted(mention, key=lambda said: ('size', 'colour', 'kind').index(said[0]))
+        )
+        or 'shape'
+        for mention in reader.mentions
+    ]
     for mention, i, words in zip(reader.mentions, who, text):
         for about, value in mention:
-            yield Statement(about, value, () if i is None else (i,), words), i is not None and getattr(objects[i], about) == value
+            yield (
+                Statement(about, value, () if i is None else (i,), words),
+                i is not None and getattr(objects[i], about) == value,
+            )
     for value, *ends in reader.relations:
         known = all(end is not None and 0 <= end < len(who) for end in ends)
         pair = tuple(who[end] for end in ends) if known and all(who[end] is not None for end in ends) else ()
-        words = ' '.join([text[ends[0]] if known else 'nothing', value, text[ends[1]] if known else 'nothing'])
-        yield Statement('relation', value, pair, words), bool(pair) and relation(*(objects[i].box for i in pair)) == value
+        words = ' '.join(
+            [text[ends[0]] if known else 'nothing', value, text[ends[1]] if known else 'nothing']
+        )
+        yield (
+            Statement('relation', value, pair, words),
+            bool(pair) and relation(*(objects[i].box for i in pair)) == value,
+        )
     for number, attributes in reader.counts:
         counted = tuple(i for i, shape in enumerate(objects) if _fits(attributes, shape) == len(attributes))
         words = _count_words(number, attributes)
         yield Statement('count', words, counted, words), len(counted) == number
 
 # %% ../nbs/05_shapes.ipynb #a7b8fa2d
-def check_caption(caption:str,  # any text
-                  scene  # the Scene that it is said of
-                 ):  # Check
+def check_caption(
+    caption: str,  # any text
+    scene,  # the Scene that it is said of
+):  # Check
     "Sorts what a caption says into true and false, and lists what it leaves out"
     reader = CaptionReader(caption)
     judged = list(_statements(reader, scene.objects))
     true, false = [s for s, holds in judged if holds], [s for s, holds in judged if not holds]
     said = {(s.about, tuple(sorted(s.objects))) for s in true}
-    missing = [fact for fact in scene.facts if (fact.about, tuple(sorted(fact.objects))) not in said
-               and fact.objects == tuple(sorted(fact.objects))]
+    missing = [
+        fact
+        for fact in scene.facts
+        if (fact.about, tuple(sorted(fact.objects))) not in said
+        and fact.objects == tuple(sorted(fact.objects))
+    ]
     return Check(true, false, missing, reader.unknown)
 
 # %% ../nbs/05_shapes.ipynb #405b5cd1
-def score_captions(captions,  # list of str, one for each scene
-                   scenes  # list of Scene
-                  ):  # dict of shares from 0 to 1
-    "How much of what captions say is true, altogether and by what it is about; raises ValueError for lists of different lengths"
+def score_captions(
+    captions,  # list of str, one for each scene
+    scenes,  # list of Scene
+):  # dict of shares from 0 to 1
+    """How much of what captions say is true, altogether and by what it is about; raises ValueError for lists
+    of different lengths
+    """
     captions, scenes = list(captions), list(scenes)
     if not captions or len(captions) != len(scenes):
-        raise ValueError(f'{len(captions)} captions for {len(scenes)} scenes; give one caption for each scene, and at least one')
+        raise ValueError(
+            f'{len(captions)} captions for {len(scenes)} scenes; give one caption for each scene, and '
+            'at least one'
+        )
     checks = [check_caption(caption, scene) for caption, scene in zip(captions, scenes)]
     about = lambda part: [s.about for check in checks for s in getattr(check, part)]
-    true, false, missing, facts = about('true'), about('false'), about('missing'), sum(map(_facts_once, scenes))
+    true = about('true')
+    false = about('false')
+    missing = about('missing')
+    facts = sum(map(_facts_once, scenes))
     return dict(
-        statements_true=len(true)/max(len(true) + len(false), 1),  # 0 where nothing is said
-        true_by_kind={what: true.count(what)/(true.count(what) + false.count(what))
-                      for what in ('kind', 'colour', 'size', 'relation', 'count') if what in true + false},
-        missing=len(missing)/facts,  # share of the facts left out, each relation counted once
-        captions_true=sum(check.fully_true for check in checks)/len(checks),
-        unknown_words=sum(len(check.unknown) for check in checks)/len(checks))  # words a caption
+        statements_true=len(true) / max(len(true) + len(false), 1),  # 0 where nothing is said
+        true_by_kind={
+            what: true.count(what) / (true.count(what) + false.count(what))
+            for what in ('kind', 'colour', 'size', 'relation', 'count')
+            if what in true + false
+        },
+        missing=len(missing) / facts,  # share of the facts left out, each relation counted once
+        captions_true=sum(check.fully_true for check in checks) / len(checks),
+        unknown_words=sum(len(check.unknown) for check in checks) / len(checks),
+    )  # words a caption
 
-def _facts_once(scene): return sum(fact.objects == tuple(sorted(fact.objects)) for fact in scene.facts)
+
+def _facts_once(scene):
+    return sum(fact.objects == tuple(sorted(fact.objects)) for fact in scene.facts)

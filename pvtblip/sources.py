@@ -8,7 +8,8 @@ __all__ = ['PHOTO_SUFFIXES', 'MAX_PHOTO_BYTES', 'MAX_TEXT_BYTES', 'open_photo', 
            'caption_statistics', 'DataReport', 'contact_sheet', 'check_data']
 
 # %% ../nbs/11_sources.ipynb #33a01bf8
-import bisect, errno, functools, hashlib, io, itertools, json, os, random, re, stat, sys, tarfile, textwrap, time, warnings
+import bisect, errno, functools, hashlib, io, itertools, os, random, re, stat
+import sys, tarfile, textwrap, time, warnings
 import urllib.error, urllib.request
 from array import array
 from collections import Counter, defaultdict
@@ -23,8 +24,20 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
-from .data import (BrokenImage, Record, caption_list, clean_captions, draw_captions, find_fields, gather_records, hold_out,
-                          object_rows, read_captions, similar_files, take_split)
+from pvtblip.data import (
+    BrokenImage,
+    Record,
+    caption_list,
+    clean_captions,
+    draw_captions,
+    find_fields,
+    gather_records,
+    hold_out,
+    object_rows,
+    read_captions,
+    similar_files,
+    take_split,
+)
 from .files import decode_text, parse_json, printable
 from .pvt_encoder import load_image, read_photo
 from .tokenizer import CaptionTokenizer, collapse_whitespace
@@ -35,102 +48,156 @@ def open_photo(
     content: bytes,  # the bytes of an image file
 ) -> Image.Image:  # decoded, in the mode that the file has
     "Decode a photo that is not a file of its own; ValueError that names it where that cannot be done"
+
     def decoded(image):
         image.load()
         return image
+
     return read_photo(content, decoded, name)
 
 # %% ../nbs/11_sources.ipynb #734ea0be
 class HubPhotos(Mapping):
     "File name -> photo, out of the tables of the `datasets` library"
-    def __init__(self,
+
+    def __init__(
+        self,
         parts: dict,  # split -> datasets.Dataset
         column: str,  # the column that holds the photos
         places: dict[str, tuple[str, int]],  # file name -> (split, row)
     ):
         from datasets import Image as Photo
-        self.parts = {name: part.select_columns([column]).cast_column(column, Photo(decode=False)) for name, part in parts.items()}
+
+        self.parts = {
+            name: part.select_columns([column]).cast_column(column, Photo(decode=False))
+            for name, part in parts.items()
+        }
         self.column, self.places = column, places
 
     def content(self, file: str) -> bytes | Path:
-        "The bytes of the photo, or its path where the table holds only that; ValueError where it holds neither"
+        """The bytes of the photo, or its path where the table holds only that; ValueError where it holds
+        neither
+        """
         part, row = self.places[file]
         photo = self.parts[part][row][self.column] or {}
-        if photo.get("bytes") is None and not photo.get("path"): raise ValueError(f"{file}: row {row} of split {part!r} has no photo")
-        return Path(photo["path"]) if photo["bytes"] is None else photo["bytes"]
+        if photo.get('bytes') is None and not photo.get('path'):
+            raise ValueError(f'{file}: row {row} of split {part!r} has no photo')
+        return Path(photo['path']) if photo['bytes'] is None else photo['bytes']
 
     def __getitem__(self, file: str) -> Image.Image | Path:
         content = self.content(file)
         return content if isinstance(content, Path) else open_photo(file, content)
 
-    def __iter__(self) -> Iterator[str]: return iter(self.places)
-    def __len__(self) -> int: return len(self.places)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 # %% ../nbs/11_sources.ipynb #af04fa31
 def _needed_package(name: str, what: str):
     "The module `name`; ValueError that names the extra where it is not installed"
-    try: return __import__(name)
-    except ImportError: raise ValueError(f"{what} needs the package {name}; install it with: pip install 'pvtblip[{name}]'") from None
+    try:
+        return __import__(name)
+    except ImportError:
+        raise ValueError(
+            f"{what} needs the package {name}; install it with: pip install 'pvtblip[{name}]'"
+        ) from None
+
 
 def _reason(error: Exception) -> str:
     "What an error says, in one short line"
-    said = getattr(error, "strerror", None) or getattr(error, "reason", None) or str(error) or type(error).__name__
-    return printable(str(said).strip().partition("\n")[0])[:120]
+    said = (
+        getattr(error, 'strerror', None)
+        or getattr(error, 'reason', None)
+        or str(error)
+        or type(error).__name__
+    )
+    return printable(str(said).strip().partition('\n')[0])[:120]
+
 
 def _is_saved(folder: Path) -> bool:
     "Did save_to_disk write this folder?"
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    return any((folder / name).is_file() for name in ('dataset_dict.json', 'state.json'))
+
 
 def _parquet_files(folder: Path) -> dict[str, list[str]]:
-    "Split -> parquet files, as a download from the hub has them: data/train-00000-of-00002.parquet or train/0000.parquet"
+    """Split -> parquet files, as a download from the hub has them: data/train-00000-of-00002.parquet or
+    train/0000.parquet
+    """
     found = defaultdict(list)
-    for file in sorted(folder.rglob("*.parquet")):
-        name = re.match(r"[A-Za-z]*", file.stem)[0] or re.match(r"[A-Za-z]*", file.parent.name)[0]
-        found[name or "all"].append(str(file))
+    for file in sorted(folder.rglob('*.parquet')):
+        name = re.match(r'[A-Za-z]*', file.stem)[0] or re.match(r'[A-Za-z]*', file.parent.name)[0]
+        found[name or 'all'].append(str(file))
     return dict(found)
 
+
 def _hub_parts(source: str | Path) -> dict:
-    "The tables of a saved folder, of a folder with parquet files or of a name on the hub: split -> datasets.Dataset"
-    library, folder = _needed_package("datasets", f"{source}: a dataset of Hugging Face"), Path(source)
-    if not folder.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
-        raise ValueError(printable(f"{source}: neither a folder nor a name on the hub; give one of them"))
+    """The tables of a saved folder, of a folder with parquet files or of a name on the hub: split ->
+    datasets.Dataset
+    """
+    library = _needed_package('datasets', f'{source}: a dataset of Hugging Face')
+    folder = Path(source)
+    if not folder.is_dir() and not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(source)):
+        raise ValueError(printable(f'{source}: neither a folder nor a name on the hub; give one of them'))
     try:
-        if folder.is_dir() and not _is_saved(folder): loaded = library.load_dataset("parquet", data_files=_parquet_files(folder))
-        else: loaded = library.load_from_disk(str(folder)) if folder.is_dir() else library.load_dataset(str(source))
+        if folder.is_dir() and not _is_saved(folder):
+            loaded = library.load_dataset('parquet', data_files=_parquet_files(folder))
+        else:
+            loaded = (
+                library.load_from_disk(str(folder)) if folder.is_dir() else library.load_dataset(str(source))
+            )
     except Exception as error:  # network, names, rights and damaged files fail in many ways
-        what = f"{source}: the datasets library cannot load it ({_reason(error)})"
-        raise ValueError(printable(f"{what}; check the name, the network or the folder")) from error
-    parts = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "all"): loaded}
+        what = f'{source}: the datasets library cannot load it ({_reason(error)})'
+        raise ValueError(printable(f'{what}; check the name, the network or the folder')) from error
+    parts = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or 'all'): loaded}
     return {name: part.with_format(None) for name, part in parts.items()}
 
+
 def read_hub_dataset(
-    source: str | Path,  # a folder that save_to_disk wrote, one with parquet files, or a name on the hub such as "nlphuji/flickr30k"
+    source: str
+    # a folder that save_to_disk wrote, one with parquet files, or a name on the hub such as
+    # "nlphuji/flickr30k"
+    | Path,
     images: str | Path | None = None,  # the folder of the photos where the tables hold only their names
-    split: str | None = None,  # as in `read_captions`; where the rows have no column split, the tables' own splits count
+    split: str
+    | None = None,  # as in `read_captions`; where the rows have no column split, the tables' own splits count
     columns: dict[str, str] | None = None,  # as in `read_captions`
     log: Callable[[str], object] = warnings.warn,  # as in `read_captions`
 ) -> tuple[list[Record], Mapping | Path]:  # records; the photos, for `CaptionDataset`
-    "Read a dataset of Hugging Face; ValueError 'SOURCE:ROW: ...' where a row is wrong, and where the package is missing"
-    parts, columns, rows, places = _hub_parts(source), columns or {}, [], {}
+    """Read a dataset of Hugging Face; ValueError 'SOURCE:ROW: ...' where a row is wrong, and where the
+    package is missing
+    """
+    parts = _hub_parts(source)
+    columns = columns or {}
+    rows = []
+    places = {}
     from datasets import Image as Photo
-    def is_picture(kind): return isinstance(kind, Photo) or isinstance(kind, dict) and kind.keys() == {"bytes", "path"}
+
+    def is_picture(kind):
+        return isinstance(kind, Photo) or isinstance(kind, dict) and kind.keys() == {'bytes', 'path'}
+
     pictures = [name for name, kind in next(iter(parts.values())).features.items() if is_picture(kind)][:1]
-    if not pictures and images is None: raise ValueError(printable(f"{source}: no column holds photos; give the folder of the photos, too"))
+    if not pictures and images is None:
+        raise ValueError(printable(f'{source}: no column holds photos; give the folder of the photos, too'))
     for part, data in parts.items():
         for number, entry in enumerate(data.remove_columns(pictures)):
-            if not find_fields(entry, columns)["file"] and "file" not in columns: entry["file_name"] = f"{part}/{number:06}"
-            found = list(object_rows(Path(source), number + 1, {"split": part, **entry}, columns))
+            if not find_fields(entry, columns)['file'] and 'file' not in columns:
+                entry['file_name'] = f'{part}/{number:06}'
+            found = list(object_rows(Path(source), number + 1, {'split': part, **entry}, columns))
             places.setdefault(found[0].file, (part, number))
             rows += found
     records = gather_records(Path(source), rows, log)
-    if split is not None: records = take_split(records, split, source)
+    if split is not None:
+        records = take_split(records, split, source)
     return records, HubPhotos(parts, pictures[0], places) if pictures else Path(images)
 
 # %% ../nbs/11_sources.ipynb #422c5c9b
 def _dealt(shards: list[str], seed: int, number: int, stream: int, streams: int) -> list[str]:
-    "The share that a stream has in pass `number` over the shards: a function of (seed, pass), each shard in one share"
+    """The share that a stream has in pass `number` over the shards: a function of (seed, pass), each shard in
+    one share
+    """
     order = sorted(shards)
-    random.Random(f"shards {seed} {number}").shuffle(order)
+    random.Random(f'shards {seed} {number}').shuffle(order)
     return order[stream::streams]
 
 # %% ../nbs/11_sources.ipynb #e6d9b6dd
@@ -138,243 +205,396 @@ def shard_address(
     name: str,  # of one shard
 ) -> str:  # a path, or an http address
     "What may be opened; ValueError for everything else, such as pipe:, which would run a command"
-    if os.path.lexists(name): return name
+    if os.path.lexists(name):
+        return name
     name = name.strip()
-    found = re.match(r"([A-Za-z][\w+.-]+):", name)  # one letter is a drive of Windows
-    scheme = found[1].lower() if found else ""
-    try: address = urlsplit(name)
-    except ValueError: address = urlsplit("")  # a bracket that is not closed
+    found = re.match(r'([A-Za-z][\w+.-]+):', name)  # one letter is a drive of Windows
+    scheme = found[1].lower() if found else ''
+    try:
+        address = urlsplit(name)
+    except ValueError:
+        address = urlsplit('')  # a bracket that is not closed
     wrong = None
-    if "${" in name: wrong = "${} is replaced by nobody here"
-    elif scheme == "pipe": wrong = "runs a command"
-    elif scheme not in ("", "file", "http", "https"): wrong = f"{scheme}: is not opened"
-    elif scheme == "file" and address.netloc not in ("", "localhost"): wrong = "names another computer"
-    elif scheme in ("http", "https") and not address.hostname: wrong = "names no host"
-    remedy = "give files or http addresses, or mount the storage as a folder"
-    if wrong: raise ValueError(printable(f"{name[:100]}: {wrong}, which is refused; {remedy}"))
-    return urllib.request.url2pathname(address.path) if scheme == "file" else name
+    if '${' in name:
+        wrong = '${} is replaced by nobody here'
+    elif scheme == 'pipe':
+        wrong = 'runs a command'
+    elif scheme not in ('', 'file', 'http', 'https'):
+        wrong = f'{scheme}: is not opened'
+    elif scheme == 'file' and address.netloc not in ('', 'localhost'):
+        wrong = 'names another computer'
+    elif scheme in ('http', 'https') and not address.hostname:
+        wrong = 'names no host'
+    remedy = 'give files or http addresses, or mount the storage as a folder'
+    if wrong:
+        raise ValueError(printable(f'{name[:100]}: {wrong}, which is refused; {remedy}'))
+    return urllib.request.url2pathname(address.path) if scheme == 'file' else name
 
-def _is_web(address: str) -> bool: return bool(re.match("https?:", address, re.I)) and not os.path.lexists(address)
+
+def _is_web(address: str) -> bool:
+    return bool(re.match('https?:', address, re.I)) and not os.path.lexists(address)
+
 
 def _expanded(pattern: str) -> Iterator[str]:
     "The names that a pattern stands for: {000..127} counts, {a,b} lists"
-    found = re.search(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}", pattern)
-    if found is None: yield pattern
+    found = re.search(r'\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}', pattern)
+    if found is None:
+        yield pattern
     else:
         first, last, several = found.groups()
-        parts = (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)) if several is None else several.split(",")
-        for part in parts: yield from _expanded(pattern[:found.start()] + part + pattern[found.end():])
+        parts = (
+            (f'{number:0{len(first)}}' for number in range(int(first), int(last) + 1))
+            if several is None
+            else several.split(',')
+        )
+        for part in parts:
+            yield from _expanded(pattern[: found.start()] + part + pattern[found.end() :])
+
 
 def find_shards(
-    source: str | Path,  # a folder with tar files, one tar file, an http address, or a pattern: "shards/part-{000..127}.tar"
+    source: str
+    # a folder with tar files, one tar file, an http address, or a pattern: "shards/part-{000..127}.tar"
+    | Path,
 ) -> list[str]:  # paths and addresses
-    "The shards that a pattern names; FileNotFoundError for local ones that are not there, ValueError for what is not opened"
-    folder, source = Path(source), str(source)
+    """The shards that a pattern names; FileNotFoundError for local ones that are not there, ValueError for
+    what is not opened
+    """
+    folder = Path(source)
+    source = str(source)
     shown = printable(source[:100])
-    if folder.is_file(): return [source]
+    if folder.is_file():
+        return [source]
     if folder.is_dir():
-        if shards := sorted(map(str, folder.glob("*.tar*"))): return shards
-        raise FileNotFoundError(f"{shown}: no tar files in this folder; give a folder of shards")
-    if source.count("{") > 20: raise ValueError(f"{shown}: more than 20 braces; give several patterns, joined by ::")
-    names = list(itertools.islice((name for pattern in source.split("::") for name in _expanded(pattern)), 1_000_001))
-    if not 0 < len(names) <= 1_000_000: raise ValueError(f"{shown}: names {'more than 1,000,000' if names else 'no'} shards; correct the pattern")
+        if shards := sorted(map(str, folder.glob('*.tar*'))):
+            return shards
+        raise FileNotFoundError(f'{shown}: no tar files in this folder; give a folder of shards')
+    if source.count('{') > 20:
+        raise ValueError(f'{shown}: more than 20 braces; give several patterns, joined by ::')
+    names = list(
+        itertools.islice((name for pattern in source.split('::') for name in _expanded(pattern)), 1_000_001)
+    )
+    if not 0 < len(names) <= 1_000_000:
+        raise ValueError(
+            f'{shown}: names {"more than 1,000,000" if names else "no"} shards; correct the pattern'
+        )
     shards = list(map(shard_address, names))
     missing = [shard for shard in shards if not _is_web(shard) and not Path(shard).is_file()]
     if missing:
-        raise FileNotFoundError(printable(f"{missing[0][:200]}: no such shard ({len(missing)} of {len(shards)} are missing); correct {shown}"))
+        raise FileNotFoundError(
+            printable(
+                f'{missing[0][:200]}: no such shard ({len(missing)} of {len(shards)} are missing); '
+                f'correct {shown}'
+            )
+        )
     return shards
 
 # %% ../nbs/11_sources.ipynb #b2a738e1
 PHOTO_SUFFIXES = (  # of `PHOTO_FORMATS`
-    "jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
+    'jpg',
+    'jpeg',
+    'jpe',
+    'jfif',
+    'png',
+    'apng',
+    'webp',
+    'gif',
+    'bmp',
+    'tif',
+    'tiff',
+    'ppm',
+    'pgm',
+    'pbm',
+    'pnm',
+)
 
 MAX_PHOTO_BYTES = 2**27  # 134 MB, of a photo in a shard: 44 million pixels without any compression
 MAX_TEXT_BYTES = 2**20  # of captions in a shard, and of the name of a file
 
+
 def is_photo(name: str) -> bool:
     "Does this name end as that of a photo that is read?"
-    return name.lower().endswith(tuple(f".{suffix}" for suffix in PHOTO_SUFFIXES))
+    return name.lower().endswith(tuple(f'.{suffix}' for suffix in PHOTO_SUFFIXES))
+
 
 class _Header(tarfile.TarInfo):
     "The header of a file in an archive, whose name may not have gigabytes either"
+
     def _proc_member(self, archive):
-        if not self.isreg() and self.size > MAX_TEXT_BYTES and self.type not in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
-            raise ValueError(f"a header of {self.size:,} bytes")
+        if (
+            not self.isreg()
+            and self.size > MAX_TEXT_BYTES
+            and self.type not in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)
+        ):
+            raise ValueError(f'a header of {self.size:,} bytes')
         return super()._proc_member(archive)
 
+
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    "(key, suffix, header) of photos and captions: the key ends at the first dot of the name, as in WebDataset"
+    """(key, suffix, header) of photos and captions: the key ends at the first dot of the name, as in
+    WebDataset
+    """
     for entry in archive:
         archive.members = []  # which it would keep
-        found = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", entry.name, re.S)
-        meta = re.match(r"__[^/]*__($|/)", entry.name)  # WebDataset's own notes
-        wanted = is_photo(entry.name) or entry.name.lower().endswith((".txt", ".json"))
-        if entry.isreg() and found and wanted and not meta: yield found[1], found[2].lower(), entry
+        found = re.fullmatch(r'((?:.*/)?[^./]+)\.([^/]+)', entry.name, re.S)
+        meta = re.match(r'__[^/]*__($|/)', entry.name)  # WebDataset's own notes
+        wanted = is_photo(entry.name) or entry.name.lower().endswith(('.txt', '.json'))
+        if entry.isreg() and found and wanted and not meta:
+            yield found[1], found[2].lower(), entry
 
-def _key(member: tuple[str, str, tarfile.TarInfo]) -> str: return member[0]
 
-def _sample(shard: str, key: str, archive: tarfile.TarFile, members: Iterable[tuple[str, str, tarfile.TarInfo]]) -> dict:
+def _key(member: tuple[str, str, tarfile.TarInfo]) -> str:
+    return member[0]
+
+
+def _sample(
+    shard: str, key: str, archive: tarfile.TarFile, members: Iterable[tuple[str, str, tarfile.TarInfo]]
+) -> dict:
     "The files of one photo: suffix -> bytes, and under __problem__ what is wrong with one of them"
     sample = dict(__key__=key, __url__=shard)
     for _, suffix, entry in members:
-        limit = MAX_PHOTO_BYTES if is_photo(f".{suffix}") else MAX_TEXT_BYTES
+        limit = MAX_PHOTO_BYTES if is_photo(f'.{suffix}') else MAX_TEXT_BYTES
         problem = None
-        if entry.size > limit: problem = f"its .{suffix[-60:]} has {entry.size:,} bytes, more than {limit:,}; make it smaller"
-        elif suffix in sample: problem = f"a duplicate file name, .{suffix[-60:]}; give every photo its own key"
-        if problem: sample.setdefault("__problem__", problem)
-        else: sample[suffix] = archive.extractfile(entry).read()
+        if entry.size > limit:
+            problem = f'its .{suffix[-60:]} has {entry.size:,} bytes, more than {limit:,}; make it smaller'
+        elif suffix in sample:
+            problem = f'a duplicate file name, .{suffix[-60:]}; give every photo its own key'
+        if problem:
+            sample.setdefault('__problem__', problem)
+        else:
+            sample[suffix] = archive.extractfile(entry).read()
     return sample
+
 
 @functools.cache
 def _web() -> urllib.request.OpenerDirector:
     "Opens http and https, also where a server sends us on to another address"
     opener = urllib.request.OpenerDirector()
-    for kind in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"): opener.add_handler(getattr(urllib.request, f"{kind}Handler")())
+    for kind in ('Proxy', 'Unknown', 'HTTP', 'HTTPS', 'HTTPDefaultError', 'HTTPRedirect'):
+        opener.add_handler(getattr(urllib.request, f'{kind}Handler')())
     opener.add_handler(urllib.request.HTTPErrorProcessor())
     return opener
+
 
 def _open_shard(shard: str):
     "The bytes of a shard as a stream; OSError where it cannot be opened, after three attempts over http"
     address = shard_address(shard)
-    if not _is_web(address): return open(address, "rb")
+    if not _is_web(address):
+        return open(address, 'rb')
     for pause in (1, 5, None):
-        try: return _web().open(address, timeout=60)
+        try:
+            return _web().open(address, timeout=60)
         except urllib.error.URLError as error:
-            if pause is None or isinstance(error, urllib.error.HTTPError) and error.code < 500: raise
+            if pause is None or isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                raise
             time.sleep(pause)
+
 
 def _ends_early(shard: str) -> bool:
     "Does a local .tar lack the zeros at its end? Cut between two files, it looks like a shorter one"
-    if _is_web(address := shard_address(shard)) or not address.endswith(".tar"): return False
-    with open(address, "rb") as stream:
+    if _is_web(address := shard_address(shard)) or not address.endswith('.tar'):
+        return False
+    with open(address, 'rb') as stream:
         size = stream.seek(0, io.SEEK_END)
         stream.seek(max(0, size - 512))
         return stream.read() != bytes(512)
 
+
 def _lacks_bytes(stream) -> bool:
     "Did a server send less than it said? Reads the stream to its end"
-    while stream.read(2**20): pass
-    return bool(getattr(stream, "length", 0))
+    while stream.read(2**20):
+        pass
+    return bool(getattr(stream, 'length', 0))
+
 
 def read_shard(
     shard: str,  # path or address
 ) -> Iterator[dict | BrokenImage]:
-    "The samples, {suffix: bytes} with __key__ and __url__; at damage a BrokenImage that names the shard; ValueError for a foreign address"
+    """The samples, {suffix: bytes} with __key__ and __url__; at damage a BrokenImage that names the shard;
+    ValueError for a foreign address
+    """
     shard_address(shard)  # raises, for it is no damage
     try:
         with _open_shard(shard) as stream:
-            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
-                for key, members in itertools.groupby(_members(archive), _key): yield _sample(shard, key, archive, members)
-            if _lacks_bytes(stream) or _ends_early(shard): raise ValueError("it ends early; copy it again")
+            with tarfile.open(fileobj=stream, mode='r|*', tarinfo=_Header) as archive:
+                for key, members in itertools.groupby(_members(archive), _key):
+                    yield _sample(shard, key, archive, members)
+            if _lacks_bytes(stream) or _ends_early(shard):
+                raise ValueError('it ends early; copy it again')
     except Exception as error:  # archives and networks fail in many ways
-        yield BrokenImage(shard, printable(f"{shard}: damaged or unreadable shard ({_reason(error)})"))
+        yield BrokenImage(shard, printable(f'{shard}: damaged or unreadable shard ({_reason(error)})'))
 
 # %% ../nbs/11_sources.ipynb #91e4faa0
 def _json_captions(sample: dict, name: str) -> list:
     "What the .json of a sample holds, to be checked; ValueError where it is no object"
-    if "json" not in sample: return []
-    entry = parse_json(decode_text(sample["json"], f"{name}.json"), f"{name}.json")
-    if not isinstance(entry, dict): raise ValueError(f"{name}: its .json is no object; write {{\"caption\": ...}}")
-    return [caption for field in find_fields(entry, {})["caption"] for caption in caption_list(entry[field])]
+    if 'json' not in sample:
+        return []
+    entry = parse_json(decode_text(sample['json'], f'{name}.json'), f'{name}.json')
+    if not isinstance(entry, dict):
+        raise ValueError(f'{name}: its .json is no object; write {{"caption": ...}}')
+    return [caption for field in find_fields(entry, {})['caption'] for caption in caption_list(entry[field])]
+
 
 def _sample_captions(sample: dict, name: str) -> list[str]:
-    "The captions of a sample: the lines of its .txt, or what its .json holds; ValueError where there are none"
-    text = decode_text(sample["txt"], f"{name}.txt") if "txt" in sample else ""
-    printed = re.match(r"\s*\[\s*[\"']", text) and text.rstrip().endswith("]")  # a list, which may go over several lines
-    captions = [text] if printed else [line for line in re.split("[\r\n]+", text) if line.strip()]
+    """The captions of a sample: the lines of its .txt, or what its .json holds; ValueError where there are
+    none
+    """
+    text = decode_text(sample['txt'], f'{name}.txt') if 'txt' in sample else ''
+    printed = re.match(r"\s*\[\s*[\"']", text) and text.rstrip().endswith(
+        ']'
+    )  # a list, which may go over several lines
+    captions = [text] if printed else [line for line in re.split('[\r\n]+', text) if line.strip()]
     if len(captions) != 1 and (stated := _json_captions(sample, name)):
-        same = len(stated) == 1 and isinstance(stated[0], str) and collapse_whitespace(stated[0]) == collapse_whitespace(text)
-        if same or not captions: captions = [caption for caption in stated if not isinstance(caption, str) or caption.strip()]
-    try: captions = [text for caption in captions for text in clean_captions(caption)]
-    except ValueError as error: raise ValueError(f"{name}: a caption {error}") from None
-    if not captions: raise ValueError(f"{name}: no captions; a sample needs a .txt or a .json with a caption")
+        same = (
+            len(stated) == 1
+            and isinstance(stated[0], str)
+            and collapse_whitespace(stated[0]) == collapse_whitespace(text)
+        )
+        if same or not captions:
+            captions = [caption for caption in stated if not isinstance(caption, str) or caption.strip()]
+    try:
+        captions = [text for caption in captions for text in clean_captions(caption)]
+    except ValueError as error:
+        raise ValueError(f'{name}: a caption {error}') from None
+    if not captions:
+        raise ValueError(f'{name}: no captions; a sample needs a .txt or a .json with a caption')
     return captions
+
 
 def _sample_name(sample: dict) -> str:
     "SHARD/KEY in one line of text; a key may hold line ends and bytes that are no letters, which are escaped"
-    name = f"{Path(urlsplit(sample['__url__']).path).name}/{sample['__key__']}"
-    return printable(name.encode("utf-8", "backslashreplace").decode())
+    name = f'{Path(urlsplit(sample["__url__"]).path).name}/{sample["__key__"]}'
+    return printable(name.encode('utf-8', 'backslashreplace').decode())
+
 
 def _name_problem(sample: dict) -> str | None:
     "What is wrong with the names of a sample: two of one name, one too large, or dots in a key, which end it"
-    if "__problem__" in sample: return sample["__problem__"]
-    dotted = [suffix for suffix in sample if "." in suffix and is_photo(suffix)]
-    own = [suffix for suffix in dotted if any(f"{suffix.rpartition('.')[0]}.{kind}" in sample for kind in ("txt", "json"))]
+    if '__problem__' in sample:
+        return sample['__problem__']
+    dotted = [suffix for suffix in sample if '.' in suffix and is_photo(suffix)]
+    own = [
+        suffix
+        for suffix in dotted
+        if any(f'{suffix.rpartition(".")[0]}.{kind}' in sample for kind in ('txt', 'json'))
+    ]
     if own or dotted and not any(suffix in sample for suffix in PHOTO_SUFFIXES):
-        return f"a key ends at the first dot, so .{(own or dotted)[0][-60:]} belongs to all photos of this name; write _ for the dots in names"
+        return (
+            f'a key ends at the first dot, so .{(own or dotted)[0][-60:]} belongs to all photos of this '
+            'name; write _ for the dots in names'
+        )
     return None
+
 
 def _opened_sample(sample: dict) -> tuple[str, bytes, list[str]]:
     "(file, bytes of the photo, captions) of a sample; ValueError where one is missing"
     name = _sample_name(sample)
-    if problem := _name_problem(sample): raise ValueError(f"{name}: {problem}")
+    if problem := _name_problem(sample):
+        raise ValueError(f'{name}: {problem}')
     suffix = next((suffix for suffix in PHOTO_SUFFIXES if suffix in sample), None)
-    if suffix is None: raise ValueError(f"{name}: no photo; a sample needs one of .{', .'.join(PHOTO_SUFFIXES)}")
-    return f"{name}.{suffix}", sample[suffix], _sample_captions(sample, name)
+    if suffix is None:
+        raise ValueError(f'{name}: no photo; a sample needs one of .{", .".join(PHOTO_SUFFIXES)}')
+    return f'{name}.{suffix}', sample[suffix], _sample_captions(sample, name)
 
 # %% ../nbs/11_sources.ipynb #d09bf293
 def _shard_size(shard: str) -> int:
     "How many samples a shard has: from the headers of a local archive, by reading it otherwise"
     if not _is_web(address := shard_address(shard)):
         try:
-            with tarfile.open(address, tarinfo=_Header) as archive: count = sum(1 for _ in itertools.groupby(_members(archive), _key))
-            if count and not _ends_early(shard): return count
-        except Exception: pass  # damaged, in one of many ways: what can be read counts
+            with tarfile.open(address, tarinfo=_Header) as archive:
+                count = sum(1 for _ in itertools.groupby(_members(archive), _key))
+            if count and not _ends_early(shard):
+                return count
+        except Exception:
+            pass  # damaged, in one of many ways: what can be read counts
     return sum(1 for _ in read_shard(shard))
 
 # %% ../nbs/11_sources.ipynb #79118267
 class ShardDataset(IterableDataset):
-    "Batches of photos with captions from WebDataset shards, dealt out to processes and workers; give it to DataLoader(batch_size=None)"
-    def __init__(self,
+    """Batches of photos with captions from WebDataset shards, dealt out to processes and workers; give it to
+    DataLoader(batch_size=None)
+    """
+
+    def __init__(
+        self,
         shards: list[str],  # what `find_shards` returns
-        load: Callable[[Image.Image], torch.Tensor],  # PIL image -> (3, H, W) float tensor; raises ValueError or OSError for a bad photo
+        load: Callable[
+            [Image.Image], torch.Tensor
+        ],  # PIL image -> (3, H, W) float tensor; raises ValueError or OSError for a bad photo
         batch_size: int,  # B, for each process
-        num_workers: int = 0,  # of the DataLoader, in each process; with them the order changes, so keep the number when you resume
-        captions_per_image: int | None = None,  # C; None: as many as the first photo that can be read has, at most 5
+        # of the DataLoader, in each process; with them the order changes, so keep the number when you resume
+        num_workers: int = 0,
+        captions_per_image: int
+        | None = None,  # C; None: as many as the first photo that can be read has, at most 5
         seed: int = 0,  # decides the order of shards and photos, and which captions
         start_batch: int = 0,  # batches that this process has already had
-        num_batches: int | None = None,  # batches to give from there on, the same for all processes; None: without end
-        passes: int | None = None,  # stop after so many passes instead: for evaluation, where processes may end at different times
-        shuffle: int = 500,  # photos are shuffled within blocks of this many, which a worker holds in memory as bytes; 1: as they stand
+        num_batches: int
+        | None = None,  # batches to give from there on, the same for all processes; None: without end
+        passes: int
+        # stop after so many passes instead: for evaluation, where processes may end at different times
+        | None = None,
+        # photos are shuffled within blocks of this many, which a worker holds in memory as bytes; 1: as they
+        # stand
+        shuffle: int = 500,
         process_index: int | None = None,  # rank; None: ask torch.distributed
         num_processes: int | None = None,  # world size; None: ask torch.distributed
         strict: bool = False,  # True: a bad photo raises its error; False: it becomes a `BrokenImage`
     ):
-        "ValueError where there are fewer shards than processes times workers, for sizes below 1, and where not one sample can be read"
+        """ValueError where there are fewer shards than processes times workers, for sizes below 1, and where
+        not one sample can be read
+        """
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.process_index = process_index if process_index is not None else torch.distributed.get_rank() if together else 0
+        self.process_index = (
+            process_index if process_index is not None else torch.distributed.get_rank() if together else 0
+        )
         self.num_processes = num_processes or (torch.distributed.get_world_size() if together else 1)
-        self.shards, self.load, self.batch_size = list(map(shard_address, shards)), load, batch_size
-        self.workers, self.seed = max(1, num_workers), seed
-        self.start_batch, self.num_batches, self.passes, self.shuffle, self.strict = start_batch, num_batches, passes, shuffle, strict
+        self.shards = list(map(shard_address, shards))
+        self.load = load
+        self.batch_size = batch_size
+        self.workers = max(1, num_workers)
+        self.seed = seed
+        self.start_batch = start_batch
+        self.num_batches = num_batches
+        self.passes = passes
+        self.shuffle = shuffle
+        self.strict = strict
         self.sizes = {}  # shard -> samples, where they have been counted
         self._check_numbers()
         self.captions_per_image = self._first_count() if captions_per_image is None else captions_per_image
-        if self.captions_per_image < 1: raise ValueError(f"captions_per_image is {captions_per_image}; give 1 or more")
+        if self.captions_per_image < 1:
+            raise ValueError(f'captions_per_image is {captions_per_image}; give 1 or more')
 
     def _check_numbers(self) -> None:
         "ValueError for numbers that cannot be, and for fewer shards than streams"
         start_batch, num_batches, passes = self.start_batch, self.num_batches, self.passes
         if min(self.batch_size, self.shuffle, 1 if passes is None else passes) < 1:
-            raise ValueError(f"batch_size {self.batch_size}, shuffle {self.shuffle}, passes {passes} must be 1 or more")
-        if min(start_batch, num_batches or 0) < 0: raise ValueError(f"start_batch {start_batch} and num_batches {num_batches} must not be negative")
-        if passes is not None and (start_batch or num_batches is not None): raise ValueError("passes goes with neither start_batch nor num_batches")
+            raise ValueError(
+                f'batch_size {self.batch_size}, shuffle {self.shuffle}, passes {passes} must be 1 or more'
+            )
+        if min(start_batch, num_batches or 0) < 0:
+            raise ValueError(f'start_batch {start_batch} and num_batches {num_batches} must not be negative')
+        if passes is not None and (start_batch or num_batches is not None):
+            raise ValueError('passes goes with neither start_batch nor num_batches')
         if len(self.shards) < (streams := self.num_processes * self.workers):
-            raise ValueError(f"{len(self.shards)} shards for {self.num_processes} processes with {self.workers} workers each; write {streams} shards or more, or take fewer workers")
+            raise ValueError(
+                f'{len(self.shards)} shards for {self.num_processes} processes with {self.workers} '
+                f'workers each; write {streams} shards or more, or take fewer workers'
+            )
 
     def _first_count(self) -> int:
         "Captions of the first sample that can be read, at most 5; ValueError where there is none"
         wrong = None
         for sample in itertools.chain.from_iterable(map(read_shard, self.shards)):
             try:
-                if isinstance(sample, BrokenImage): raise ValueError(sample.reason)
+                if isinstance(sample, BrokenImage):
+                    raise ValueError(sample.reason)
                 return min(5, len(_opened_sample(sample)[2]))
-            except ValueError as error: wrong = wrong or str(error)
-        raise ValueError(wrong or f"{printable(self.shards[0])}: no photos in this shard; give another one")
+            except ValueError as error:
+                wrong = wrong or str(error)
+        raise ValueError(wrong or f'{printable(self.shards[0])}: no photos in this shard; give another one')
 
     def _size(self, shard: str) -> int:
         "`_shard_size`, counted once"
-        if shard not in self.sizes: self.sizes[shard] = _shard_size(shard)
+        if shard not in self.sizes:
+            self.sizes[shard] = _shard_size(shard)
         return self.sizes[shard]
 
     def _shuffled(self, shard: str, number: int) -> Iterator[dict | BrokenImage]:
@@ -382,66 +602,100 @@ class ShardDataset(IterableDataset):
         samples = read_shard(shard)
         for block in itertools.count():
             held = list(itertools.islice(samples, self.shuffle))
-            if not held: return
-            random.Random(f"block {self.seed} {number} {shard} {block}").shuffle(held)
+            if not held:
+                return
+            random.Random(f'block {self.seed} {number} {shard} {block}').shuffle(held)
             yield from held
 
     def _samples(self, stream: int, skip: int) -> Iterator[tuple[int, dict | BrokenImage]]:
         "(pass, sample) of a stream from place `skip` on"
         for number in itertools.count() if self.passes is None else range(self.passes):
             for shard in _dealt(self.shards, self.seed, number, stream, self.num_processes * self.workers):
-                if skip and self._size(shard) <= skip: skip -= self._size(shard)
+                if skip and self._size(shard) <= skip:
+                    skip -= self._size(shard)
                 else:
-                    for sample in itertools.islice(self._shuffled(shard, number), skip, None): yield number, sample
+                    for sample in itertools.islice(self._shuffled(shard, number), skip, None):
+                        yield number, sample
                     skip = 0
 
     def _item(self, number: int, sample: dict | BrokenImage) -> dict | BrokenImage:
-        "What `CaptionDataset` gives for a photo: pixel_values (3, H, W), captions (list of C str), file; or a BrokenImage"
+        """What `CaptionDataset` gives for a photo: pixel_values (3, H, W), captions (list of C str), file; or
+        a BrokenImage
+        """
         if isinstance(sample, BrokenImage):
-            if self.strict: raise ValueError(sample.reason)
+            if self.strict:
+                raise ValueError(sample.reason)
             return sample
         file = _sample_name(sample)
         try:
             file, content, captions = _opened_sample(sample)
             pixel_values = self.load(open_photo(file, content))
         except (ValueError, OSError) as error:
-            if self.strict: raise ValueError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
+            if self.strict:
+                raise ValueError(f'{file}: {str(error).removeprefix(f"{file}: ")}') from error
             return BrokenImage(file, str(error))
-        return dict(pixel_values=pixel_values, captions=draw_captions(captions, self.captions_per_image, f"captions {self.seed} {number} {file}"), file=file)
+        return dict(
+            pixel_values=pixel_values,
+            captions=draw_captions(
+                captions, self.captions_per_image, f'captions {self.seed} {number} {file}'
+            ),
+            file=file,
+        )
 
     def __iter__(self) -> Iterator[list[dict | BrokenImage]]:
-        "Batches of B items; ValueError where the DataLoader has another number of workers than `num_workers` said"
+        """Batches of B items; ValueError where the DataLoader has another number of workers than
+        `num_workers` said
+        """
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        if workers != self.workers: raise ValueError(f"the DataLoader has {workers} workers, the data set was told {self.workers}; give both the same num_workers")
-        stream = (worker + self.start_batch) % workers  # batch k comes from stream k modulo W, wherever the loader starts
+        if workers != self.workers:
+            raise ValueError(
+                f'the DataLoader has {workers} workers, the data set was told {self.workers}; give '
+                'both the same num_workers'
+            )
+        stream = (
+            worker + self.start_batch
+        ) % workers  # batch k comes from stream k modulo W, wherever the loader starts
         done = len(range(stream, self.start_batch, workers))
         todo = None if self.num_batches is None else len(range(worker, self.num_batches, workers))
         samples = self._samples(self.process_index * workers + stream, done * self.batch_size)
         for _ in itertools.count() if todo is None else range(todo):
             batch = [self._item(*sample) for sample in itertools.islice(samples, self.batch_size)]
-            if not batch: return
+            if not batch:
+                return
             yield batch
 
 # %% ../nbs/11_sources.ipynb #1eabce40
 @dataclass(frozen=True)
 class Source:
-    "Photos and captions, wherever they come from: records and images for `CaptionDataset`, or shards for `ShardDataset`"
+    """Photos and captions, wherever they come from: records and images for `CaptionDataset`, or shards for
+    `ShardDataset`
+    """
+
     records: list[Record] | None = None  # None for shards, which cannot be listed without reading all of them
     images: Path | Mapping | None = None  # a folder, or file -> photo; None: no folder was given
     shards: list[str] | None = None  # paths and addresses
 
+
 def _is_shards(source: str) -> bool:
     "A pattern with braces, an address of any kind, a tar file, or a folder with tar files?"
     path = Path(source)
-    if path.is_dir(): return any(path.glob("*.tar*"))
-    if path.is_file(): return tarfile.is_tarfile(path)
-    return bool(re.search(r"\{.*\}|::|\.tar(\.\w+)?\s*$|^\s*[\w+.-]+://|^\s*pipe:", source, re.I))
+    if path.is_dir():
+        return any(path.glob('*.tar*'))
+    if path.is_file():
+        return tarfile.is_tarfile(path)
+    return bool(re.search(r'\{.*\}|::|\.tar(\.\w+)?\s*$|^\s*[\w+.-]+://|^\s*pipe:', source, re.I))
+
 
 def _is_hub_name(source: str) -> bool:
     "Does this name a dataset on the hub, rather than a file that is not there?"
-    owner, slash, name = source.partition("/")
-    return bool(slash and re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not Path(owner).exists() and not re.search(r"\.(jsonl?|[ct]sv|txt|token|zip|gz)$", name)
+    owner, slash, name = source.partition('/')
+    return (
+        bool(slash and re.fullmatch(r'[\w.-]+/[\w.-]+', source))
+        and not Path(owner).exists()
+        and not re.search(r'\.(jsonl?|[ct]sv|txt|token|zip|gz)$', name)
+    )
+
 
 def open_source(
     source: str | Path,  # a caption file, a folder or a name of the `datasets` library, shards
@@ -450,34 +704,58 @@ def open_source(
     columns: dict[str, str] | None = None,  # as in `read_captions`
     log: Callable[[str], object] = warnings.warn,  # as in `read_captions`
 ) -> Source:
-    "Tell by content what a source of photos and captions is, and open it; ValueError or FileNotFoundError where it is none"
+    """Tell by content what a source of photos and captions is, and open it; ValueError or FileNotFoundError
+    where it is none
+    """
     source, path = str(source), Path(source)
     if _is_shards(source):
-        if split or columns: raise ValueError(printable(f"{source[:200]}: shards have neither splits nor columns; give the shards of the split"))
+        if split or columns:
+            raise ValueError(
+                printable(
+                    f'{source[:200]}: shards have neither splits nor columns; give the shards of the split'
+                )
+            )
         return Source(shards=find_shards(source))
-    tables = _is_saved(path) or path.is_dir() and any(path.rglob("*.parquet"))
-    if tables or not path.exists() and _is_hub_name(source): return Source(*read_hub_dataset(source, images, split, columns, log))
+    tables = _is_saved(path) or path.is_dir() and any(path.rglob('*.parquet'))
+    if tables or not path.exists() and _is_hub_name(source):
+        return Source(*read_hub_dataset(source, images, split, columns, log))
     if path.is_dir():
-        found = sorted(file.name for file in path.iterdir() if file.suffix in (".json", ".jsonl", ".csv", ".tsv", ".txt", ".token"))[:5]
-        hint = f" ({', '.join(found)[:80]}?)" if found else ""
-        raise ValueError(printable(f"{source}: a folder that is neither a saved dataset nor one of shards; give the caption file{hint}"))
+        found = sorted(
+            file.name
+            for file in path.iterdir()
+            if file.suffix in ('.json', '.jsonl', '.csv', '.tsv', '.txt', '.token')
+        )[:5]
+        hint = f' ({", ".join(found)[:80]}?)' if found else ''
+        raise ValueError(
+            printable(
+                f'{source}: a folder that is neither a saved dataset nor one of shards; give the '
+                f'caption file{hint}'
+            )
+        )
     return Source(read_captions(path, images, split, columns, log), None if images is None else Path(images))
 
 # %% ../nbs/11_sources.ipynb #d8ef927d
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands near the end of a whole file of this format
+_ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND'}  # what stands near the end of a whole file of this format
+
 
 def _ends_well(kind: str, tail: bytes, size: int, head: bytes) -> bool:
     "Does a photo of this format end as a whole one does? False: it must be decoded to know"
-    if kind == "WEBP": return int.from_bytes(head[4:8], "little") + 8 <= size  # RIFF states its own length
+    if kind == 'WEBP':
+        return int.from_bytes(head[4:8], 'little') + 8 <= size  # RIFF states its own length
     return kind in _ENDS and _ENDS[kind] in tail
 
+
 def _looks_whole(name: str, photo: Path | bytes) -> bool:
-    "Is a photo whole by its header and its end? False: only decoding can tell; ValueError where already its header is wrong"
+    """Is a photo whole by its header and its end? False: only decoding can tell; ValueError where already its
+    header is wrong
+    """
     kind = read_photo(photo, lambda image: image.format, name)
-    with (open(photo, "rb") if isinstance(photo, Path) else io.BytesIO(photo)) as stream:
-        head, size = stream.read(12), stream.seek(0, io.SEEK_END)
+    with open(photo, 'rb') if isinstance(photo, Path) else io.BytesIO(photo) as stream:
+        head = stream.read(12)
+        size = stream.seek(0, io.SEEK_END)
         stream.seek(max(0, size - 1024))
         return _ends_well(kind, stream.read(), size, head)
+
 
 def photo_problem(
     name: str,  # what the report calls the photo
@@ -485,39 +763,71 @@ def photo_problem(
     full: bool = False,  # decode every photo, not only the doubtful ones
 ) -> str | None:  # None: it can be read
     "What is wrong with a photo, headers first"
-    if problem := _file_problem(photo) if isinstance(photo, Path) else None if photo else "empty (0 bytes)": return problem
+    if problem := _file_problem(photo) if isinstance(photo, Path) else None if photo else 'empty (0 bytes)':
+        return problem
     try:
-        if full or not _looks_whole(name, photo): load_image(photo if isinstance(photo, Path) else open_photo(name, photo))
-    except Exception as error: return str(error).removeprefix(f"{photo if isinstance(photo, Path) else name}: ")  # decoders fail in many ways
+        if full or not _looks_whole(name, photo):
+            load_image(photo if isinstance(photo, Path) else open_photo(name, photo))
+    except Exception as error:
+        return str(error).removeprefix(
+            f'{photo if isinstance(photo, Path) else name}: '
+        )  # decoders fail in many ways
     return None
 
 # %% ../nbs/11_sources.ipynb #2fc11634
 def _file_problem(path: Path) -> str | None:
-    "What is wrong with a file before it is opened: missing, a loop of links, a folder, no right to read, empty"
-    try: found = os.stat(path)
-    except FileNotFoundError: return "a link to a file that is missing" if path.is_symlink() else "missing"
-    except OSError as error: return "a loop of symbolic links" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
-    if not stat.S_ISREG(found.st_mode): return "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
-    if not os.access(path, os.R_OK): return "no right to read it"
-    return "empty (0 bytes)" if found.st_size == 0 else None
+    """What is wrong with a file before it is opened: missing, a loop of links, a folder, no right to read,
+    empty
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return 'a link to a file that is missing' if path.is_symlink() else 'missing'
+    except OSError as error:
+        return (
+            'a loop of symbolic links' if error.errno == errno.ELOOP else f'cannot be read ({error.strerror})'
+        )
+    if not stat.S_ISREG(found.st_mode):
+        return 'a folder' if stat.S_ISDIR(found.st_mode) else 'no regular file'
+    if not os.access(path, os.R_OK):
+        return 'no right to read it'
+    return 'empty (0 bytes)' if found.st_size == 0 else None
 
 # %% ../nbs/11_sources.ipynb #04397ca9
 def _spread(counts: Counter) -> dict[str, float]:
     "Smallest, median, 95th percentile and largest of numbers, of which only how often each occurs is kept"
-    ordered, total = sorted(counts), counts.total()
+    ordered = sorted(counts)
+    total = counts.total()
     reached = list(itertools.accumulate(counts[number] for number in ordered))
-    def at(place): return ordered[bisect.bisect_right(reached, place)]
-    return dict(min=ordered[0], median=(at((total - 1) // 2) + at(total // 2)) / 2, percentile_95=at(min(total - 1, int(0.95 * total))), max=ordered[-1])
+
+    def at(place):
+        return ordered[bisect.bisect_right(reached, place)]
+
+    return dict(
+        min=ordered[0],
+        median=(at((total - 1) // 2) + at(total // 2)) / 2,
+        percentile_95=at(min(total - 1, int(0.95 * total))),
+        max=ordered[-1],
+    )
 
 # %% ../nbs/11_sources.ipynb #04c6f3ce
 class _CaptionCounts:
     "Counts captions as they pass; what is kept grows with their vocabulary, not with their number"
+
     def __init__(self, tokenizer: CaptionTokenizer):
-        self.tokenizer, self.words, self.tokens, self.unknown, self.strange, self.seen, self.vocabulary = tokenizer, Counter(), Counter(), 0, Counter(), set(), set()
+        self.tokenizer = tokenizer
+        self.words = Counter()
+        self.tokens = Counter()
+        self.unknown = 0
+        self.strange = Counter()
+        self.seen = set()
+        self.vocabulary = set()
 
     def add(self, captions: list[str]) -> None:
         tokenizer, unknown = self.tokenizer.tokenizer, self.tokenizer.tokenizer.unk_token_id
-        for row, caption in zip(tokenizer(captions, add_special_tokens=False)["input_ids"] if captions else (), captions):
+        for row, caption in zip(
+            tokenizer(captions, add_special_tokens=False)['input_ids'] if captions else (), captions
+        ):
             words = caption.split()
             self.words[len(words)] += 1
             self.tokens[len(row)] += 1
@@ -525,15 +835,32 @@ class _CaptionCounts:
             self.vocabulary.update(map(str.lower, words))
             if count := row.count(unknown):
                 self.unknown += count
-                self.strange.update(word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"])
+                self.strange.update(
+                    word
+                    for word in words
+                    if unknown in tokenizer(word, add_special_tokens=False)['input_ids']
+                )
 
     def result(self) -> dict:
-        room = self.tokenizer.max_length - self.tokenizer.prompt_length - 1  # [CLS] and the prompt in front, [SEP] behind
-        words, tokens = (sum(length * count for length, count in lengths.items()) for lengths in (self.words, self.tokens))
-        return dict(words=_spread(self.words), tokens=_spread(self.tokens), max_length=self.tokenizer.max_length,
-                    truncated=sum(count for length, count in self.tokens.items() if length > room) / self.tokens.total(), unknown_tokens=self.unknown / max(1, tokens),
-                    tokens_per_word=tokens / max(1, words), unknown_words=dict(self.strange.most_common(10)),
-                    vocabulary_words=len(self.vocabulary), vocabulary_tokens=len(self.seen), vocabulary_size=self.tokenizer.vocab_size)
+        room = (
+            self.tokenizer.max_length - self.tokenizer.prompt_length - 1
+        )  # [CLS] and the prompt in front, [SEP] behind
+        words, tokens = (
+            sum(length * count for length, count in lengths.items()) for lengths in (self.words, self.tokens)
+        )
+        return dict(
+            words=_spread(self.words),
+            tokens=_spread(self.tokens),
+            max_length=self.tokenizer.max_length,
+            truncated=sum(count for length, count in self.tokens.items() if length > room)
+            / self.tokens.total(),
+            unknown_tokens=self.unknown / max(1, tokens),
+            tokens_per_word=tokens / max(1, words),
+            unknown_words=dict(self.strange.most_common(10)),
+            vocabulary_words=len(self.vocabulary),
+            vocabulary_tokens=len(self.seen),
+            vocabulary_size=self.tokenizer.vocab_size,
+        )
 
 # %% ../nbs/11_sources.ipynb #e8e7aacc
 def caption_statistics(
@@ -542,13 +869,15 @@ def caption_statistics(
 ) -> dict:  # lengths, shares of all captions or of all tokens (0 to 1), and the most frequent unknown words
     "Lengths, truncation and unknown tokens of captions"
     counts = _CaptionCounts(tokenizer)
-    for start in range(0, len(captions), 10_000): counts.add(captions[start:start + 10_000])
+    for start in range(0, len(captions), 10_000):
+        counts.add(captions[start : start + 10_000])
     return counts.result()
 
 # %% ../nbs/11_sources.ipynb #026b2489
 @dataclass
 class DataReport:
     "What `check_data` found; `str()` is for people, `to_dict()` for JSON"
+
     source: str
     photos: int  # named by the captions
     captions: int
@@ -563,228 +892,434 @@ class DataReport:
     across_splits: dict[str, list[list[str]]]  # those of them that lie in more than one split
     remarks: list[str] = field(default_factory=list)  # what deserves a second look
 
-    def to_dict(self) -> dict: return asdict(self)
+    def to_dict(self) -> dict:
+        return asdict(self)
 
     def __str__(self) -> str:
         text, per_photo = self.text, self.captions_per_photo
-        def spread(numbers): return f"{numbers['min']} to {numbers['max']}, median {numbers['median']:g}, 95 % up to {numbers['percentile_95']}"
-        lines = [f"{self.source}: {self.photos:,} photos, {self.captions:,} captions",
-                 f"captions a photo: {spread(per_photo)}",
-                 f"splits ({self.splits_by}): " + ", ".join(f"{name} {count:,}" for name, count in self.splits.items()),
-                 f"words a caption: {spread(text['words'])}",
-                 f"tokens a caption: {spread(text['tokens'])}, {text['tokens_per_word']:.2f} a word",
-                 f"cut at max_length {text['max_length']}: {text['truncated']:.2%} of the captions",
-                 f"[UNK]: {text['unknown_tokens']:.3%} of the tokens" + (f" ({', '.join(text['unknown_words'])})" if text["unknown_words"] else ""),
-                 f"vocabulary: {text['vocabulary_words']:,} words, {text['vocabulary_tokens']:,} of {text['vocabulary_size']:,} tokens",
-                 f"broken or missing photos: {len(self.broken):,} of {self.photos_checked:,} ({'all decoded' if self.decoded else 'headers and ends'})"
-                 if self.photos_checked else "photos: not looked at, no folder was given"]
-        lines += [f"    {file}: {why}" for file, why in itertools.islice(self.broken.items(), 10)]
-        if len(self.broken) > 10: lines.append(f"    and {len(self.broken) - 10:,} more; they all stand in the JSON report")
+
+        def spread(numbers):
+            return (
+                f'{numbers["min"]} to {numbers["max"]}, median {numbers["median"]:g}, 95 % up to '
+                f'{numbers["percentile_95"]}'
+            )
+
+        lines = [
+            f'{self.source}: {self.photos:,} photos, {self.captions:,} captions',
+            f'captions a photo: {spread(per_photo)}',
+            f'splits ({self.splits_by}): '
+            + ', '.join(f'{name} {count:,}' for name, count in self.splits.items()),
+            f'words a caption: {spread(text["words"])}',
+            f'tokens a caption: {spread(text["tokens"])}, {text["tokens_per_word"]:.2f} a word',
+            f'cut at max_length {text["max_length"]}: {text["truncated"]:.2%} of the captions',
+            f'[UNK]: {text["unknown_tokens"]:.3%} of the tokens'
+            + (f' ({", ".join(text["unknown_words"])})' if text['unknown_words'] else ''),
+            f'vocabulary: {text["vocabulary_words"]:,} words, {text["vocabulary_tokens"]:,} of '
+            f'{text["vocabulary_size"]:,} tokens',
+            f'broken or missing photos: {len(self.broken):,} of {self.photos_checked:,} '
+            f'({"all decoded" if self.decoded else "headers and ends"})'
+            if self.photos_checked
+            else 'photos: not looked at, no folder was given',
+        ]
+        lines += [f'    {file}: {why}' for file, why in itertools.islice(self.broken.items(), 10)]
+        if len(self.broken) > 10:
+            lines.append(f'    and {len(self.broken) - 10:,} more; they all stand in the JSON report')
         for kind, groups in self.duplicates.items():
-            lines.append(f"{kind}: {len(groups):,} group{'s'[:len(groups) != 1]} of photos, {len(self.across_splits[kind]):,} in more than one split")
-            lines += [f"    {' = '.join(group[:4])}{' = …' if len(group) > 4 else ''}" for group in (self.across_splits[kind] or groups)[:3]]
-        return "\n".join(map(printable, lines + [f"look at: {remark}" for remark in self.remarks]))
+            lines.append(
+                f'{kind}: {len(groups):,} group{"s"[: len(groups) != 1]} of photos, '
+                f'{len(self.across_splits[kind]):,} in more than one split'
+            )
+            lines += [
+                f'    {" = ".join(group[:4])}{" = …" if len(group) > 4 else ""}'
+                for group in (self.across_splits[kind] or groups)[:3]
+            ]
+        return '\n'.join(map(printable, lines + [f'look at: {remark}' for remark in self.remarks]))
 
 # %% ../nbs/11_sources.ipynb #f20a47e1
 def _remarks(report: DataReport) -> list[str]:
     "What deserves a second look, in words"
-    text, across = report.text, sum(len(groups) for kind, groups in report.across_splits.items() if kind != "same key")  # shards may count anew
-    return [words for said, words in (
-        (report.broken, f"{len(report.broken):,} photos cannot be read; training leaves them out and counts them"),
-        (across, f"duplicates in more than one split ({across:,}): validation will look better than it is"),
-        (text["truncated"] > 0.01, f"{text['truncated']:.1%} of the captions lose their end; a larger max_length keeps it"),
-        (text["unknown_tokens"] > 0.01, "many tokens are unknown to the vocabulary: another script, emoji, or a wrong tokenizer?"),
-        (text["tokens_per_word"] > 2.5, f"{text['tokens_per_word']:.1f} tokens a word: another language than the vocabulary's?")) if said]
+    text, across = (
+        report.text,
+        sum(len(groups) for kind, groups in report.across_splits.items() if kind != 'same key'),
+    )  # shards may count anew
+    return [
+        words
+        for said, words in (
+            (
+                report.broken,
+                f'{len(report.broken):,} photos cannot be read; training leaves them out and counts them',
+            ),
+            (
+                across,
+                f'duplicates in more than one split ({across:,}): validation will look better than it is',
+            ),
+            (
+                text['truncated'] > 0.01,
+                f'{text["truncated"]:.1%} of the captions lose their end; a larger max_length keeps it',
+            ),
+            (
+                text['unknown_tokens'] > 0.01,
+                'many tokens are unknown to the vocabulary: another script, emoji, or a wrong tokenizer?',
+            ),
+            (
+                text['tokens_per_word'] > 2.5,
+                f"{text['tokens_per_word']:.1f} tokens a word: another language than the vocabulary's?",
+            ),
+        )
+        if said
+    ]
 
 # %% ../nbs/11_sources.ipynb #701d753e
 def contact_sheet(
-    photos: list[tuple[str, Path | bytes | Image.Image, list[str]]],  # (file, photo, captions), twelve of them or fewer
+    photos: list[
+        tuple[str, Path | bytes | Image.Image, list[str]]
+    ],  # (file, photo, captions), twelve of them or fewer
     path: str | Path,  # PNG to write
 ) -> None:
     "Photos with their first two captions, four in a row, as a PNG"
     from pvtblip.files import save_figure
     from matplotlib.figure import Figure  # half a second that nobody else should wait for
+
     rows = max(1, -(-len(photos) // 4))
-    figure = Figure(figsize=(10, 3 * rows), layout="constrained")
+    figure = Figure(figsize=(10, 3 * rows), layout='constrained')
     for number, (file, photo, captions) in enumerate(photos):
         axis = figure.add_subplot(rows, 4, number + 1)
         image = load_image(open_photo(file, photo) if isinstance(photo, bytes) else photo)
         image.thumbnail((320, 320))
         axis.imshow(image)
         axis.set(xticks=[], yticks=[])
-        lines = [textwrap.shorten(file, 40, placeholder="…"), *(line for caption in captions[:2] for line in textwrap.wrap("– " + textwrap.shorten(caption, 110, placeholder=" …"), 36))]
-        axis.set_xlabel("\n".join(lines), fontsize=8, loc="left", parse_math=False)
+        lines = [
+            textwrap.shorten(file, 40, placeholder='…'),
+            *(
+                line
+                for caption in captions[:2]
+                for line in textwrap.wrap('– ' + textwrap.shorten(caption, 110, placeholder=' …'), 36)
+            ),
+        ]
+        axis.set_xlabel('\n'.join(lines), fontsize=8, loc='left', parse_math=False)
     save_figure(figure, path, dpi=80)
 
 # %% ../nbs/11_sources.ipynb #636f84c0
 def _groups(pairs: Iterable[tuple[object, str]]) -> list[list[str]]:
     "Files that share a key, two or more of each"
     found = defaultdict(list)
-    for key, file in pairs: found[key].append(file)
+    for key, file in pairs:
+        found[key].append(file)
     return [files for files in found.values() if len(files) > 1]
+
 
 def _photo_key(photo: Path | bytes) -> bytes:
     "A hash of the bytes of a photo"
-    with (open(photo, "rb") if isinstance(photo, Path) else io.BytesIO(photo)) as stream: return hashlib.file_digest(stream, "blake2b").digest()
+    with open(photo, 'rb') if isinstance(photo, Path) else io.BytesIO(photo) as stream:
+        return hashlib.file_digest(stream, 'blake2b').digest()
 
-def _duplicates(records: list[Record], sizes: dict[str, int], content: Callable[[str], Path | bytes] | None) -> dict[str, list[list[str]]]:
+
+def _duplicates(
+    records: list[Record], sizes: dict[str, int], content: Callable[[str], Path | bytes] | None
+) -> dict[str, list[list[str]]]:
     "Photos of one name in several folders, of the same bytes, with the same captions"
     same_size = [file for files in _groups((size, file) for file, size in sizes.items()) for file in files]
-    return {"same name": _groups((record.file.rpartition("/")[2], record.file) for record in records),
-            "same bytes": _groups((_photo_key(content(file)), file) for file in same_size),
-            "same captions": _groups((frozenset(caption.lower() for caption in record.captions), record.file) for record in records)}
+    return {
+        'same name': _groups((record.file.rpartition('/')[2], record.file) for record in records),
+        'same bytes': _groups((_photo_key(content(file)), file) for file in same_size),
+        'same captions': _groups(
+            (frozenset(caption.lower() for caption in record.captions), record.file) for record in records
+        ),
+    }
 
 # %% ../nbs/11_sources.ipynb #781c1960
-def _checked_photos(files: list[str], content: Callable[[str], Path | bytes], full: bool, progress: bool) -> tuple[dict[str, str], dict[str, int]]:
+def _checked_photos(
+    files: list[str], content: Callable[[str], Path | bytes], full: bool, progress: bool
+) -> tuple[dict[str, str], dict[str, int]]:
     "(file -> what is wrong, file -> size in bytes), several photos at a time"
+
     def check(file):
-        try: photo = content(file)
-        except (ValueError, OSError) as error: return file, str(error).removeprefix(f"{file}: "), 0
+        try:
+            photo = content(file)
+        except (ValueError, OSError) as error:
+            return file, str(error).removeprefix(f'{file}: '), 0
         problem = photo_problem(file, photo, full)
-        return file, problem, 0 if problem else photo.stat().st_size if isinstance(photo, Path) else len(photo)
+        return (
+            file,
+            problem,
+            0 if problem else photo.stat().st_size if isinstance(photo, Path) else len(photo),
+        )
+
     with ThreadPoolExecutor(8) as pool:
-        found = list(tqdm(pool.map(check, files), total=len(files), disable=not progress, desc="photos", unit="photo"))
-    return {file: problem for file, problem, _ in found if problem}, {file: size for file, problem, size in found if not problem}
+        found = list(
+            tqdm(pool.map(check, files), total=len(files), disable=not progress, desc='photos', unit='photo')
+        )
+    return {file: problem for file, problem, _ in found if problem}, {
+        file: size for file, problem, size in found if not problem
+    }
+
 
 def _split_of(records: list[Record]) -> tuple[dict[str, str], str]:
     "(file -> split, who divides them)"
-    if any(record.split for record in records): return {record.file: record.split or "none" for record in records}, "stated"
+    if any(record.split for record in records):
+        return {record.file: record.split or 'none' for record in records}, 'stated'
     training, validation = hold_out(records)
-    return {record.file: name for name, side in (("training", training), ("validation", validation)) for record in side}, "none stated; by a hash of the name"
+    return {
+        record.file: name
+        for name, side in (('training', training), ('validation', validation))
+        for record in side
+    }, 'none stated; by a hash of the name'
+
 
 def _content_of(images: Path | Mapping | None) -> Callable[[str], Path | bytes] | None:
-    "file -> path or bytes of the photo, for a folder and for the tables of `datasets`; None where there are no photos"
-    if images is None: return None
+    """file -> path or bytes of the photo, for a folder and for the tables of `datasets`; None where there are
+    no photos
+    """
+    if images is None:
+        return None
     return (lambda file: images / file) if isinstance(images, Path) else images.content
 
 # %% ../nbs/11_sources.ipynb #316945de
-def _check_records(source: str, records: list[Record], photos: Path | Mapping | None, tokenizer: CaptionTokenizer, full: bool, progress: bool) -> tuple[DataReport, list]:
+def _check_records(
+    source: str,
+    records: list[Record],
+    photos: Path | Mapping | None,
+    tokenizer: CaptionTokenizer,
+    full: bool,
+    progress: bool,
+) -> tuple[DataReport, list]:
     "(the report, photos for a contact sheet) of photos that are listed"
-    content, (sides, divided) = _content_of(photos), _split_of(records)
-    broken, sizes = ({}, {}) if photos is None else _checked_photos([record.file for record in records], content, full, progress)
+    content = _content_of(photos)
+    (sides, divided) = _split_of(records)
+    broken, sizes = (
+        ({}, {})
+        if photos is None
+        else _checked_photos([record.file for record in records], content, full, progress)
+    )
     if isinstance(photos, Path):
-        missing = [file for file, problem in broken.items() if problem == "missing"]
-        broken |= {file: f"missing; {near!r} is there" for file, near in similar_files(photos, missing).items()}
+        missing = [file for file, problem in broken.items() if problem == 'missing']
+        broken |= {
+            file: f'missing; {near!r} is there' for file, near in similar_files(photos, missing).items()
+        }
     duplicates = _duplicates(records, sizes, content)
-    report = DataReport(source, len(records), sum(len(record.captions) for record in records), _spread(Counter(len(record.captions) for record in records)),
-                        dict(Counter(sides.values())), divided, caption_statistics([caption for record in records for caption in record.captions], tokenizer),
-                        broken, 0 if photos is None else len(records), full, duplicates,
-                        {kind: [group for group in groups if len({sides[file] for file in group}) > 1] for kind, groups in duplicates.items()})
+    report = DataReport(
+        source,
+        len(records),
+        sum(len(record.captions) for record in records),
+        _spread(Counter(len(record.captions) for record in records)),
+        dict(Counter(sides.values())),
+        divided,
+        caption_statistics([caption for record in records for caption in record.captions], tokenizer),
+        broken,
+        0 if photos is None else len(records),
+        full,
+        duplicates,
+        {
+            kind: [group for group in groups if len({sides[file] for file in group}) > 1]
+            for kind, groups in duplicates.items()
+        },
+    )
     whole = [record for record in records if record.file in sizes]
-    return report, [(record.file, content(record.file), record.captions) for record in random.Random("sheet 0").sample(whole, min(12, len(whole)))]
+    return report, [
+        (record.file, content(record.file), record.captions)
+        for record in random.Random('sheet 0').sample(whole, min(12, len(whole)))
+    ]
 
 # %% ../nbs/11_sources.ipynb #21b48636
 def _check_sample(sample: dict | BrokenImage, full: bool) -> tuple[str, str | None, list[str], bytes | None]:
     "(file, what is wrong with it, captions, bytes of the photo) of a sample, as far as it has them"
-    if isinstance(sample, BrokenImage): return sample.file, sample.reason.removeprefix(f"{sample.file}: "), [], None
-    name, captions = _sample_name(sample), []
-    if problem := _name_problem(sample): return name, problem, [], None
+    if isinstance(sample, BrokenImage):
+        return sample.file, sample.reason.removeprefix(f'{sample.file}: '), [], None
+    name = _sample_name(sample)
+    captions = []
+    if problem := _name_problem(sample):
+        return name, problem, [], None
     try:
         captions = _sample_captions(sample, name)
         file, photo, _ = _opened_sample(sample)
-    except ValueError as error: return name, str(error).removeprefix(f"{name}: "), captions, None
+    except ValueError as error:
+        return name, str(error).removeprefix(f'{name}: '), captions, None
     return file, photo_problem(file, photo, full), captions, photo
+
 
 def _check_samples(shards: list[str], full: bool, progress: bool) -> Iterator[tuple[str, tuple]]:
     "(shard, what `_check_sample` says) of all samples in order, several at a time"
-    with ThreadPoolExecutor(8) as pool, tqdm(disable=not progress, unit="photo") as bar:
+    with ThreadPoolExecutor(8) as pool, tqdm(disable=not progress, unit='photo') as bar:
         for number, shard in enumerate(shards, 1):
-            bar.set_description(f"shard {number} of {len(shards)}")
+            bar.set_description(f'shard {number} of {len(shards)}')
             samples = read_shard(shard)
             while block := list(itertools.islice(samples, 64)):
-                yield from ((shard, found) for found in pool.map(lambda sample: _check_sample(sample, full), block))
+                yield from (
+                    (shard, found) for found in pool.map(lambda sample: _check_sample(sample, full), block)
+                )
                 bar.update(len(block))
 
 # %% ../nbs/11_sources.ipynb #35864fc9
 class _Doubles:
     "Which of many things are the same, for 16 bytes each"
-    def __init__(self): self.hashes, self.places = array("Q"), array("Q")
+
+    def __init__(self):
+        self.hashes, self.places = array('Q'), array('Q')
 
     def add(self, place: int, content: bytes | None) -> None:
-        if not content: return  # two photos that are missing are not the same photo
-        self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big"))
+        if not content:
+            return  # two photos that are missing are not the same photo
+        self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'big'))
         self.places.append(place)
 
     def groups(self) -> list[list[int]]:
         "The places of things that are the same, two or more in a group, in order"
         hashes, places = (np.frombuffer(numbers, dtype=np.uint64) for numbers in (self.hashes, self.places))
-        order = np.argsort(hashes, kind="stable")
+        order = np.argsort(hashes, kind='stable')
         cuts = np.flatnonzero(np.diff(hashes[order])) + 1
         return sorted(places[group].tolist() for group in np.split(order, cuts) if len(group) > 1)
+
 
 def _sample_names(shards: list[str], firsts: list[int], wanted: set[int]) -> dict[int, str]:
     "Number of a sample -> its file, read again from the shards that hold them"
     names = {}
     for shard, first, end in zip(shards, firsts, [*firsts[1:], sys.maxsize]):
-        if not any(first <= number < end for number in wanted): continue
+        if not any(first <= number < end for number in wanted):
+            continue
         samples = (sample for sample in read_shard(shard) if not isinstance(sample, BrokenImage))
-        names |= {number: _check_sample(sample, False)[0] for number, sample in enumerate(samples, first) if number in wanted}
+        names |= {
+            number: _check_sample(sample, False)[0]
+            for number, sample in enumerate(samples, first)
+            if number in wanted
+        }
     return names
 
 # %% ../nbs/11_sources.ipynb #75cd2f25
 class _ShardLook:
     "What is known of shards after so many samples: numbers and hashes, and twelve photos for a contact sheet"
-    def __init__(self, tokenizer: CaptionTokenizer):
-        self.text, self.per_photo, self.broken, self.sizes = _CaptionCounts(tokenizer), Counter(), {}, Counter()
-        self.doubles, self.sheet, self.whole, self.chance = {kind: _Doubles() for kind in ("same key", "same bytes", "same captions")}, [], 0, random.Random("sheet 0")
 
-    def add(self, shard: str, file: str, problem: str | None, captions: list[str], photo: bytes | None) -> None:
-        if problem: self.broken[file] = problem
-        if file == shard: return  # damage, which is no photo
-        key, words = re.sub(r"\.\w+$", "", file.partition("/")[2]), "\n".join(sorted({caption.lower() for caption in captions}))
-        for doubles, content in zip(self.doubles.values(), (key.encode(), photo, words.encode())): doubles.add(self.sizes.total(), content)
+    def __init__(self, tokenizer: CaptionTokenizer):
+        self.text = _CaptionCounts(tokenizer)
+        self.per_photo = Counter()
+        self.broken = {}
+        self.sizes = Counter()
+        self.doubles = {kind: _Doubles() for kind in ('same key', 'same bytes', 'same captions')}
+        self.sheet = []
+        self.whole = 0
+        self.chance = random.Random('sheet 0')
+
+    def add(
+        self, shard: str, file: str, problem: str | None, captions: list[str], photo: bytes | None
+    ) -> None:
+        if problem:
+            self.broken[file] = problem
+        if file == shard:
+            return  # damage, which is no photo
+        key = re.sub(r'\.\w+$', '', file.partition('/')[2])
+        words = '\n'.join(sorted({caption.lower() for caption in captions}))
+        for doubles, content in zip(self.doubles.values(), (key.encode(), photo, words.encode())):
+            doubles.add(self.sizes.total(), content)
         self.sizes[shard] += 1
         self.per_photo[len(captions)] += 1
         self.text.add(captions)
-        if not problem: self._draw(file, photo, captions)
+        if not problem:
+            self._draw(file, photo, captions)
 
     def _draw(self, *photo) -> None:
         "Keep twelve of all photos, each as likely as any other (Vitter 1985, algorithm R)"
         self.whole += 1
         place = len(self.sheet) if len(self.sheet) < 12 else self.chance.randrange(self.whole)
-        if place < 12: self.sheet[place:place + 1] = [photo]
+        if place < 12:
+            self.sheet[place : place + 1] = [photo]
 
-def _check_shards(source: str, shards: list[str], tokenizer: CaptionTokenizer, full: bool, progress: bool) -> tuple[DataReport, list]:
+
+def _check_shards(
+    source: str, shards: list[str], tokenizer: CaptionTokenizer, full: bool, progress: bool
+) -> tuple[DataReport, list]:
     "(the report, photos for a contact sheet) of shards; ValueError where there is not one caption"
     look = _ShardLook(tokenizer)
-    for shard, found in _check_samples(shards, full, progress): look.add(shard, *found)
-    look.broken |= {shard: "no photos in this shard" for shard in shards if not look.sizes[shard] and shard not in look.broken}
-    if not look.text.words: raise ValueError(f"{source}: not one caption can be read; the first reason: {': '.join(next(iter(look.broken.items())))}")
-    number, held = look.sizes.total(), look.sizes[shards[-1]] if len(shards) > 1 else 0
+    for shard, found in _check_samples(shards, full, progress):
+        look.add(shard, *found)
+    look.broken |= {
+        shard: 'no photos in this shard'
+        for shard in shards
+        if not look.sizes[shard] and shard not in look.broken
+    }
+    if not look.text.words:
+        raise ValueError(
+            f'{source}: not one caption can be read; the first reason: '
+            f'{": ".join(next(iter(look.broken.items())))}'
+        )
+    number = look.sizes.total()
+    held = look.sizes[shards[-1]] if len(shards) > 1 else 0
     duplicates = {kind: doubles.groups() for kind, doubles in look.doubles.items()}
-    across = {kind: [group for group in groups if group[0] < number - held <= group[-1]] for kind, groups in duplicates.items()}
-    names = _sample_names(shards, list(itertools.accumulate((look.sizes[shard] for shard in shards[:-1]), initial=0)), {place for groups in duplicates.values() for group in groups for place in group})
-    def named(kinds): return {kind: [[names[place] for place in group] for group in groups] for kind, groups in kinds.items()}
-    return DataReport(source, number, look.text.words.total(), _spread(look.per_photo), dict(training=number - held, validation=held), "none stated; training holds the last shard out",
-                      look.text.result(), look.broken, number, full, named(duplicates), named(across)), look.sheet
+    across = {
+        kind: [group for group in groups if group[0] < number - held <= group[-1]]
+        for kind, groups in duplicates.items()
+    }
+    names = _sample_names(
+        shards,
+        list(itertools.accumulate((look.sizes[shard] for shard in shards[:-1]), initial=0)),
+        {place for groups in duplicates.values() for group in groups for place in group},
+    )
+
+    def named(kinds):
+        return {
+            kind: [[names[place] for place in group] for group in groups] for kind, groups in kinds.items()
+        }
+
+    return DataReport(
+        source,
+        number,
+        look.text.words.total(),
+        _spread(look.per_photo),
+        dict(training=number - held, validation=held),
+        'none stated; training holds the last shard out',
+        look.text.result(),
+        look.broken,
+        number,
+        full,
+        named(duplicates),
+        named(across),
+    ), look.sheet
 
 # %% ../nbs/11_sources.ipynb #f759f932
 def check_data(
     captions: str | Path,  # anything that `open_source` opens
-    images: str | Path | None = None,  # the folder of the photos; None: where there is one, only captions are looked at
+    images: str
+    | Path
+    | None = None,  # the folder of the photos; None: where there is one, only captions are looked at
     split: str | None = None,  # as in `read_captions`
-    tokenizer: CaptionTokenizer | None = None,  # vocabulary, prompt and max_length of the training to come; None: the bundled one with max_length 40
+    tokenizer: CaptionTokenizer
+    # vocabulary, prompt and max_length of the training to come; None: the bundled one with max_length 40
+    | None = None,
     full: bool = False,  # decode every photo; False: headers and ends, and only doubtful ones are decoded
     sheet: str | Path | None = None,  # PNG for a contact sheet of twelve photos
     progress: bool = True,  # show a bar
     columns: dict[str, str] | None = None,  # as in `read_captions`
 ) -> DataReport:
-    "Look at a collection before training; raises only where the captions cannot be read at all, everything else is in the report"
-    a_file, tokenizer, left_out = Path(captions).is_file(), tokenizer or CaptionTokenizer(), []
-    source = open_source(captions, None if a_file else images, split, columns, left_out.append)  # a caption file: missing photos go into the report
+    """Look at a collection before training; raises only where the captions cannot be read at all, everything
+    else is in the report
+    """
+    a_file = Path(captions).is_file()
+    tokenizer = tokenizer or CaptionTokenizer()
+    left_out = []
+    source = open_source(
+        captions, None if a_file else images, split, columns, left_out.append
+    )  # a caption file: missing photos go into the report
     photos = Path(images) if a_file and images is not None else source.images
-    if isinstance(photos, Path) and not photos.is_dir(): raise FileNotFoundError(f"{photos}: no such folder; give the folder of the photos")
-    if sheet is not None and photos is None and not source.shards: raise ValueError("a contact sheet needs photos; give the folder of the photos, or leave the sheet away")
-    if source.shards: report, chosen = _check_shards(str(captions), source.shards, tokenizer, full, progress)
-    else: report, chosen = _check_records(str(captions), source.records, photos, tokenizer, full, progress)
-    if sheet is not None: _draw_sheet(report, chosen, sheet)
+    if isinstance(photos, Path) and not photos.is_dir():
+        raise FileNotFoundError(f'{photos}: no such folder; give the folder of the photos')
+    if sheet is not None and photos is None and not source.shards:
+        raise ValueError(
+            'a contact sheet needs photos; give the folder of the photos, or leave the sheet away'
+        )
+    if source.shards:
+        report, chosen = _check_shards(str(captions), source.shards, tokenizer, full, progress)
+    else:
+        report, chosen = _check_records(str(captions), source.records, photos, tokenizer, full, progress)
+    if sheet is not None:
+        _draw_sheet(report, chosen, sheet)
     report.remarks += left_out + _remarks(report)
     return report
+
 
 def _draw_sheet(report: DataReport, chosen: list[tuple], sheet: str | Path) -> None:
     "A contact sheet of the photos that can really be decoded; the others go into the report"
     problems = {file: photo_problem(file, photo, True) for file, photo, _ in chosen}
     report.broken |= {file: problem for file, problem in problems.items() if problem}
     whole = [photo for photo in chosen if not problems[photo[0]]]
-    if whole: contact_sheet(whole, sheet)
-    else: report.remarks.append("no contact sheet was drawn: not one photo can be read")
+    if whole:
+        contact_sheet(whole, sheet)
+    else:
+        report.remarks.append('no contact sheet was drawn: not one photo can be read')

@@ -27,108 +27,158 @@ from tqdm.auto import tqdm
 
 from .data import Collate, SeededBatchSampler
 from .decoder import evaluation_mode
-from .files import Count, Share, Size, Within, check_settings, only_writer, outlive_signals, read_json, write_json
-
-
+from pvtblip.files import (
+    Count,
+    Share,
+    Size,
+    Within,
+    check_settings,
+    only_writer,
+    outlive_signals,
+    read_json,
+    write_json,
+)
 
 # %% ../nbs/03_training.ipynb #a905d47d
 Steps = Annotated[int, Within(1, 10**9)]
 Positive = Annotated[float, Within(0, 1e9, above=True)]
 
+
 @dataclass
 class TrainingConfig:
     "How a captioner is trained; names are those of transformers' `TrainingArguments` where it has them."
-    max_steps: Steps = 1000                # optimizer steps, the whole run
-    batch_size: Size = 32                  # images a step and process; each brings all its captions
+
+    max_steps: Steps = 1000  # optimizer steps, the whole run
+    batch_size: Size = 32  # images a step and process; each brings all its captions
     gradient_accumulation_steps: Size = 1  # batches added up before a step, where memory is short
-    learning_rate: Annotated[float, Within(0, 10, above=True)] = 3e-4 # the highest, reached after the warm-up
-    encoder_lr_scale: Positive = 1.        # the backbone's rate is this share of it: trained eyes need less than a fresh decoder
-    warmup_ratio: Share = 0.05             # share of the steps in which the rate rises
-    weight_decay: Annotated[float, Within(0, 100)] = 0.05 # on matrices only: biases and norms have no need of it
-    adam_beta2: Annotated[float, Within(0, 0.999999)] = 0.98 # memory of the squared gradient, about 50 steps: short runs
-    max_grad_norm: Positive = 1.           # longer gradients are shortened to this
-    mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no' # 'fp16': GPU only
-    torch_compile: bool = False            # compile the model first: minutes once, then faster steps; the numbers differ in the last digits
-    seed: Annotated[int, Within(0, 2**32 - 1)] = 0 # order of the data, choice of captions, dropout
-    dataloader_num_workers: Annotated[int, Within(0, 512)] = 0 # processes that read photos ahead
-    logging_steps: Steps = 10              # loss and speed are noted every so many steps
-    eval_steps: Count = 0                  # `evaluate` is called every so many steps; 0: never
-    save_steps: Count = 0                  # a training state is written every so many steps; 0: never
-    save_total_limit: Size = 2             # older states are removed, except the best
+    learning_rate: Annotated[float, Within(0, 10, above=True)] = (
+        3e-4  # the highest, reached after the warm-up
+    )
+    encoder_lr_scale: Positive = (
+        1.0  # the backbone's rate is this share of it: trained eyes need less than a fresh decoder
+    )
+    warmup_ratio: Share = 0.05  # share of the steps in which the rate rises
+    weight_decay: Annotated[float, Within(0, 100)] = (
+        0.05  # on matrices only: biases and norms have no need of it
+    )
+    adam_beta2: Annotated[float, Within(0, 0.999999)] = (
+        0.98  # memory of the squared gradient, about 50 steps: short runs
+    )
+    max_grad_norm: Positive = 1.0  # longer gradients are shortened to this
+    mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no'  # 'fp16': GPU only
+    # compile the model first: minutes once, then faster steps; the numbers differ in the last digits
+    torch_compile: bool = False
+    seed: Annotated[int, Within(0, 2**32 - 1)] = 0  # order of the data, choice of captions, dropout
+    dataloader_num_workers: Annotated[int, Within(0, 512)] = 0  # processes that read photos ahead
+    logging_steps: Steps = 10  # loss and speed are noted every so many steps
+    eval_steps: Count = 0  # `evaluate` is called every so many steps; 0: never
+    save_steps: Count = 0  # a training state is written every so many steps; 0: never
+    save_total_limit: Size = 2  # older states are removed, except the best
 
-    def __post_init__(self): check_settings(self)
-
+    def __post_init__(self):
+        check_settings(self)
 
 # %% ../nbs/03_training.ipynb #31e3160e
 def learning_rate_factor(
-    step:int,   # optimizer steps done, 0 first
-    warmup:int, # steps in which the factor rises
-    total:int,  # steps of the run
-) -> float: # share of the highest learning rate, above 0 in every step of the run
+    step: int,  # optimizer steps done, 0 first
+    warmup: int,  # steps in which the factor rises
+    total: int,  # steps of the run
+) -> float:  # share of the highest learning rate, above 0 in every step of the run
     "Linear warm-up that starts above 0, then half a cosine down to 0 (Loshchilov & Hutter 2017)."
-    if step < warmup: return (step+1) / (warmup+1)
-    return 0.5 * (1 + math.cos(math.pi * (step-warmup) / max(1, total-warmup)))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 # %% ../nbs/03_training.ipynb #6abe7aa7
 def parameter_groups(
-    model,              # any module
-    weight_decay:float, # for matrices
-    lr_scales=None,     # {the beginning of parameters' names: their rate as a share of the highest}; the rest has 1
-) -> list[dict]: # two groups for each part, as torch's optimizers take them, with timm's `lr_scale`
-    "Groups for AdamW: matrices decay; biases and norms (one axis) don't, frozen weights are left out; ValueError for a part that has none to train."
-    trained, groups = [(name, p) for name, p in model.named_parameters() if p.requires_grad], []
-    for part, scale in {**(lr_scales or {}), '': 1.}.items():
+    model,  # any module
+    weight_decay: float,  # for matrices
+    # {the beginning of parameters' names: their rate as a share of the highest}; the rest has 1
+    lr_scales=None,
+) -> list[dict]:  # two groups for each part, as torch's optimizers take them, with timm's `lr_scale`
+    """Groups for AdamW: matrices decay; biases and norms (one axis) don't, frozen weights are left out;
+    ValueError for a part that has none to train.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = []
+    for part, scale in {**(lr_scales or {}), '': 1.0}.items():
         own = [p for name, p in trained if name.startswith(part)]
         trained = [(name, p) for name, p in trained if not name.startswith(part)]
-        if part and not own: raise ValueError(f"a rate is given for {part!r}, but no weight of that name is trained; unfreeze it, or leave the rate out")
-        groups += [dict(params=[p for p in own if p.dim() > 1], weight_decay=weight_decay, lr_scale=scale),
-                   dict(params=[p for p in own if p.dim() <= 1], weight_decay=0., lr_scale=scale)]
+        if part and not own:
+            raise ValueError(
+                f'a rate is given for {part!r}, but no weight of that name is trained; unfreeze it, '
+                'or leave the rate out'
+            )
+        groups += [
+            dict(params=[p for p in own if p.dim() > 1], weight_decay=weight_decay, lr_scale=scale),
+            dict(params=[p for p in own if p.dim() <= 1], weight_decay=0.0, lr_scale=scale),
+        ]
     return groups
 
 # %% ../nbs/03_training.ipynb #c5ebcd06
 def whole_tensor(tensor):
-    "A tensor that FSDP has split over the processes, put together: all of them call this. Any other tensor as it is."
+    """A tensor that FSDP has split over the processes, put together: all of them call this. Any other tensor
+    as it is.
+    """
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+
 
 def split_like(tensor, other):
     "A whole tensor, split as FSDP has split another one of its shape; on the other's device."
-    if not hasattr(other, 'full_tensor') or tensor.shape != other.shape: return tensor.to(other.device)
+    if not hasattr(other, 'full_tensor') or tensor.shape != other.shape:
+        return tensor.to(other.device)
     from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
 
 def _blank_batch(model, device):
     "One black image with an empty caption: keeps a process in step that has nothing to learn from."
     size = model.config.encoder.image_size
     rows = model.tokenizer([''])
-    return dict(pixel_values=torch.zeros(1, 3, size, size, device=device), **{name: ids.to(device) for name, ids in rows.items()})
+    return dict(
+        pixel_values=torch.zeros(1, 3, size, size, device=device),
+        **{name: ids.to(device) for name, ids in rows.items()},
+    )
 
 # %% ../nbs/03_training.ipynb #8d744a87
 def training_step(
-    accelerator, # moves, scales and adds up
-    model,       # as `accelerator.prepare` returned it
-    batches,     # list of micro-batches, as `Collate` makes them
-    optimizer,   # as `accelerator.prepare` returned it
-    config:TrainingConfig,
-): # () the mean loss over all labelled positions of all processes, in nats; None, and no step, where every photo was broken
+    accelerator,  # moves, scales and adds up
+    model,  # as `accelerator.prepare` returned it
+    batches,  # list of micro-batches, as `Collate` makes them
+    optimizer,  # as `accelerator.prepare` returned it
+    config: TrainingConfig,
+):  # () mean loss over all labelled positions of all processes, in nats; None where every photo was broken
     "Forward and backward over the micro-batches, each label counting the same, then clip and step."
-    whole = [batch for batch in batches if 'labels' in batch]                    # a batch of broken photos has no tensors
-    counts = [(batch['labels'][:, 1:] != -100).sum() for batch in whole]         # labelled positions of each
+    whole = [batch for batch in batches if 'labels' in batch]  # a batch of broken photos has no tensors
+    counts = [(batch['labels'][:, 1:] != -100).sum() for batch in whole]  # labelled positions of each
     nothing = torch.zeros((), dtype=torch.long, device=accelerator.device)
-    total, mean = accelerator.reduce(sum(counts, nothing)), 0.                   # over all processes
-    if not whole and total == 0: return None
-    if accelerator.num_processes > 1:                                            # the others wait for as many passes as they do
+    total, mean = accelerator.reduce(sum(counts, nothing)), 0.0  # over all processes
+    if not whole and total == 0:
+        return None
+    if accelerator.num_processes > 1:  # the others wait for as many passes as they do
         missing = len(batches) - len(whole)
-        whole, counts = whole + missing*[_blank_batch(accelerator.unwrap_model(model), accelerator.device)], counts + missing*[nothing]
+        whole = whole + missing * [_blank_batch(accelerator.unwrap_model(model), accelerator.device)]
+        counts = counts + missing * [nothing]
     for i, (batch, count) in enumerate(zip(whole, counts), 1):
         # its own captions are learnt as they were drawn; in backward too, where checkpoints compute again
         own = evaluation_mode(model) if 'weights' in batch else nullcontext()
-        with own, nullcontext() if i == len(whole) else accelerator.no_sync(model): # gradients travel once a step
-            with accelerator.autocast(): loss = model(batch['pixel_values'], batch['input_ids'], batch['labels'], batch.get('weights')).loss
-            share = loss * count / total                                         # this micro-batch's part of the mean
-            accelerator.backward(share * accelerator.num_processes)              # DDP takes the mean over processes
+        with (
+            own,
+            nullcontext() if i == len(whole) else accelerator.no_sync(model),
+        ):  # gradients travel once a step
+            with accelerator.autocast():
+                loss = model(
+                    batch['pixel_values'], batch['input_ids'], batch['labels'], batch.get('weights')
+                ).loss
+            share = loss * count / total  # this micro-batch's part of the mean
+            accelerator.backward(share * accelerator.num_processes)  # DDP takes the mean over processes
         mean = mean + share.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if accelerator.scaler is None: mean = mean + 0*whole_tensor(norm)                          # a gradient that is no number shows in the loss; fp16's scaler skips such steps itself
+    if accelerator.scaler is None:
+        mean = mean + 0 * whole_tensor(
+            norm
+        )  # a gradient that is no number shows in the loss; fp16's scaler skips such steps itself
     optimizer.step()
     optimizer.zero_grad()
     return accelerator.reduce(mean)
@@ -136,135 +186,200 @@ def training_step(
 # %% ../nbs/03_training.ipynb #4e189c57
 class Meter:
     "Mean loss and speed since the last reading; what it has collected so far is part of a training state."
-    def __init__(self, accelerator): # several processes each train on their own images
+
+    def __init__(self, accelerator):  # several processes each train on their own images
         self.accelerator = accelerator
         self._restart()
 
-    def _restart(self): self.losses, self.captions, self.broken, self.clock = [], 0, {}, time.perf_counter()
+    def _restart(self):
+        self.losses = []
+        self.captions = 0
+        self.broken = {}
+        self.clock = time.perf_counter()
 
-    def add(self,
-        loss,    # () tensor, or None where there was nothing to learn
-        batches, # list of the step's micro-batches
+    def add(
+        self,
+        loss,  # () tensor, or None where there was nothing to learn
+        batches,  # list of the step's micro-batches
     ):
         "Take note of one step."
-        if loss is not None: self.losses.append(loss)
-        self.captions += sum(len(batch['labels']) for batch in batches if 'labels' in batch) * self.accelerator.num_processes
+        if loss is not None:
+            self.losses.append(loss)
+        self.captions += (
+            sum(len(batch['labels']) for batch in batches if 'labels' in batch)
+            * self.accelerator.num_processes
+        )
         self.broken |= {image.file: image.reason for batch in batches for image in batch['broken']}
 
     def state_dict(self):
         "What was collected since the last reading, as JSON can say it; called by all processes together."
         broken = {file: reason for part in gather_object([self.broken]) for file, reason in part.items()}
-        return dict(losses=torch.stack(self.losses).tolist() if self.losses else [], captions=self.captions, broken=broken, seconds=time.perf_counter() - self.clock)
+        return dict(
+            losses=torch.stack(self.losses).tolist() if self.losses else [],
+            captions=self.captions,
+            broken=broken,
+            seconds=time.perf_counter() - self.clock,
+        )
 
     def load_state_dict(self, state):
         "Go on collecting; the first process remembers which photos were broken."
         self.losses = [torch.tensor(loss, device=self.accelerator.device) for loss in state['losses']]
-        self.captions, self.broken = state['captions'], state['broken'] if self.accelerator.is_main_process else {}
+        self.captions = state['captions']
+        self.broken = state['broken'] if self.accelerator.is_main_process else {}
         self.clock = time.perf_counter() - state['seconds']
 
-    def read(self,
-        step:int,            # optimizer steps done
-        learning_rate:float, # of the last step
-    ) -> dict: # step, loss (nats a token; None where all was broken), learning_rate, captions_per_second, broken {file: reason}
+    def read(
+        self,
+        step: int,  # optimizer steps done
+        learning_rate: float,  # of the last step
+    ) -> (
+        dict
+    ):  # step, loss (nats a token, or None), learning_rate, captions_per_second, broken {file: reason}
         "What happened since the last reading; called by all processes together."
         state = self.state_dict()
         loss = torch.stack(self.losses).mean().item() if self.losses else None
         self._restart()
-        return dict(step=step, loss=loss, learning_rate=learning_rate, broken=state['broken'], captions_per_second=state['captions'] / state['seconds'])
+        return dict(
+            step=step,
+            loss=loss,
+            learning_rate=learning_rate,
+            broken=state['broken'],
+            captions_per_second=state['captions'] / state['seconds'],
+        )
 
 # %% ../nbs/03_training.ipynb #9868e9c1
 def seed_step(
-    seed:int,    # of the run
-    step:int,    # optimizer steps done
-    process:int=0, # each process drops out other activations
+    seed: int,  # of the run
+    step: int,  # optimizer steps done
+    process: int = 0,  # each process drops out other activations
 ):
-    "Seed every random generator from (seed, step): nothing random has to be saved, so nothing can be forgotten."
+    """Seed every random generator from (seed, step): nothing random has to be saved, so nothing can be
+    forgotten.
+    """
     set_seed(random.Random(f'step {seed} {step} {process}').getrandbits(32))
 
 # %% ../nbs/03_training.ipynb #341dc3d3
 def _flush(path):
     "Push a file, or the names in a folder, out to the disk."
-    if os.name == 'nt' and path.is_dir(): return                                 # Windows does not open folders
+    if os.name == 'nt' and path.is_dir():
+        return  # Windows does not open folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-_FILES = ('state.safetensors', 'state.json')                                     # of a state; what else lies there is not ours
+
+_FILES = ('state.safetensors', 'state.json')  # of a state; what else lies there is not ours
+
 
 def _checksums(folder):
     "sha256 of the files of a state that are there."
     sums = {}
     for name in _FILES:
-        if not (folder/name).is_file(): continue
-        with open(folder/name, 'rb') as file: sums[name] = hashlib.file_digest(file, 'sha256').hexdigest()
+        if not (folder / name).is_file():
+            continue
+        with open(folder / name, 'rb') as file:
+            sums[name] = hashlib.file_digest(file, 'sha256').hexdigest()
     return sums
+
 
 def _delete(path):
     "Remove a folder, a file, or a link (not what it leads to); or nothing."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
 
 def _remove(state):
     "Take a state away: its name first, so that a half-removed one is not taken for a state."
     hidden = state.with_name(f'.{state.name}.old.tmp')
     _delete(hidden)
-    if os.path.lexists(state): os.replace(state, hidden)
+    if os.path.lexists(state):
+        os.replace(state, hidden)
     _delete(hidden)
+
 
 @contextmanager
 def _whole_folder(final):
-    "A folder to write into, which gets its name when all of it is on the disk; OSError in one line where it cannot be written."
+    """A folder to write into, which gets its name when all of it is on the disk; OSError in one line where it
+    cannot be written.
+    """
     temporary = final.with_name(f'.{final.name}.tmp')
     try:
         _delete(temporary)
         temporary.mkdir(parents=True)
         yield temporary
-        (temporary/'checksums.json').write_text(json.dumps(_checksums(temporary)))
-        for path in (*temporary.iterdir(), temporary): _flush(path)
+        (temporary / 'checksums.json').write_text(json.dumps(_checksums(temporary)))
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
         _remove(final)
-        os.replace(temporary, final)                                             # one name, one moment
+        os.replace(temporary, final)  # one name, one moment
         _flush(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         why = getattr(error, 'strerror', None) or error
-        raise OSError(f"{final}: the training state cannot be written ({why}); "
-                      "make room, then resume: the states before it are whole") from error
+        raise OSError(
+            f'{final}: the training state cannot be written ({why}); '
+            'make room, then resume: the states before it are whole'
+        ) from error
 
 # %% ../nbs/03_training.ipynb #faea5350
 def save_state(
-    folder,      # where the run's states live
-    step:int,    # optimizer steps done
-    model,       # a module, unwrapped
-    optimizer,   # with its moments
-    scaler=None, # fp16's loss scaler
-    states=None, # {name of a piece: its `state_dict()`, of tensors and what JSON can say}
-    keep:int=2,  # newest states that stay; their best ones stay too
-    write:bool=True, # False in all processes but one: they only help to put split tensors together
-    log=warnings.warn, # told of an older state that cannot be removed
-    **facts,     # history, settings, best (the step of the best state), ...: what JSON can say
-) -> Path: # the new state
-    "Write `checkpoint-STEP` whole or not at all: safetensors, JSON and checksums, no pickle; OSError in one line where there is no room."
-    packed, states = optimizer.state_dict(), states or {}
-    tensors = {f'model.{k}': v for k, v in model.state_dict().items()}           # FSDP splits them
+    folder,  # where the run's states live
+    step: int,  # optimizer steps done
+    model,  # a module, unwrapped
+    optimizer,  # with its moments
+    scaler=None,  # fp16's loss scaler
+    states=None,  # {name of a piece: its `state_dict()`, of tensors and what JSON can say}
+    keep: int = 2,  # newest states that stay; their best ones stay too
+    write: bool = True,  # False in all processes but one: they only help to put split tensors together
+    log=warnings.warn,  # told of an older state that cannot be removed
+    **facts,  # history, settings, best (the step of the best state), ...: what JSON can say
+) -> Path:  # the new state
+    """Write `checkpoint-STEP` whole or not at all: safetensors, JSON and checksums, no pickle; OSError in one
+    line where there is no room.
+    """
+    packed = optimizer.state_dict()
+    states = states or {}
+    tensors = {f'model.{k}': v for k, v in model.state_dict().items()}  # FSDP splits them
     tensors |= {f'optimizer.{i}.{k}': v for i, moments in packed['state'].items() for k, v in moments.items()}
-    tensors |= {f'{name}.{k}': v for name, state in states.items() for k, v in state.items() if torch.is_tensor(v)}
+    tensors |= {
+        f'{name}.{k}': v for name, state in states.items() for k, v in state.items() if torch.is_tensor(v)
+    }
     tensors = {k: (whole_tensor(v).cpu() if hasattr(v, 'full_tensor') else v) for k, v in tensors.items()}
-    plain = {name: {k: v for k, v in state.items() if not torch.is_tensor(v)} for name, state in states.items()}
-    facts = dict(step=step, param_groups=packed['param_groups'], scaler=scaler and scaler.state_dict(), pieces=plain, versions=_versions(), **facts)
-    final = Path(folder)/f'checkpoint-{step}'
-    if not write: return final
+    plain = {
+        name: {k: v for k, v in state.items() if not torch.is_tensor(v)} for name, state in states.items()
+    }
+    facts = dict(
+        step=step,
+        param_groups=packed['param_groups'],
+        scaler=scaler and scaler.state_dict(),
+        pieces=plain,
+        versions=_versions(),
+        **facts,
+    )
+    final = Path(folder) / f'checkpoint-{step}'
+    if not write:
+        return final
     with _whole_folder(final) as temporary:
-        needed, free = sum(v.nbytes for v in tensors.values()), shutil.disk_usage(temporary).free
-        if needed > free: raise OSError(f"{needed/1e6:,.0f} MB needed, {free/1e6:,.0f} MB free")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary/'state.safetensors')
-        (temporary/'state.json').write_text(json.dumps(facts))
+        needed = sum(v.nbytes for v in tensors.values())
+        free = shutil.disk_usage(temporary).free
+        if needed > free:
+            raise OSError(f'{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free')
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / 'state.safetensors')
+        (temporary / 'state.json').write_text(json.dumps(facts))
     _prune(final.parent, keep, log)
     return final
 
 # %% ../nbs/03_training.ipynb #90c73331
 def _versions():
     "What the numbers of a run depend on besides its settings."
-    return dict(python=platform.python_version()) | {name: version(name) for name in ('torch', 'transformers', 'timm', 'accelerate')}
+    return dict(python=platform.python_version()) | {
+        name: version(name) for name in ('torch', 'transformers', 'timm', 'accelerate')
+    }
+
 
 def _prune(folder, keep, log):
     "Remove what is neither among the newest states nor their best, and what was left half written."
@@ -273,34 +388,54 @@ def _prune(folder, keep, log):
     old = [(_remove, state) for state in states[:-keep] if _step_of(state) not in best]
     left = [(_delete, path) for path in folder.glob('.checkpoint-*.tmp')]
     for remove, path in old + left:
-        try: remove(path)
-        except OSError as error: log(f"{path}: cannot be removed ({error.strerror}); remove it by hand")
+        try:
+            remove(path)
+        except OSError as error:
+            log(f'{path}: cannot be removed ({error.strerror}); remove it by hand')
+
 
 def _best_of(state):
     "The step that a state calls the best; None where it names none, as a damaged one."
-    try: return read_facts(state).get('best')
-    except ValueError: return None
+    try:
+        return read_facts(state).get('best')
+    except ValueError:
+        return None
 
-def _step_of(state): return int(state.name.split('-')[1])
 
-def saved_states(folder) -> list[Path]: # where the run's states live
+def _step_of(state):
+    return int(state.name.split('-')[1])
+
+
+def saved_states(folder) -> list[Path]:  # where the run's states live
     "The states in a folder, oldest first; half-written ones have another name."
-    states = [path for path in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-(0|[1-9][0-9]*)', path.name)]
+    states = [
+        path
+        for path in Path(folder).glob('checkpoint-*')
+        if re.fullmatch(r'checkpoint-(0|[1-9][0-9]*)', path.name)
+    ]
     return sorted(states, key=_step_of)
 
 # %% ../nbs/03_training.ipynb #ec209621
 def check_state(
-    state, # a `checkpoint-STEP` folder
+    state,  # a `checkpoint-STEP` folder
 ):
-    "ValueError naming the folder where a file is missing, or is not what was written; what else lies there does no harm."
-    try: saved, now = read_json(Path(state)/'checksums.json', dict), _checksums(Path(state))
-    except (OSError, ValueError) as error: raise _damaged(state, error) from error
+    """ValueError naming the folder where a file is missing, or is not what was written; what else lies there
+    does no harm.
+    """
+    try:
+        saved = read_json(Path(state) / 'checksums.json', dict)
+        now = _checksums(Path(state))
+    except (OSError, ValueError) as error:
+        raise _damaged(state, error) from error
     wrong = [name for name in _FILES if name not in now or saved.get(name) != now[name]]
-    if wrong: raise _damaged(state, f"{', '.join(wrong)}: not the bytes that were written")
+    if wrong:
+        raise _damaged(state, f'{", ".join(wrong)}: not the bytes that were written')
+
 
 def _damaged(state, why):
     "The error for a state, which is named once."
-    return ValueError(f"{state}: not a whole training state ({str(why).removeprefix(f'{state}{os.sep}')})")
+    return ValueError(f'{state}: not a whole training state ({str(why).removeprefix(f"{state}{os.sep}")})')
+
 
 def _put_aside(state):
     "Out of the way, for somebody to look at."
@@ -308,275 +443,450 @@ def _put_aside(state):
     _delete(aside)
     os.replace(state, aside)
 
+
 def newest_state(
-    folder,            # where the run's states live
-    log=warnings.warn, # told of each damaged one
-) -> Path|None: # None where there is none yet
-    "The newest whole state; newer ones become `damaged-checkpoint-STEP`. ValueError where all are damaged: they stay."
+    folder,  # where the run's states live
+    log=warnings.warn,  # told of each damaged one
+) -> Path | None:  # None where there is none yet
+    """The newest whole state; newer ones become `damaged-checkpoint-STEP`. ValueError where all are damaged:
+    they stay.
+    """
     damaged = []
     for state in reversed(saved_states(folder)):
-        try: check_state(state)
+        try:
+            check_state(state)
         except ValueError as error:
             damaged.append(state)
-            log(f"{error}; the one before it is looked at")
+            log(f'{error}; the one before it is looked at')
             continue
-        for bad in damaged: _put_aside(bad)
+        for bad in damaged:
+            _put_aside(bad)
         return state
     refuse_damaged(folder, damaged)
 
+
 def refuse_damaged(
-    folder,    # where the run's states live
-    states=(), # of them, known to be damaged
+    folder,  # where the run's states live
+    states=(),  # of them, known to be damaged
 ):
     "ValueError where damaged states are all that is left of a run: it does not begin anew unasked."
     left = [*states, *sorted(Path(folder).glob('damaged-checkpoint-*'))]
-    if left: raise ValueError(f"{folder}: every training state is damaged ({left[0].name} and {len(left) - 1} more); "
-                              "bring a whole one back, choose another folder, or remove them to begin at step 0")
+    if left:
+        raise ValueError(
+            f'{folder}: every training state is damaged ({left[0].name} and {len(left) - 1} more); '
+            'bring a whole one back, choose another folder, or remove them to begin at step 0'
+        )
 
 # %% ../nbs/03_training.ipynb #547a20f0
 def read_facts(
-    state, # a `checkpoint-STEP` folder
-) -> dict: # step, history, settings, versions, best, ...
+    state,  # a `checkpoint-STEP` folder
+) -> dict:  # step, history, settings, versions, best, ...
     "What a state says of itself, without its tensors; ValueError where it cannot be read."
-    try: facts = read_json(Path(state)/'state.json', dict)
-    except (OSError, ValueError) as error: raise _damaged(state, error) from error
+    try:
+        facts = read_json(Path(state) / 'state.json', dict)
+    except (OSError, ValueError) as error:
+        raise _damaged(state, error) from error
     for name, kind in dict(step=int, param_groups=list, pieces=dict, versions=dict).items():
-        if isinstance(facts.get(name), kind): continue
-        raise _damaged(state, f"state.json: its {name} is missing or of another kind")
+        if isinstance(facts.get(name), kind):
+            continue
+        raise _damaged(state, f'state.json: its {name} is missing or of another kind')
     return facts
 
+
 def read_tensors(
-    state, # a `checkpoint-STEP` folder
+    state,  # a `checkpoint-STEP` folder
     part,  # 'model', 'optimizer' or the name of a piece
-) -> dict: # {name within the part: tensor}
+) -> dict:  # {name within the part: tensor}
     "One part of a state's tensors; ValueError where they cannot be read."
-    try: tensors = load_file(Path(state)/'state.safetensors')
-    except (OSError, SafetensorError) as error: raise _damaged(state, f"state.safetensors: {error}") from error
+    try:
+        tensors = load_file(Path(state) / 'state.safetensors')
+    except (OSError, SafetensorError) as error:
+        raise _damaged(state, f'state.safetensors: {error}') from error
     return {k.removeprefix(f'{part}.'): v for k, v in tensors.items() if k.startswith(f'{part}.')}
 
+
 def load_state(
-    state,       # a `checkpoint-STEP` folder
-    model, optimizer, # put back in place
-    scaler=None, # fp16's loss scaler
-    pieces=None, # {name: what has `load_state_dict(state)`}
-) -> dict: # step, history, settings, ..., as saved
+    state,  # a `checkpoint-STEP` folder
+    model,
+    optimizer,  # put back in place
+    scaler=None,  # fp16's loss scaler
+    pieces=None,  # {name: what has `load_state_dict(state)`}
+) -> dict:  # step, history, settings, ..., as saved
     "Put everything back where `save_state` found it; ValueError for a damaged state."
     check_state(state)
-    facts, moments, own = read_facts(state), {}, model.state_dict()
+    facts = read_facts(state)
+    moments = {}
+    own = model.state_dict()
     weights = [p for group in optimizer.param_groups for p in group['params']]
-    model.load_state_dict({k: split_like(v, own[k]) if k in own else v for k, v in read_tensors(state, 'model').items()})
+    model.load_state_dict(
+        {k: split_like(v, own[k]) if k in own else v for k, v in read_tensors(state, 'model').items()}
+    )
     for key, tensor in read_tensors(state, 'optimizer').items():
         i, name = key.split('.')
         moments.setdefault(int(i), {})[name] = split_like(tensor, weights[int(i)]) if tensor.ndim else tensor
     optimizer.load_state_dict(dict(state=moments, param_groups=facts['param_groups']))
-    if scaler: scaler.load_state_dict(facts['scaler'])
+    if scaler:
+        scaler.load_state_dict(facts['scaler'])
     for name, piece in (pieces or {}).items():
-        if name in facts['pieces']: piece.load_state_dict(facts['pieces'][name] | read_tensors(state, name))   # one that came later begins anew
+        if name in facts['pieces']:
+            piece.load_state_dict(
+                facts['pieces'][name] | read_tensors(state, name)
+            )  # one that came later begins anew
     return facts
 
 # %% ../nbs/03_training.ipynb #610a54a6
 @dataclass
 class Run:
-    "What callbacks are shown: a run after its last step. They may set `should_save`, `should_stop` and `best`."
+    """What callbacks are shown: a run after its last step. They may set `should_save`, `should_stop` and
+    `best`.
+    """
+
     accelerator: Accelerator
-    model: torch.nn.Module       # the Captioner, unwrapped
+    model: torch.nn.Module  # the Captioner, unwrapped
     optimizer: torch.optim.Optimizer
     config: TrainingConfig
-    folder: Path|None            # of the states
-    settings: dict               # what must be the same at a resume
+    folder: Path | None  # of the states
+    settings: dict  # what must be the same at a resume
     log: object = warnings.warn  # function that is told a line
     history: list = field(default_factory=list)
-    step: int = 0                # optimizer steps done
-    batches: list = ()           # the micro-batches of the last step
-    loss: torch.Tensor|None = None # () of the last step, over all processes; None where every photo was broken
-    best: int|None = None        # the step whose state is never removed
-    should_save: bool = False    # write a state after this step
-    should_stop: bool = False    # end after this step
+    step: int = 0  # optimizer steps done
+    batches: list = ()  # the micro-batches of the last step
+    loss: torch.Tensor | None = (
+        None  # () of the last step, over all processes; None where every photo was broken
+    )
+    best: int | None = None  # the step whose state is never removed
+    should_save: bool = False  # write a state after this step
+    should_stop: bool = False  # end after this step
+
 
 class Callback:
-    "A piece around the loop: does nothing until methods are overridden; the names are those of transformers' `TrainerCallback`."
-    def on_train_begin(self, run): "Once, after a state was loaded where there is one; `run.step` steps are done."
-    def on_step_end(self, run): "After each optimizer step."
-    def on_log(self, run, reading): "After each reading of the meter."
-    def on_evaluate_begin(self, run): "Before `evaluate`."
-    def on_evaluate(self, run, measures): "After it, with what it returned."
-    def on_save(self, run): "Before a state is written."
-    def on_train_end(self, run): "Once, after the last step."
-    def settings(self): return {}              # what must be the same at a resume, as JSON can say it
-    def state_dict(self): return {}            # goes into each training state: tensors, and what JSON can say
-    def load_state_dict(self, state): "Gets that back at a resume, before `on_train_begin`."
+    """A piece around the loop: does nothing until methods are overridden; the names are those of
+    transformers' `TrainerCallback`.
+    """
+
+    def on_train_begin(self, run):
+        "Once, after a state was loaded where there is one; `run.step` steps are done."
+
+    def on_step_end(self, run):
+        "After each optimizer step."
+
+    def on_log(self, run, reading):
+        "After each reading of the meter."
+
+    def on_evaluate_begin(self, run):
+        "Before `evaluate`."
+
+    def on_evaluate(self, run, measures):
+        "After it, with what it returned."
+
+    def on_save(self, run):
+        "Before a state is written."
+
+    def on_train_end(self, run):
+        "Once, after the last step."
+
+    def settings(self):
+        return {}  # what must be the same at a resume, as JSON can say it
+
+    def state_dict(self):
+        return {}  # goes into each training state: tensors, and what JSON can say
+
+    def load_state_dict(self, state):
+        "Gets that back at a resume, before `on_train_begin`."
 
 # %% ../nbs/03_training.ipynb #960081b1
 class StopAtNonFiniteLoss(Callback):
-    "FloatingPointError where a loss or a gradient is no number, with the names of the batch's photos in `nonfinite-STEP.json` beside the states."
-    waiting = None                                                       # (step, loss, files) not yet looked at
+    """FloatingPointError where a loss or a gradient is no number, with the names of the batch's photos in
+    `nonfinite-STEP.json` beside the states.
+    """
+
+    waiting = None  # (step, loss, files) not yet looked at
+
     def on_step_end(self, run):
         self.on_save(run)
-        if run.loss is None: return
+        if run.loss is None:
+            return
         self.waiting = run.step, run.loss, [file for batch in run.batches for file in batch.get('files', ())]
-        if run.loss.device.type == 'cpu': self.on_save(run)              # nothing to wait for
+        if run.loss.device.type == 'cpu':
+            self.on_save(run)  # nothing to wait for
 
     def on_save(self, run):
         "Look at the loss that waits, if one does."
-        if self.waiting is None: return
-        (step, loss, files), self.waiting = self.waiting, None
-        if not math.isfinite(loss := loss.item()): self.stop(run, step, loss, gather_object(files))
+        if self.waiting is None:
+            return
+        (step, loss, files) = self.waiting
+        self.waiting = None
+        if not math.isfinite(loss := loss.item()):
+            self.stop(run, step, loss, gather_object(files))
 
-    def on_train_end(self, run): self.on_save(run)
+    def on_train_end(self, run):
+        self.on_save(run)
 
     def stop(self, run, step, loss, files):
         "Write down which photos it was, and end."
-        where = f"its photos: {', '.join(map(repr, files[:3]))} and {max(0, len(files) - 3)} more"
+        where = f'its photos: {", ".join(map(repr, files[:3]))} and {max(0, len(files) - 3)} more'
         if run.folder:
-            file = run.folder/f'nonfinite-{step}.json'
-            if run.accelerator.is_main_process: write_json(file, dict(step=step, loss=str(loss), files=files))
-            where = f"the names of its photos are in {file}"
-        raise FloatingPointError(f"the loss or a gradient is no number any more (loss {loss}) at step {step}; {where}; "
-                                 "look at them, lower learning_rate or set mixed_precision='no', then resume from the last state")
+            file = run.folder / f'nonfinite-{step}.json'
+            if run.accelerator.is_main_process:
+                write_json(file, dict(step=step, loss=str(loss), files=files))
+            where = f'the names of its photos are in {file}'
+        raise FloatingPointError(
+            f'the loss or a gradient is no number any more (loss {loss}) at step {step}; {where}; '
+            "look at them, lower learning_rate or set mixed_precision='no', then resume from the last state"
+        )
 
 # %% ../nbs/03_training.ipynb #63938892
 def _run_settings(config, model, dataset, num_processes, callbacks, more):
     "What makes a run this run, flat and as JSON gives it back; how often to log or save is free."
     free = {'logging_steps', 'eval_steps', 'save_steps', 'save_total_limit', 'dataloader_num_workers'}
     model = asdict(model.config)
-    parts = dict(training={k: v for k, v in asdict(config).items() if k not in free}, encoder=model.pop('encoder') | dict(weights=None),
-                 decoder=model.pop('decoder'), captioner=model, data=dict(images=len(dataset), processes=num_processes),
-                 **{type(callback).__name__: callback.settings() for callback in callbacks}, **(more or {}))
-    return json.loads(json.dumps({f'{part} {k}': v for part, fields in parts.items() for k, v in fields.items()}))
+    parts = dict(
+        training={k: v for k, v in asdict(config).items() if k not in free},
+        encoder=model.pop('encoder') | dict(weights=None),
+        decoder=model.pop('decoder'),
+        captioner=model,
+        data=dict(images=len(dataset), processes=num_processes),
+        **{type(callback).__name__: callback.settings() for callback in callbacks},
+        **(more or {}),
+    )
+    return json.loads(
+        json.dumps({f'{part} {k}': v for part, fields in parts.items() for k, v in fields.items()})
+    )
+
 
 def _check_same_run(state, now, log):
     "Refuse to go on with settings that would make it another run; say where a package is another."
-    facts, short = read_facts(state), lambda value: repr(value) if len(repr(value)) < 60 else repr(value)[:57] + '...'
-    differences = lambda then, now: [f"{k}: {short(then.get(k))} then, {short(now.get(k))} now" for k in {**then, **now} if then.get(k) != now.get(k)]
-    if differ := differences(facts.get('settings', {}), now): raise ValueError(
-        f"{state} was trained with other settings ({'; '.join(differ)}); use the same, or start anew in another folder")
-    if differ := differences(facts['versions'], _versions()): log(f"{state} was written by other versions ({'; '.join(differ)}): the last digits may differ")
+    facts, short = (
+        read_facts(state),
+        lambda value: repr(value) if len(repr(value)) < 60 else repr(value)[:57] + '...',
+    )
+    differences = lambda then, now: [
+        f'{k}: {short(then.get(k))} then, {short(now.get(k))} now'
+        for k in {**then, **now}
+        if then.get(k) != now.get(k)
+    ]
+    if differ := differences(facts.get('settings', {}), now):
+        raise ValueError(
+            f'{state} was trained with other settings ({"; ".join(differ)}); use the same, or start '
+            'anew in another folder'
+        )
+    if differ := differences(facts['versions'], _versions()):
+        log(f'{state} was written by other versions ({"; ".join(differ)}): the last digits may differ')
 
 # %% ../nbs/03_training.ipynb #34aad95a
 def _check_writable(folder):
     "OSError before the first step where no state could be written after it."
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error: raise OSError(f"{folder}: training states cannot be written here ({error}); choose another folder") from error
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f'{folder}: training states cannot be written here ({error}); choose another folder'
+        ) from error
+
 
 def _state_to_resume(folder, resume, log):
     "The state to go on from, or None where there is nothing to go on from."
-    if folder is None: return None
+    if folder is None:
+        return None
     states = saved_states(folder)
-    if states and not resume: raise ValueError(f"{folder} holds {states[-1].name} of an earlier run; resume it, or choose another folder")
+    if states and not resume:
+        raise ValueError(
+            f'{folder} holds {states[-1].name} of an earlier run; resume it, or choose another folder'
+        )
     state = newest_state(folder, log)
-    if resume and state is None: log(f"{folder}: no training state to go on from; the run begins at step 0")
+    if resume and state is None:
+        log(f'{folder}: no training state to go on from; the run begins at step 0')
     return state
 
 # %% ../nbs/03_training.ipynb #19a49a82
 def processes() -> PartialState:
-    "The processes of this run and which of them this is; without a GPU they talk through gloo, of which Accelerate has to be told."
+    """The processes of this run and which of them this is; without a GPU they talk through gloo, of which
+    Accelerate has to be told.
+    """
     return PartialState(cpu=not torch.cuda.is_available() and not torch.backends.mps.is_available())
 
+
 def by_first(
-    function, # of nothing
+    function,  # of nothing
 ):
-    "What the first process alone computes; all return it, or raise its ValueError or OSError: none waits for it in vain."
+    """What the first process alone computes; all return it, or raise its ValueError or OSError: none waits
+    for it in vain.
+    """
     result = error = None
     if processes().is_main_process:
-        try: result = function()
-        except (ValueError, OSError) as caught: error = caught
+        try:
+            result = function()
+        except (ValueError, OSError) as caught:
+            error = caught
     result, error = broadcast_object_list([result, error])
-    if error is not None: raise error
+    if error is not None:
+        raise error
     return result
+
 
 @contextmanager
 def only_run(
-    place, # a file, in a folder of the run
+    place,  # a file, in a folder of the run
 ):
-    "`only_writer` for the processes of a run together: the first one holds the lock; where it cannot, all raise."
+    """`only_writer` for the processes of a run together: the first one holds the lock; where it cannot, all
+    raise.
+    """
     with ExitStack() as stack:
         by_first(lambda: stack.enter_context(only_writer(place)))
         yield
 
+
 def make_accelerator(
-    config:TrainingConfig,
-    **options, # of `Accelerator`, such as log_with
+    config: TrainingConfig,
+    **options,  # of `Accelerator`, such as log_with
 ) -> Accelerator:
     "An Accelerator in the precision that the config asks for; ValueError where the device cannot do it."
     processes()
-    AcceleratorState._reset_state()   # else a process could never train in a second precision; transformers' Trainer does the same
-    if config.torch_compile: options['dynamo_plugin'] = TorchDynamoPlugin(backend='inductor', dynamic=True) # captions differ in length
+    # else a process could never train in a second precision; transformers' Trainer does the same
+    AcceleratorState._reset_state()
+    if config.torch_compile:
+        options['dynamo_plugin'] = TorchDynamoPlugin(
+            backend='inductor', dynamic=True
+        )  # captions differ in length
     accelerator = Accelerator(mixed_precision=config.mixed_precision, **options)
-    if config.mixed_precision == 'fp16' and accelerator.device.type == 'cpu': raise ValueError(
-        "mixed_precision='fp16' needs a GPU and there is only a CPU; choose 'bf16' or 'no'")
+    if config.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise ValueError("mixed_precision='fp16' needs a GPU and there is only a CPU; choose 'bf16' or 'no'")
     return accelerator
 
 # %% ../nbs/03_training.ipynb #e3b7a3aa
 def _loader(dataset, tokenizer, config, step, num_processes):
-    "Batches from the position that `step` optimizer steps have reached; the order is a pure function of seed and step."
+    """Batches from the position that `step` optimizer steps have reached; the order is a pure function of
+    seed and step.
+    """
     per_step = config.gradient_accumulation_steps * num_processes
-    sampler = SeededBatchSampler(len(dataset), config.batch_size, config.seed, start_batch=step*per_step,
-                                 num_batches=(config.max_steps-step)*per_step)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=Collate(tokenizer), num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals,
-                      pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(config.seed))
+    sampler = SeededBatchSampler(
+        len(dataset),
+        config.batch_size,
+        config.seed,
+        start_batch=step * per_step,
+        num_batches=(config.max_steps - step) * per_step,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=Collate(tokenizer),
+        num_workers=config.dataloader_num_workers,
+        worker_init_fn=outlive_signals,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(config.seed),
+    )
 
 # %% ../nbs/03_training.ipynb #f5008131
 def _agree(run):
-    "What one process asks for, all do (a signal may reach them in different steps); one process has nobody to ask."
-    if run.accelerator.num_processes == 1: return
-    asked = torch.tensor([run.should_save, run.should_stop], dtype=torch.float32, device=run.accelerator.device)
+    """What one process asks for, all do (a signal may reach them in different steps); one process has nobody
+    to ask.
+    """
+    if run.accelerator.num_processes == 1:
+        return
+    asked = torch.tensor(
+        [run.should_save, run.should_stop], dtype=torch.float32, device=run.accelerator.device
+    )
     run.should_save, run.should_stop = (run.accelerator.reduce(asked) > 0).tolist()
+
 
 def _save(run, pieces):
     "The first process writes a state, the others wait."
-    states = {name: piece.state_dict() for name, piece in pieces.items()}        # in all processes: some pieces gather
-    save_state(run.folder, run.step, run.model, run.optimizer, run.accelerator.scaler, states, run.config.save_total_limit,
-               run.accelerator.is_main_process, run.log, history=run.history, settings=run.settings, best=run.best)
+    states = {
+        name: piece.state_dict() for name, piece in pieces.items()
+    }  # in all processes: some pieces gather
+    save_state(
+        run.folder,
+        run.step,
+        run.model,
+        run.optimizer,
+        run.accelerator.scaler,
+        states,
+        run.config.save_total_limit,
+        run.accelerator.is_main_process,
+        run.log,
+        history=run.history,
+        settings=run.settings,
+        best=run.best,
+    )
     run.accelerator.wait_for_everyone()
+
 
 def _set_learning_rate(run):
     "The rate of the step that is about to be done, which it returns; each part has its share."
-    rate = run.config.learning_rate * learning_rate_factor(run.step-1, int(run.config.max_steps * run.config.warmup_ratio), run.config.max_steps)
-    for group in run.optimizer.param_groups: group['lr'] = rate * group['lr_scale']
+    rate = run.config.learning_rate * learning_rate_factor(
+        run.step - 1, int(run.config.max_steps * run.config.warmup_ratio), run.config.max_steps
+    )
+    for group in run.optimizer.param_groups:
+        group['lr'] = rate * group['lr_scale']
     return rate
 
 # %% ../nbs/03_training.ipynb #c193a633
 def train(
-    model,          # a Captioner, changed in place
-    dataset,        # items dict(pixel_values, captions, file) or BrokenImage, each a function of its address (epoch, index)
-    config:TrainingConfig|None=None,
-    folder=None,    # for training states; None: none are written
-    resume=False,   # go on from the newest whole state in `folder`, if there is one
+    model,  # a Captioner, changed in place
+    # items dict(pixel_values, captions, file) or BrokenImage, each a function of its address (epoch, index)
+    dataset,
+    config: TrainingConfig | None = None,
+    folder=None,  # for training states; None: none are written
+    resume=False,  # go on from the newest whole state in `folder`, if there is one
     evaluate=None,  # function of (model, step) -> dict of what it measured, plain values
     progress=True,  # show a bar
-    callbacks=(),   # pieces around the loop, one of a kind
-    accelerator=None, # None: `make_accelerator(config)`
+    callbacks=(),  # pieces around the loop, one of a kind
+    accelerator=None,  # None: `make_accelerator(config)`
     settings=None,  # {part: dict} of what else must be the same at a resume
-    log=warnings.warn, # told of damaged states and the like, a line each
-    loader=None,    # function (steps done, accelerator) -> batches on the device, from there on; None: as `_loader` orders them
-) -> list[dict]: # history: readings of `Meter` and what `evaluate` returned, each with its step
-    "Train a captioner. Killed and resumed, it goes on with the same batches, rates and random numbers; ValueError for another run's state."
+    log=warnings.warn,  # told of damaged states and the like, a line each
+    # function (steps done, accelerator) -> batches on the device, from there on; None: as `_loader` orders
+    # them
+    loader=None,
+) -> list[dict]:  # history: readings of `Meter` and what `evaluate` returned, each with its step
+    """Train a captioner. Killed and resumed, it goes on with the same batches, rates and random numbers;
+    ValueError for another run's state.
+    """
     config, folder = config or TrainingConfig(), folder and Path(folder)
     accelerator = accelerator or make_accelerator(config)
     settings = _run_settings(config, model, dataset, accelerator.num_processes, callbacks, settings)
-    if folder: _check_writable(folder)
-    with only_run(folder/'checkpoint') if folder else nullcontext():
+    if folder:
+        _check_writable(folder)
+    with only_run(folder / 'checkpoint') if folder else nullcontext():
         state = by_first(lambda: _state_to_resume(folder, resume, log))
-        if state: _check_same_run(state, settings, log)
+        if state:
+            _check_same_run(state, settings, log)
         scales = {} if config.encoder_lr_scale == 1 else {'encoder.backbone': config.encoder_lr_scale}
-        optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay, scales), lr=config.learning_rate,
-                                      betas=(0.9, config.adam_beta2), fused=accelerator.device.type in ('cpu', 'cuda'))
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay, scales),
+            lr=config.learning_rate,
+            betas=(0.9, config.adam_beta2),
+            fused=accelerator.device.type in ('cpu', 'cuda'),
+        )
         prepared, optimizer = accelerator.prepare(model, optimizer)
-        run, meter = Run(accelerator, model, optimizer, config, folder, settings, log), Meter(accelerator)
+        run = Run(accelerator, model, optimizer, config, folder, settings, log)
+        meter = Meter(accelerator)
         callbacks = [StopAtNonFiniteLoss(), *callbacks]
         pieces = {type(piece).__name__: piece for piece in (meter, *callbacks)}
         if state:
             facts = load_state(state, model, optimizer, accelerator.scaler, pieces)
             run.step, run.history, run.best = facts['step'], facts['history'], facts['best']
+
         def tell(event, *what):
-            for callback in callbacks: getattr(callback, event)(run, *what)
+            for callback in callbacks:
+                getattr(callback, event)(run, *what)
+
         due = lambda every: every and (run.step % every == 0 or run.step == config.max_steps)
-        loader = loader or (lambda step, accelerator: accelerator.prepare(_loader(dataset, model.tokenizer, config, step, accelerator.num_processes)))
+        loader = loader or (
+            lambda step, accelerator: accelerator.prepare(
+                _loader(dataset, model.tokenizer, config, step, accelerator.num_processes)
+            )
+        )
         batches = iter(loader(run.step, accelerator))
         tell('on_train_begin')
-        with tqdm(total=config.max_steps, initial=run.step, disable=not (progress and accelerator.is_main_process), desc='training', unit='step') as bar:
+        with tqdm(
+            total=config.max_steps,
+            initial=run.step,
+            disable=not (progress and accelerator.is_main_process),
+            desc='training',
+            unit='step',
+        ) as bar:
             while run.step < config.max_steps and not run.should_stop:
                 run.batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
                 run.step += 1
@@ -588,7 +898,11 @@ def train(
                 tell('on_step_end')
                 if due(config.logging_steps):
                     run.history.append(meter.read(run.step, rate))
-                    bar.set_postfix(loss=run.history[-1]['loss'], rate=rate, captions_per_second=round(run.history[-1]['captions_per_second']))
+                    bar.set_postfix(
+                        loss=run.history[-1]['loss'],
+                        rate=rate,
+                        captions_per_second=round(run.history[-1]['captions_per_second']),
+                    )
                     tell('on_log', run.history[-1])
                 if evaluate and due(config.eval_steps):
                     tell('on_evaluate_begin')
@@ -599,7 +913,8 @@ def train(
                     tell('on_save')
                     _save(run, pieces)
                 bar.update()
-        for name in ('forward', '_original_forward'): vars(model).pop(name, None)    # Accelerate's mixed-precision wrapper
+        for name in ('forward', '_original_forward'):
+            vars(model).pop(name, None)  # Accelerate's mixed-precision wrapper
         model.eval()
         tell('on_train_end')
         return run.history
@@ -608,10 +923,12 @@ def train(
 def plot_history(
     history,  # what `train` returned
     ax=None,  # matplotlib axes; None: new ones
-): # the axes
+):  # the axes
     "The loss curve: steps across, nats a token up."
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(5, 2.6))
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5, 2.6))
     readings = [entry for entry in history if entry.get('loss') is not None]
     ax.plot([entry['step'] for entry in readings], [entry['loss'] for entry in readings])
     ax.set(xlabel='optimizer step', ylabel='loss (nats a token)', ylim=(0, None))

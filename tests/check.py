@@ -1,4 +1,5 @@
 "The whole check: `python tests/check.py`. With --fix it first exports, cleans and renders the README."
+
 import argparse, filecmp, os, shutil, subprocess, sys, sysconfig, tempfile, time, venv
 from pathlib import Path
 
@@ -12,79 +13,175 @@ def run(*command, cwd=ROOT, **variables):
     "Run a command of this environment; stop the check where it fails."
     threads = dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', PYTHONDONTWRITEBYTECODE='1')
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
-    subprocess.run(list(map(str, command)), cwd=cwd, check=True, env={**os.environ, **threads, 'PATH': path, **variables})
+    subprocess.run(
+        list(map(str, command)), cwd=cwd, check=True, env={**os.environ, **threads, 'PATH': path, **variables}
+    )
 
 
 def differing(folder, pattern):
     "Files that a fresh copy of the tree has otherwise than we do."
-    names = {file.name for place in (ROOT, folder.parent) for file in (place/folder.name).glob(pattern)}
-    return sorted(name for name in names if not all((place/folder.name/name).exists() for place in (ROOT, folder.parent))
-                  or not filecmp.cmp(ROOT/folder.name/name, folder/name, shallow=False))
+    names = {file.name for place in (ROOT, folder.parent) for file in (place / folder.name).glob(pattern)}
+    return sorted(
+        name
+        for name in names
+        if not all((place / folder.name / name).exists() for place in (ROOT, folder.parent))
+        or not filecmp.cmp(ROOT / folder.name / name, folder / name, shallow=False)
+    )
 
 
 def in_a_copy(command, folder, pattern, remedy):
     "Run a command in a copy of the tree and see that it changes nothing."
     with tempfile.TemporaryDirectory() as place:
-        for name in COPIED: (shutil.copytree if (ROOT/name).is_dir() else shutil.copy)(ROOT/name, Path(place)/name)
+        for name in COPIED:
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, Path(place) / name)
         run(command, cwd=place)
-        if files := differing(Path(place)/folder, pattern): sys.exit(f"{folder}: {', '.join(files)} out of step; {remedy}")
+        if files := differing(Path(place) / folder, pattern):
+            sys.exit(f'{folder}: {", ".join(files)} out of step; {remedy}')
 
 
 def readme():
     "README.md as nbs/index.ipynb renders."
-    return MarkdownExporter().from_filename(str(ROOT/'nbs/index.ipynb'))[0].strip() + '\n'
+    return MarkdownExporter().from_filename(str(ROOT / 'nbs/index.ipynb'))[0].strip() + '\n'
 
 
-def exported(): in_a_copy('nbdev_export', 'pvtblip', '*.py', 'run nbdev_export')
-def clean(): in_a_copy('nbdev_clean', 'nbs', '*.ipynb', 'run nbdev_clean')
+def exported():
+    in_a_copy('nbdev_export', 'pvtblip', '*.py', 'run nbdev_export')
+
+
+def clean():
+    in_a_copy('nbdev_clean', 'nbs', '*.ipynb', 'run nbdev_clean')
+
+
 def readme_in_sync():
-    if (ROOT/'README.md').read_text(encoding='utf-8') != readme(): sys.exit('README.md is not what nbs/index.ipynb says; run python tests/check.py --fix')
-def notebooks(): run(sys.executable, ROOT/'tests/notebooks.py', '--n_workers', min(2, os.cpu_count()), '--do_print')
-def tests(): run(sys.executable, '-m', 'pytest', '-q', 'tests')
+    if (ROOT / 'README.md').read_text(encoding='utf-8') != readme():
+        sys.exit('README.md is not what nbs/index.ipynb says; run python tests/check.py --fix')
+
+
+def style():
+    "One formatter for notebooks, tests and benchmarks; no line over 120; no import that a module does not need."
+    written = ('nbs', 'tests', 'benchmarks', 'setup.py')
+    run('ruff', 'format', '--check', '--quiet', *written)
+    run('ruff', 'check', '--quiet', *written)
+    run('ruff', 'check', '--quiet', '--isolated', '--select', 'F401,F811,F821', 'pvtblip')
+
+
+def notebooks():
+    run(sys.executable, ROOT / 'tests/notebooks.py', '--n_workers', min(2, os.cpu_count()), '--do_print')
+
+
+def tests():
+    run(sys.executable, '-m', 'pytest', '-q', 'tests')
 
 
 def wheel():
-    "Build the wheel, install it in an environment of its own (dependencies are borrowed), and use it away from the repository."
+    """Build the wheel, install it in an environment of its own (dependencies are borrowed), and use it away
+    from the repository.
+    """
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        source, away, environment = place/'source', place/'away', place/'environment'
-        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns('.git', '.venv', 'build', '*.egg-info', '__pycache__'))
+        source, away, environment = place / 'source', place / 'away', place / 'environment'
+        shutil.copytree(
+            ROOT, source, ignore=shutil.ignore_patterns('.git', '.venv', 'build', '*.egg-info', '__pycache__')
+        )
         away.mkdir()
-        run(sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', place, source)
+        run(
+            sys.executable,
+            '-m',
+            'pip',
+            'wheel',
+            '--quiet',
+            '--no-deps',
+            '--no-build-isolation',
+            '--wheel-dir',
+            place,
+            source,
+        )
         venv.create(environment)
-        python = environment/('Scripts' if os.name == 'nt' else 'bin')/'python'
-        site = subprocess.run([python, '-c', "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True).stdout.strip()
-        (Path(site)/'borrowed.pth').write_text(sysconfig.get_path('purelib') + '\n')
-        run(sys.executable, '-m', 'pip', '--python', python, 'install', '--quiet', '--no-deps', '--force-reinstall', *place.glob('*.whl'))
-        pvtblip = python.parent/'pvtblip'
-        run(python, '-c', f"import pvtblip; assert pvtblip.__file__.startswith({site!r}), pvtblip.__file__", cwd=away)
+        python = environment / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
+        site = subprocess.run(
+            [python, '-c', "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        (Path(site) / 'borrowed.pth').write_text(sysconfig.get_path('purelib') + '\n')
+        run(
+            sys.executable,
+            '-m',
+            'pip',
+            '--python',
+            python,
+            'install',
+            '--quiet',
+            '--no-deps',
+            '--force-reinstall',
+            *place.glob('*.whl'),
+        )
+        pvtblip = python.parent / 'pvtblip'
+        run(
+            python,
+            '-c',
+            f'import pvtblip; assert pvtblip.__file__.startswith({site!r}), pvtblip.__file__',
+            cwd=away,
+        )
         run(pvtblip, '--help', cwd=away)
         run(pvtblip, 'demo', '--out', 'demo', '--max-steps', '4', '--scenes', '20', cwd=away)
-        run(pvtblip, 'caption', 'demo/scene.png', '--model', 'demo', '--json', '--attention', 'look.png', cwd=away)
-        (away/'photos').mkdir()
-        shutil.copy(away/'demo/scene.png', away/'photos')
-        (away/'captions.json').write_text('{"scene.png": ["a small red ring", "one ring"]}')
-        run(pvtblip, 'evaluate', '--model', 'demo', '--images', 'photos', '--captions', 'captions.json', '--json', 'scores.json', cwd=away)
+        run(
+            pvtblip,
+            'caption',
+            'demo/scene.png',
+            '--model',
+            'demo',
+            '--json',
+            '--attention',
+            'look.png',
+            cwd=away,
+        )
+        (away / 'photos').mkdir()
+        shutil.copy(away / 'demo/scene.png', away / 'photos')
+        (away / 'captions.json').write_text('{"scene.png": ["a small red ring", "one ring"]}')
+        run(
+            pvtblip,
+            'evaluate',
+            '--model',
+            'demo',
+            '--images',
+            'photos',
+            '--captions',
+            'captions.json',
+            '--json',
+            'scores.json',
+            cwd=away,
+        )
         run(pvtblip, 'score', 'captions.json', 'scores.results.json', '--go-on', cwd=away)
-        run(python, '-c', "from pvtblip import load_model, generate_caption; print(generate_caption(load_model('demo'), 'demo/scene.png'))", cwd=away)
+        run(
+            python,
+            '-c',
+            'from pvtblip import load_model, generate_caption; '
+            "print(generate_caption(load_model('demo'), 'demo/scene.png'))",
+            cwd=away,
+        )
 
 
 def fix():
     "Bring what is made from the notebooks into step."
+    run('ruff', 'format', '--quiet', 'nbs', 'tests', 'benchmarks', 'setup.py')
     run('nbdev_export')
     run('nbdev_clean')
-    (ROOT/'README.md').write_text(readme(), encoding='utf-8')
+    (ROOT / 'README.md').write_text(readme(), encoding='utf-8')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--fix', action='store_true', help='export, clean and render first')
-    if parser.parse_args().fix: fix()
+    if parser.parse_args().fix:
+        fix()
     start = time.perf_counter()
-    for step in (exported, clean, readme_in_sync, notebooks, tests, wheel):
-        print(f'== {step.__name__} ({time.perf_counter()-start:.0f} s)', flush=True)
+    for step in (style, exported, clean, readme_in_sync, notebooks, tests, wheel):
+        print(f'== {step.__name__} ({time.perf_counter() - start:.0f} s)', flush=True)
         step()
-    print(f'all checks passed in {time.perf_counter()-start:.0f} s')
+    print(f'all checks passed in {time.perf_counter() - start:.0f} s')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,8 +1,9 @@
 "Options that all tests share: `pytest --slow` also runs the tests marked slow."
+
 import os, subprocess, sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import pytest
 import torch
@@ -11,34 +12,58 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
-    parser.addoption("--metrics", metavar="FOLDER", help="folder with coco_vectors.json and coco_demo.json: scores that the COCO server's code gave")
+    parser.addoption('--slow', action='store_true', help='run the tests marked slow as well')
+    parser.addoption(
+        '--metrics',
+        metavar='FOLDER',
+        help="folder with coco_vectors.json and coco_demo.json: scores that the COCO server's code gave",
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes longer than a few seconds; runs with --slow")
+    config.addinivalue_line('markers', 'slow: takes longer than a few seconds; runs with --slow')
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"): return
+    if config.getoption('--slow'):
+        return
     for item in items:
-        if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if 'slow' in item.keywords:
+            item.add_marker(pytest.mark.skip(reason='slow: run with --slow'))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope='session')
 def clip(tmp_path_factory):
     "A CLIP of a few thousand random weights, as transformers saves it."
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
     folder = tmp_path_factory.mktemp('clip')
     small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
     letters = [chr(i) for i in range(33, 127)]
-    vocabulary = {piece: i for i, piece in enumerate([*letters, *(f'{letter}</w>' for letter in letters), '<|startoftext|>', '<|endoftext|>'])}
-    config = CLIPConfig(text_config=dict(small, vocab_size=len(vocabulary), max_position_embeddings=77, bos_token_id=len(vocabulary)-2, eos_token_id=len(vocabulary)-1,
-                                         pad_token_id=len(vocabulary)-1), vision_config=dict(small, image_size=32, patch_size=16), projection_dim=8)
+    vocabulary = {
+        piece: i
+        for i, piece in enumerate(
+            [*letters, *(f'{letter}</w>' for letter in letters), '<|startoftext|>', '<|endoftext|>']
+        )
+    }
+    config = CLIPConfig(
+        text_config=dict(
+            small,
+            vocab_size=len(vocabulary),
+            max_position_embeddings=77,
+            bos_token_id=len(vocabulary) - 2,
+            eos_token_id=len(vocabulary) - 1,
+            pad_token_id=len(vocabulary) - 1,
+        ),
+        vision_config=dict(small, image_size=32, patch_size=16),
+        projection_dim=8,
+    )
     CLIPModel(config).save_pretrained(folder)
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[])
-    CLIPProcessor(CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)), tokenizer).save_pretrained(folder)
+    CLIPProcessor(
+        CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)), tokenizer
+    ).save_pretrained(folder)
     return folder
 
 
@@ -51,12 +76,31 @@ def one_seed():
 
 @pytest.fixture
 def run_in_two(tmp_path):
-    "A function that runs a script in two processes that share the work; its arguments are the folder of the tests and the test's own."
+    """A function that runs a script in two processes that share the work; its arguments are the folder of the
+    tests and the test's own.
+    """
+
     def run(text, timeout):
-        script = tmp_path / "script.py"
+        script = tmp_path / 'script.py'
         script.write_text(text)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, os.path.dirname(__file__), tmp_path]
-        done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            script,
+            os.path.dirname(__file__),
+            tmp_path,
+        ]
+        done = subprocess.run(
+            command,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        )
         assert done.returncode == 0, done.stderr
         return done
+
     return run

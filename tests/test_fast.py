@@ -1,13 +1,13 @@
 "The packed captioner says what the plain one says, and is frozen."
+
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
+from pvtblip.decoder import Captioner, CaptionerConfig
 from pvtblip.fast import PackedLinear, pack
 from pvtblip.generation import generate, output_layer
 
@@ -18,13 +18,20 @@ def captioner(seed=0, **changes):
     "A small captioner whose captions differ from image to image and end at different places."
     torch.manual_seed(seed)
     model = Captioner(CaptionerConfig.tiny(**changes)).eval()
-    for weight in model.decoder.parameters(): weight.data += 0.1*torch.randn_like(weight)
+    for weight in model.decoder.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
     model.decoder.cls['predictions'].bias.data[model.tokenizer.sep_token_id] += 3
     return model, torch.randn(4, model.encoder.num_tokens, 64)
 
 
-STRATEGIES = [dict(), dict(num_beams=3), dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5), dict(no_repeat_ngram_size=2, num_beams=2),
-              dict(do_sample=True, top_k=5, num_return_sequences=3), dict(num_beams=3, force_words_ids=[[2300]])]
+STRATEGIES = [
+    dict(),
+    dict(num_beams=3),
+    dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5),
+    dict(no_repeat_ngram_size=2, num_beams=2),
+    dict(do_sample=True, top_k=5, num_return_sequences=3),
+    dict(num_beams=3, force_words_ids=[[2300]]),
+]
 
 
 @pytest.mark.parametrize('options', STRATEGIES, ids=str)
@@ -33,9 +40,11 @@ def test_same_tokens(options, words):
     plain, image_tokens = captioner(1)
     plain.set_output_vocabulary(words)
     packed = pack(copy.deepcopy(plain))
+
     def say(model):
         draws = [torch.Generator().manual_seed(i) for i in range(4)] if options.get('do_sample') else None
         return generate(model, image_tokens=image_tokens, max_length=14, generator=draws, **options)
+
     expected, found = say(plain), say(packed)
     assert torch.equal(found.sequences, expected.sequences)
     assert_close(found.token_logprobs, expected.token_logprobs, rtol=1e-4, atol=1e-4)
@@ -45,8 +54,10 @@ def test_same_tokens(options, words):
 @settings(max_examples=60, deadline=None)
 def test_any_size(seed, rows, width, outputs):
     torch.manual_seed(seed)
-    layer, x = torch.nn.Linear(width, outputs), torch.randn(rows, width)
-    with torch.inference_mode(): assert_close(PackedLinear(layer.weight, layer.bias)(x), layer(x), rtol=1e-4, atol=1e-5)
+    layer = torch.nn.Linear(width, outputs)
+    x = torch.randn(rows, width)
+    with torch.inference_mode():
+        assert_close(PackedLinear(layer.weight, layer.bias)(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_saved_as_before_and_loaded_again(tmp_path):
@@ -55,25 +66,42 @@ def test_saved_as_before_and_loaded_again(tmp_path):
     assert packed.state_dict().keys() == plain.state_dict().keys()
     packed.save_pretrained(tmp_path)
     again = Captioner.from_pretrained(tmp_path)
-    assert torch.equal(generate(again, image_tokens=image_tokens).sequences, generate(plain, image_tokens=image_tokens).sequences)
+    assert torch.equal(
+        generate(again, image_tokens=image_tokens).sequences,
+        generate(plain, image_tokens=image_tokens).sequences,
+    )
 
 
 @pytest.mark.parametrize('change', ['load', 'half', 'copy', 'words'])
 @pytest.mark.parametrize('own', [None, range(2000, 3000)])
 def test_what_changes_weights_packs_anew(change, own):
     (plain, image_tokens), (other, _) = captioner(), captioner(5)
-    for model in (plain, other): model.set_output_vocabulary(own)
+    for model in (plain, other):
+        model.set_output_vocabulary(own)
     packed = pack(copy.deepcopy(plain))
     if change == 'load':  # the head's layer of its own is not in the file, so it is packed again
         packed.load_state_dict(other.state_dict())
-        plain, packed = other, pack(packed)
-    if change == 'half': plain, packed, image_tokens = plain.bfloat16(), packed.bfloat16(), image_tokens.bfloat16()
-    if change == 'copy': packed = copy.deepcopy(packed)
+        plain = other
+        packed = pack(packed)
+    if change == 'half':
+        plain = plain.bfloat16()
+        packed = packed.bfloat16()
+        image_tokens = image_tokens.bfloat16()
+    if change == 'copy':
+        packed = copy.deepcopy(packed)
     if change == 'words':
-        for model in (plain, packed): model.set_output_vocabulary(range(5000, 6000))
-    expected, found = generate(plain, image_tokens=image_tokens, max_length=9), generate(packed, image_tokens=image_tokens, max_length=9)
-    if change != 'half': assert torch.equal(found.sequences, expected.sequences)
-    assert_close(found.token_logprobs[:, :, 0], expected.token_logprobs[:, :, 0], rtol=0.05 if change == 'half' else 1e-4, atol=1e-4)
+        for model in (plain, packed):
+            model.set_output_vocabulary(range(5000, 6000))
+    expected = generate(plain, image_tokens=image_tokens, max_length=9)
+    found = generate(packed, image_tokens=image_tokens, max_length=9)
+    if change != 'half':
+        assert torch.equal(found.sequences, expected.sequences)
+    assert_close(
+        found.token_logprobs[:, :, 0],
+        expected.token_logprobs[:, :, 0],
+        rtol=0.05 if change == 'half' else 1e-4,
+        atol=1e-4,
+    )
 
 
 def test_packing_twice_is_packing_once():
@@ -84,7 +112,9 @@ def test_packing_twice_is_packing_once():
 
 def test_no_optimizer_finds_its_weights_and_gradients_go_through():
     model, image_tokens = captioner()
-    assert not [name for name, _ in pack(model).decoder.named_parameters() if 'dense' in name or 'query' in name]
+    assert not [
+        name for name, _ in pack(model).decoder.named_parameters() if 'dense' in name or 'query' in name
+    ]
     x = torch.randn(2, 64, requires_grad=True)
     layer = PackedLinear(torch.randn(5, 64), torch.zeros(5))
     layer(x).sum().backward()
@@ -93,15 +123,21 @@ def test_no_optimizer_finds_its_weights_and_gradients_go_through():
 
 def test_adapters_stay_and_autocast_is_kept():
     class Adapter(torch.nn.Linear):
-        def forward(self, x): return super().forward(x) + 1
+        def forward(self, x):
+            return super().forward(x) + 1
+
     model, image_tokens = captioner()
     model.decoder.layers[0].attention.self.query = Adapter(64, 64)
     expected = generate(model, image_tokens=image_tokens, max_length=9)
     packed = pack(copy.deepcopy(model))
     assert type(packed.decoder.layers[0].attention.self.query) is Adapter
-    assert torch.equal(generate(packed, image_tokens=image_tokens, max_length=9).sequences, expected.sequences)
-    layer, x = PackedLinear(torch.randn(5, 64), torch.zeros(5)), torch.randn(2, 64)
-    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16): assert layer(x).dtype == torch.bfloat16
+    assert torch.equal(
+        generate(packed, image_tokens=image_tokens, max_length=9).sequences, expected.sequences
+    )
+    layer = PackedLinear(torch.randn(5, 64), torch.zeros(5))
+    x = torch.randn(2, 64)
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
 
 
 def test_the_head_is_used_only_for_the_words_it_was_packed_for():

@@ -1,6 +1,7 @@
 """Damaged files and settings of every kind: what comes back is a result or one clear error.
 
-`pytest tests/test_fuzz.py` tries a few hundred cases in seconds, `--slow` ten thousand. A case is a function of its
+`pytest tests/test_fuzz.py` tries a few hundred cases in seconds, `--slow` ten thousand. A case is a
+function of its
 number, so a failure names the number that shows it again.
 """
 
@@ -34,9 +35,60 @@ CLEAN = (ValueError, OSError)  # FileNotFoundError is an OSError
 
 # ---------------------------------------------------------------- mutators
 
-TEXTS = ('', ' ', 'null', '[]', '{}', '5', '"', '\r', '\x0b', '\u2028', '\ufeff', '\x00', '\x1b[2J', '\ud83d', '犬', '9' * 5000, '[' * 3000)
-VALUES = (None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float('inf'), float('nan'), '', 'x', '12', 'x' * 5000,
-          [], [0], [[0]], [None], {}, {'': 0}, {'a': {'b': []}}, [[[[[]]]]], '\ud83d', '\x1b]0;x\x07', '../../x', 'pipe:touch x', 'hf-hub:x/y')  # fmt: skip
+TEXTS = (
+    '',
+    ' ',
+    'null',
+    '[]',
+    '{}',
+    '5',
+    '"',
+    '\r',
+    '\x0b',
+    '\u2028',
+    '\ufeff',
+    '\x00',
+    '\x1b[2J',
+    '\ud83d',
+    '犬',
+    '9' * 5000,
+    '[' * 3000,
+)
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    7,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    float('inf'),
+    float('nan'),
+    '',
+    'x',
+    '12',
+    'x' * 5000,
+    # fmt: skip
+    [],
+    [0],
+    [[0]],
+    [None],
+    {},
+    {'': 0},
+    {'a': {'b': []}},
+    [[[[[]]]]],
+    '\ud83d',
+    '\x1b]0;x\x07',
+    '../../x',
+    'pipe:touch x',
+    'hf-hub:x/y',
+)
 
 
 def damaged_bytes(content, chance):
@@ -78,7 +130,9 @@ def damaged_value(value, chance):
 
 
 def clean(case, *names):
-    "Run a case: its result, or None after an error that is of the right kind, short, and names one of the names."
+    """Run a case: its result, or None after an error that is of the right kind, short, and names one of the
+    names.
+    """
     try:
         return case()
     except CLEAN as error:
@@ -87,7 +141,8 @@ def clean(case, *names):
         assert text and (not names or any(name in text for name in names)), f'{text!r} names none of {names}'
 
 
-# ---------------------------------------------------------------- kinds of input: each gives a function of a chance
+# ---------------------------------------------------------------- kinds of input: each gives a function of a
+# chance
 
 
 @lru_cache
@@ -95,7 +150,9 @@ def caption_files():
     "One sound file of every notation that is read: {name: content}"
     captions = {f'{i}.jpg': [f'a dog number {i}', 'two cats, and "one" ball', "it's red"] for i in range(3)}
     images = [dict(id=i, file_name=file) for i, file in enumerate(captions)]
-    notes = [dict(image_id=i, id=9, caption=text) for i, texts in enumerate(captions.values()) for text in texts]
+    notes = [
+        dict(image_id=i, id=9, caption=text) for i, texts in enumerate(captions.values()) for text in texts
+    ]
     karpathy = [dict(filename=file, filepath='val', split='val', imgid=i, sentences=[dict(raw=text) for text in texts])
                 for i, (file, texts) in enumerate(captions.items())]  # fmt: skip
     lines = [dict(file_name=file, caption=text) for file, texts in captions.items() for text in texts]
@@ -105,14 +162,21 @@ def caption_files():
         'coco.json': json.dumps(dict(info={}, images=images, annotations=notes)),
         'karpathy.json': json.dumps(dict(images=karpathy, dataset='x')),
         'list.json': json.dumps(lines),
-        'results.json': json.dumps([dict(image_id=i, caption=texts[0]) for i, texts in enumerate(captions.values())]),
-        'said.jsonl': '\n'.join(json.dumps(dict(image=file, caption=texts[0], score=-1.0)) for file, texts in captions.items()),
+        'results.json': json.dumps(
+            [dict(image_id=i, caption=texts[0]) for i, texts in enumerate(captions.values())]
+        ),
+        'said.jsonl': '\n'.join(
+            json.dumps(dict(image=file, caption=texts[0], score=-1.0)) for file, texts in captions.items()
+        ),
         'lines.jsonl': '\n'.join(map(json.dumps, lines)),
-        'table.csv': 'image,caption\n' + '\n'.join(f'{file},"{text.replace(chr(34), chr(34) * 2)}"' for file, text in pairs),
+        'table.csv': 'image,caption\n'
+        + '\n'.join(f'{file},"{text.replace(chr(34), chr(34) * 2)}"' for file, text in pairs),
         'table.tsv': 'file\tcaption\n' + '\n'.join(f'{file}\t{text}' for file, text in pairs),
-        'cells.csv': 'image,captions\n' + '\n'.join(f'{file},"{texts!r}"'.replace('"one"', 'one') for file, texts in captions.items()),
+        'cells.csv': 'image,captions\n'
+        + '\n'.join(f'{file},"{texts!r}"'.replace('"one"', 'one') for file, texts in captions.items()),
         'flickr.token': '\n'.join(f'{file}#{i % 3}\t{text}' for i, (file, text) in enumerate(pairs)),
-        'results.csv': 'image_name| comment_number| comment\n' + '\n'.join(f'{file}| {i % 3}| {text}' for i, (file, text) in enumerate(pairs)),
+        'results.csv': 'image_name| comment_number| comment\n'
+        + '\n'.join(f'{file}| {i % 3}| {text}' for i, (file, text) in enumerate(pairs)),
     }
 
 
@@ -131,10 +195,17 @@ def caption_case(chance, place):
 @lru_cache
 def photos():
     "{name: content} of sound photos, one with EXIF."
-    image, found = Image.linear_gradient('L').resize((40, 30)).convert('RGB'), {}
+    image = Image.linear_gradient('L').resize((40, 30)).convert('RGB')
+    found = {}
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, 'a dog'
-    for name, options in (('a.jpg', dict(exif=exif.tobytes())), ('b.png', {}), ('c.webp', {}), ('d.gif', {}), ('e.bmp', {})):
+    for name, options in (
+        ('a.jpg', dict(exif=exif.tobytes())),
+        ('b.png', {}),
+        ('c.webp', {}),
+        ('d.gif', {}),
+        ('e.bmp', {}),
+    ):
         stream = io.BytesIO()
         image.save(stream, {'jpg': 'JPEG'}.get(name[2:], name[2:].upper()), **options)
         found[name] = stream.getvalue()
@@ -153,15 +224,23 @@ def shard_case(chance, place):
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode='w') as tar:
         for i in range(3):
-            members = {f'{i}.jpg': photos()['a.jpg'], f'{i}.json': json.dumps(dict(caption=['a dog', 'a cat'])).encode(), f'{i}.txt': b'a dog'}
+            members = {
+                f'{i}.jpg': photos()['a.jpg'],
+                f'{i}.json': json.dumps(dict(caption=['a dog', 'a cat'])).encode(),
+                f'{i}.txt': b'a dog',
+            }
             for name, content in members.items():
                 content = damaged_bytes(content, chance) if chance.random() < 0.2 else content
                 header = tarfile.TarInfo(name)
                 header.size = len(content)
                 tar.addfile(header, io.BytesIO(content))
     shard = place / 'shard.tar'
-    shard.write_bytes(damaged_bytes(stream.getvalue(), chance) if chance.random() < 0.5 else stream.getvalue())
-    read = ShardDataset([str(shard)], lambda photo: photo, 2, passes=1, captions_per_image=2, process_index=0, num_processes=1)
+    shard.write_bytes(
+        damaged_bytes(stream.getvalue(), chance) if chance.random() < 0.5 else stream.getvalue()
+    )
+    read = ShardDataset(
+        [str(shard)], lambda photo: photo, 2, passes=1, captions_per_image=2, process_index=0, num_processes=1
+    )
     clean(lambda: list(read), 'shard.tar')
     clean(lambda: check_data(str(shard), None, tokenizer(), progress=False), 'shard.tar')
 
@@ -177,7 +256,13 @@ def model_folder():
     with tempfile.TemporaryDirectory() as folder:
         words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a', 'picture', 'of', 'dog', 'cat']
         own = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
-        sizes = DecoderConfig.tiny(vocab_size=len(own), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        sizes = DecoderConfig.tiny(
+            vocab_size=len(own),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
         Captioner(CaptionerConfig.tiny(decoder=sizes), own).save_pretrained(Path(folder) / 'model')
         return {file.name: file.read_bytes() for file in (Path(folder) / 'model').iterdir()}
 
@@ -239,7 +324,9 @@ def report_case(chance, place):
     )
     (place / 'report.json').write_text(json.dumps(damaged_value(report, chance)))
     clean(lambda: confidences_and_scores(place / 'report.json'), 'report.json')
-    saved = dict(library='pvtblip', metric='CIDEr', least=0.5, slope=1.0, intercept=0.0, kept=[[0.5, 0.9]], model='ab')
+    saved = dict(
+        library='pvtblip', metric='CIDEr', least=0.5, slope=1.0, intercept=0.0, kept=[[0.5, 0.9]], model='ab'
+    )
     (place / 'confidence.json').write_text(json.dumps(damaged_value(saved, chance)))
     clean(lambda: load_confidence(place), 'confidence.json')
     for read, name in ((read_json, 'report.json'), (read_toml, 'report.json')):
@@ -248,8 +335,15 @@ def report_case(chance, place):
         is_ours(place / name)
 
 
-KINDS = dict(captions=(caption_case, 60, 3000), photos=(photo_case, 60, 3000), shards=(shard_case, 12, 400),
-             models=(model_case, 60, 1600), settings=(setting_case, 60, 1000), reports=(report_case, 60, 1000))  # fmt: skip
+KINDS = dict(
+    captions=(caption_case, 60, 3000),
+    photos=(photo_case, 60, 3000),
+    shards=(shard_case, 12, 400),
+    # fmt: skip
+    models=(model_case, 60, 1600),
+    settings=(setting_case, 60, 1000),
+    reports=(report_case, 60, 1000),
+)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -259,4 +353,6 @@ def test_a_result_or_a_clear_error(kind, tmp_path, request):
         try:
             case(random.Random(f'{kind} {number}'), tmp_path)
         except Exception as error:
-            raise AssertionError(f'{kind}, case {number}: {type(error).__name__}: {str(error)[:500]}') from error
+            raise AssertionError(
+                f'{kind}, case {number}: {type(error).__name__}: {str(error)[:500]}'
+            ) from error

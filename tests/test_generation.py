@@ -1,7 +1,7 @@
 """What the cells of 04_generation do not reach: the whole grid against transformers, and random properties."""
+
 import itertools
 import math
-import shutil
 from dataclasses import asdict
 
 import pytest
@@ -16,26 +16,52 @@ from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogi
 
 from plain_generation import NoWordLeft, plain_generate
 from pvtblip.decoder import BertDecoder, Captioner, CaptionerConfig, DecoderConfig
-from pvtblip.generation import (ForcedWords, GenerationConfig, NextToken, Rules, _beam_search, attention_map, cross_attention, generate, generate_caption,
-                                keep_min_p, keep_top_k, keep_top_p, process_image, settled, stream_caption, word_ids)
+from pvtblip.generation import (
+    ForcedWords,
+    GenerationConfig,
+    NextToken,
+    Rules,
+    _beam_search,
+    attention_map,
+    cross_attention,
+    generate,
+    generate_caption,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    process_image,
+    settled,
+    stream_caption,
+    word_ids,
+)
 
 torch.set_num_threads(1)
-SEP, PROMPT = 102, [101, 1037, 3861, 1997]
+SEP = 102
+PROMPT = [101, 1037, 3861, 1997]
 
 
 def make(seed, sep_bias, images=8):
     "A captioner with random weights, the same in transformers, and image tokens."
     torch.manual_seed(seed)
     ours = Captioner(CaptionerConfig.tiny()).eval()
-    for weight in ours.decoder.parameters(): weight.data += 0.1 * torch.randn_like(weight)
-    ours.decoder.cls["predictions"].bias.data[SEP] += sep_bias
-    theirs = BertLMHeadModel(BertConfig(**asdict(ours.config.decoder), is_decoder=True, add_cross_attention=True)).eval()
+    for weight in ours.decoder.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    ours.decoder.cls['predictions'].bias.data[SEP] += sep_bias
+    theirs = BertLMHeadModel(
+        BertConfig(**asdict(ours.config.decoder), is_decoder=True, add_cross_attention=True)
+    ).eval()
     state = ours.decoder.state_dict()
-    theirs.load_state_dict(state | {"cls.predictions.decoder.weight": ours.decoder.word_embedding, "cls.predictions.decoder.bias": state["cls.predictions.bias"]})
+    theirs.load_state_dict(
+        state
+        | {
+            'cls.predictions.decoder.weight': ours.decoder.word_embedding,
+            'cls.predictions.decoder.bias': state['cls.predictions.bias'],
+        }
+    )
     return ours, theirs, torch.randn(images, ours.encoder.num_tokens, 64)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def early():
     "Captions that end at different places, some of them not at all."
     return make(0, 4.2)
@@ -43,9 +69,17 @@ def early():
 
 def theirs_generate(theirs, images, **kwargs):
     with torch.inference_mode():
-        return theirs.generate(input_ids=torch.tensor([PROMPT] * len(images)), encoder_hidden_states=images, do_sample=False, eos_token_id=SEP,
-                               pad_token_id=0, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
-                               return_dict_in_generate=True, output_scores=True, **kwargs)
+        return theirs.generate(
+            input_ids=torch.tensor([PROMPT] * len(images)),
+            encoder_hidden_states=images,
+            do_sample=False,
+            eos_token_id=SEP,
+            pad_token_id=0,
+            past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            return_dict_in_generate=True,
+            output_scores=True,
+            **kwargs,
+        )
 
 
 def until_end(rows):
@@ -53,11 +87,17 @@ def until_end(rows):
 
 
 def equal(ours, theirs, images, **kwargs):
-    out, other = generate(ours, image_tokens=images, **kwargs), theirs_generate(theirs, images, **kwargs)
+    out = generate(ours, image_tokens=images, **kwargs)
+    other = theirs_generate(theirs, images, **kwargs)
     assert until_end(out.sequences[:, 0]) == until_end(other.sequences)
-    if kwargs.get("num_beams", 1) > 1: assert_close(out.scores[:, 0], other.sequences_scores, rtol=0, atol=1e-4)
-    for row, kept, logprobs in zip(out.sequences[:, 0].tolist(), until_end(out.sequences[:, 0]), out.token_logprobs[:, 0].tolist()):
-        assert not any(row[len(kept):]) and not any(logprobs[len(kept) - 4:]), "behind [SEP] there is only padding"
+    if kwargs.get('num_beams', 1) > 1:
+        assert_close(out.scores[:, 0], other.sequences_scores, rtol=0, atol=1e-4)
+    for row, kept, logprobs in zip(
+        out.sequences[:, 0].tolist(), until_end(out.sequences[:, 0]), out.token_logprobs[:, 0].tolist()
+    ):
+        assert not any(row[len(kept) :]) and not any(logprobs[len(kept) - 4 :]), (
+            'behind [SEP] there is only padding'
+        )
     return out
 
 
@@ -70,33 +110,84 @@ small = {}
 def small_captioner(seed, sep_bias):
     "Random weights in double precision, so that rounding decides nothing; nine words."
     if not small:
-        decoder = DecoderConfig.tiny(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=24)
-        small["model"] = Captioner(CaptionerConfig.tiny(decoder=decoder, output_vocabulary=WORDS, max_length=24)).double().eval()
-    model, generator = small["model"], torch.Generator().manual_seed(seed)
-    for name, weight in model.decoder.named_parameters():  # small biases and wide positions: what comes next must depend on what was said and where
-        if weight.numel() > 2000: continue
-        spread = 1.0 if "position" in name else 0.5 if weight.dim() == 2 else 0.1
-        weight.data.copy_(torch.randn(weight.shape, generator=generator) * spread + float("LayerNorm.weight" in name))
+        decoder = DecoderConfig.tiny(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=24,
+        )
+        small['model'] = (
+            Captioner(CaptionerConfig.tiny(decoder=decoder, output_vocabulary=WORDS, max_length=24))
+            .double()
+            .eval()
+        )
+    model = small['model']
+    generator = torch.Generator().manual_seed(seed)
+    for (
+        name,
+        weight,
+    ) in (
+        model.decoder.named_parameters()
+    ):  # small biases and wide positions: what comes next must depend on what was said and where
+        if weight.numel() > 2000:
+            continue
+        spread = 1.0 if 'position' in name else 0.5 if weight.dim() == 2 else 0.1
+        weight.data.copy_(
+            torch.randn(weight.shape, generator=generator) * spread + float('LayerNorm.weight' in name)
+        )
     model.decoder.word_embedding.data[WORDS] = torch.randn(len(WORDS), 16, generator=generator).double()
-    model.decoder.cls["predictions"].bias.data[102] = sep_bias
+    model.decoder.cls['predictions'].bias.data[102] = sep_bias
     return model
 
 
 token_lists = st.lists(st.sampled_from(WORDS[1:]), min_size=1, max_size=3)
 bad_lists = st.lists(st.sampled_from([1996, 2006, 2015, 4937]), min_size=1, max_size=3)
-common = dict(max_length=st.integers(7, 11), min_length=st.sampled_from([0, 0, 5, 7]), length_penalty=st.sampled_from([0.0, 1.0, 2.0, -0.5]),
-              no_repeat_ngram_size=st.sampled_from([0, 0, 0, 1, 2, 3]), repetition_penalty=st.sampled_from([1.0, 1.0, 0.7, 1.4]),
-              bad_words_ids=st.one_of(st.none(), st.lists(bad_lists, min_size=1, max_size=2)), prefix=st.sampled_from(["", "", "a", "red dog"]))
-stops = dict(early_stopping=st.sampled_from([False, True, "never"]), num_return_sequences=st.integers(1, 2))
+common = dict(
+    max_length=st.integers(7, 11),
+    min_length=st.sampled_from([0, 0, 5, 7]),
+    length_penalty=st.sampled_from([0.0, 1.0, 2.0, -0.5]),
+    no_repeat_ngram_size=st.sampled_from([0, 0, 0, 1, 2, 3]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 0.7, 1.4]),
+    bad_words_ids=st.one_of(st.none(), st.lists(bad_lists, min_size=1, max_size=2)),
+    prefix=st.sampled_from(['', '', 'a', 'red dog']),
+)
+stops = dict(early_stopping=st.sampled_from([False, True, 'never']), num_return_sequences=st.integers(1, 2))
 configs = st.one_of(
     st.fixed_dictionaries(common),
-    st.fixed_dictionaries(common | dict(do_sample=st.just(True), num_return_sequences=st.integers(1, 3), temperature=st.sampled_from([0.5, 1.0, 3.0]),
-                                        top_k=st.sampled_from([0, 0, 2, 5]), top_p=st.sampled_from([1.0, 0.8, 0.3]), min_p=st.sampled_from([0.0, 0.0, 0.2]))),
+    st.fixed_dictionaries(
+        common
+        | dict(
+            do_sample=st.just(True),
+            num_return_sequences=st.integers(1, 3),
+            temperature=st.sampled_from([0.5, 1.0, 3.0]),
+            top_k=st.sampled_from([0, 0, 2, 5]),
+            top_p=st.sampled_from([1.0, 0.8, 0.3]),
+            min_p=st.sampled_from([0.0, 0.0, 0.2]),
+        )
+    ),
     st.fixed_dictionaries(common | stops | dict(num_beams=st.integers(2, 4))),
-    st.integers(2, 3).flatmap(lambda groups: st.fixed_dictionaries(common | stops | dict(
-        num_beam_groups=st.just(groups), num_beams=st.integers(1, 3).map(lambda k: k * groups), diversity_penalty=st.sampled_from([0.0, 0.3, 2.0])))),
-    st.fixed_dictionaries(common | stops | dict(num_beams=st.integers(2, 4), force_words_ids=st.lists(
-        st.one_of(token_lists, st.lists(token_lists, min_size=1, max_size=2)), min_size=1, max_size=2))),
+    st.integers(2, 3).flatmap(
+        lambda groups: st.fixed_dictionaries(
+            common
+            | stops
+            | dict(
+                num_beam_groups=st.just(groups),
+                num_beams=st.integers(1, 3).map(lambda k: k * groups),
+                diversity_penalty=st.sampled_from([0.0, 0.3, 2.0]),
+            )
+        )
+    ),
+    st.fixed_dictionaries(
+        common
+        | stops
+        | dict(
+            num_beams=st.integers(2, 4),
+            force_words_ids=st.lists(
+                st.one_of(token_lists, st.lists(token_lists, min_size=1, max_size=2)), min_size=1, max_size=2
+            ),
+        )
+    ),
 )
 
 
@@ -104,23 +195,40 @@ configs = st.one_of(
 @settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_generate_is_the_plain_definition(seed, sep_bias, batch, options):
     model = small_captioner(seed, sep_bias)
-    try: config = GenerationConfig(**options).check(model)
-    except ValueError: assume(False)
-    images = torch.randn(batch, 3, 16, generator=torch.Generator().manual_seed(seed)).double()
-    steps, seeds = config.max_length - len(config.prompt_ids(model)), [seed + i for i in range(batch)]
     try:
-        plain = [plain_generate(model, image[None], config, torch.rand(config.num_return_sequences, steps, generator=torch.Generator().manual_seed(s)).tolist())
-                 for image, s in zip(images, seeds)]
+        config = GenerationConfig(**options).check(model)
+    except ValueError:
+        assume(False)
+    images = torch.randn(batch, 3, 16, generator=torch.Generator().manual_seed(seed)).double()
+    steps = config.max_length - len(config.prompt_ids(model))
+    seeds = [seed + i for i in range(batch)]
+    try:
+        plain = [
+            plain_generate(
+                model,
+                image[None],
+                config,
+                torch.rand(
+                    config.num_return_sequences, steps, generator=torch.Generator().manual_seed(s)
+                ).tolist(),
+            )
+            for image, s in zip(images, seeds)
+        ]
     except NoWordLeft:
-        with pytest.raises(ValueError, match="no word is left|keep to all rules"): generate(model, image_tokens=images, config=config)
+        with pytest.raises(ValueError, match='no word is left|keep to all rules'):
+            generate(model, image_tokens=images, config=config)
         return
-    out = generate(model, image_tokens=images, config=config, generator=[torch.Generator().manual_seed(s) for s in seeds])
+    out = generate(
+        model, image_tokens=images, config=config, generator=[torch.Generator().manual_seed(s) for s in seeds]
+    )
     for b, captions in enumerate(plain):
         assert len(captions) == config.num_return_sequences
         for r, (score, ids, logprobs) in enumerate(captions):
-            assert until_end(out.sequences[b, r:r + 1]) == [ids]
+            assert until_end(out.sequences[b, r : r + 1]) == [ids]
             assert abs(float(out.scores[b, r]) - score) < 1e-5
-            assert_close(out.token_logprobs[b, r, :len(logprobs)], torch.tensor(logprobs).double(), rtol=0, atol=1e-5)
+            assert_close(
+                out.token_logprobs[b, r, : len(logprobs)], torch.tensor(logprobs).double(), rtol=0, atol=1e-5
+            )
 
 
 # ---------------------------------------------------------------- equality with transformers
@@ -128,32 +236,59 @@ def test_generate_is_the_plain_definition(seed, sep_bias, batch, options):
 
 def test_the_grid_has_captions_that_end_early_and_captions_that_do_not(early):
     ours, _, images = early
-    lengths = {len(row) for row in until_end(generate(ours, image_tokens=images, num_beams=3, max_length=20).sequences[:, 0])}
+    lengths = {
+        len(row)
+        for row in until_end(generate(ours, image_tokens=images, num_beams=3, max_length=20).sequences[:, 0])
+    }
     assert len(lengths) >= 3 and min(lengths) < 12
-    lengths = [len(row) for row in until_end(generate(ours, image_tokens=images, max_length=20).sequences[:, 0])]
-    assert len(set(lengths)) >= 3, "greedy captions must leave the batch at different steps"
+    lengths = [
+        len(row) for row in until_end(generate(ours, image_tokens=images, max_length=20).sequences[:, 0])
+    ]
+    assert len(set(lengths)) >= 3, 'greedy captions must leave the batch at different steps'
 
 
-@pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("num_beams", [1, 3, 5])
+@pytest.mark.parametrize('early_stopping', [False, True, 'never'])
+@pytest.mark.parametrize('batch', [1, 8])
+@pytest.mark.parametrize('num_beams', [1, 3, 5])
 def test_same_tokens_and_scores_as_transformers(early, num_beams, batch, early_stopping):
     ours, theirs, images = early
     for penalty, (shortest, ngram) in itertools.product((0.0, 1.0, 2.0), ((0, 0), (10, 2))):
-        equal(ours, theirs, images[:batch], num_beams=num_beams, early_stopping=early_stopping, length_penalty=penalty,
-              min_length=shortest, no_repeat_ngram_size=ngram, max_length=16)
+        equal(
+            ours,
+            theirs,
+            images[:batch],
+            num_beams=num_beams,
+            early_stopping=early_stopping,
+            length_penalty=penalty,
+            min_length=shortest,
+            no_repeat_ngram_size=ngram,
+            max_length=16,
+        )
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("options", [dict(repetition_penalty=0.3), dict(repetition_penalty=0.6, no_repeat_ngram_size=2), dict(bad_words_ids="said"),
-                                     dict(bad_words_ids="said", repetition_penalty=1.2, min_length=9, no_repeat_ngram_size=1)])
+@pytest.mark.parametrize('num_beams', [1, 3])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(repetition_penalty=0.3),
+        dict(repetition_penalty=0.6, no_repeat_ngram_size=2),
+        dict(bad_words_ids='said'),
+        dict(bad_words_ids='said', repetition_penalty=1.2, min_length=9, no_repeat_ngram_size=1),
+    ],
+)
 def test_rules_are_those_of_transformers(early, num_beams, options):
     ours, theirs, images = early
     free = generate(ours, image_tokens=images, num_beams=num_beams, max_length=14).sequences
-    if "bad_words_ids" in options:  # forbid what would be said: a token, a pair of tokens, a pair that begins in the prompt, and [SEP], which both let pass
-        options = options | dict(bad_words_ids=[[int(free[0, 0, 5])], free[1, 0, 5:7].tolist(), [1997, int(free[2, 0, 4])], [SEP]])
+    if (
+        'bad_words_ids' in options
+    ):  # what would be said: a token, a pair, a pair that begins in the prompt, and [SEP], which both let pass
+        options = options | dict(
+            bad_words_ids=[[int(free[0, 0, 5])], free[1, 0, 5:7].tolist(), [1997, int(free[2, 0, 4])], [SEP]]
+        )
     out = equal(ours, theirs, images, num_beams=num_beams, max_length=14, **options)
-    assert out.sequences.shape != free.shape or not torch.equal(out.sequences, free), "the rule changed nothing: the test says nothing"
+    assert out.sequences.shape != free.shape or not torch.equal(out.sequences, free), (
+        'the rule changed nothing: the test says nothing'
+    )
 
 
 def test_several_continued_captions_are_transformers():
@@ -161,32 +296,76 @@ def test_several_continued_captions_are_transformers():
     prompt = PROMPT + [2048, 6077]  # two dogs
     for num_beams in (1, 3):
         with torch.inference_mode():
-            other = theirs.generate(input_ids=torch.tensor([prompt] * 2), encoder_hidden_states=images, do_sample=False, num_beams=num_beams, num_return_sequences=num_beams,
-                                    max_length=14, length_penalty=0.5, eos_token_id=SEP, pad_token_id=0, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
-                                    return_dict_in_generate=True, output_scores=True)
-        out = generate(ours, image_tokens=images, num_beams=num_beams, num_return_sequences=num_beams, max_length=14, length_penalty=0.5, prefix="Two  dogs")
+            other = theirs.generate(
+                input_ids=torch.tensor([prompt] * 2),
+                encoder_hidden_states=images,
+                do_sample=False,
+                num_beams=num_beams,
+                num_return_sequences=num_beams,
+                max_length=14,
+                length_penalty=0.5,
+                eos_token_id=SEP,
+                pad_token_id=0,
+                past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+        out = generate(
+            ours,
+            image_tokens=images,
+            num_beams=num_beams,
+            num_return_sequences=num_beams,
+            max_length=14,
+            length_penalty=0.5,
+            prefix='Two  dogs',
+        )
         assert until_end(out.sequences.flatten(0, 1)) == until_end(other.sequences)
         assert out.token_logprobs.shape[-1] == out.sequences.shape[-1] - 6
-        if num_beams > 1: assert_close(out.scores.flatten(), other.sequences_scores, rtol=0, atol=1e-4)
+        if num_beams > 1:
+            assert_close(out.scores.flatten(), other.sequences_scores, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(temperature=0.6, top_p=0.9), dict(min_p=0.05, repetition_penalty=1.5), dict(top_k=9, min_p=0.3, temperature=1.7, no_repeat_ngram_size=1)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(temperature=0.6, top_p=0.9),
+        dict(min_p=0.05, repetition_penalty=1.5),
+        dict(top_k=9, min_p=0.3, temperature=1.7, no_repeat_ngram_size=1),
+    ],
+)
 def test_same_draws_as_transformers(early, options):
     ours, theirs, images = early
     for seed in range(4):
         torch.manual_seed(seed)
         with torch.inference_mode():
-            other = theirs.generate(input_ids=torch.tensor([PROMPT]), encoder_hidden_states=images[:1], do_sample=True, eos_token_id=SEP, pad_token_id=0, max_length=16,
-                                    past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()), **dict(top_k=0) | options)
+            other = theirs.generate(
+                input_ids=torch.tensor([PROMPT]),
+                encoder_hidden_states=images[:1],
+                do_sample=True,
+                eos_token_id=SEP,
+                pad_token_id=0,
+                max_length=16,
+                past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+                **dict(top_k=0) | options,
+            )
         torch.manual_seed(seed)
         out = generate(ours, image_tokens=images[:1], do_sample=True, max_length=16, **options)
         assert until_end(out.sequences[:, 0]) == until_end(other)
 
 
-@pytest.mark.parametrize("seed", range(1, 7))
+@pytest.mark.parametrize('seed', range(1, 7))
 def test_same_as_transformers_on_other_weights(seed):
     ours, theirs, images = make(seed, sep_bias=1.5 + seed / 2, images=3)
-    for num_beams in (1, 2, 4): equal(ours, theirs, images, num_beams=num_beams, max_length=14, length_penalty=-1.0 if seed == 3 else 1.0)
+    for num_beams in (1, 2, 4):
+        equal(
+            ours,
+            theirs,
+            images,
+            num_beams=num_beams,
+            max_length=14,
+            length_penalty=-1.0 if seed == 3 else 1.0,
+        )
 
 
 def test_all_beams_are_transformers_beams(early):
@@ -200,18 +379,25 @@ def test_all_beams_are_transformers_beams(early):
 # ---------------------------------------------------------------- scores, batches, vocabularies
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize('num_beams', [1, 3])
 def test_log_probabilities_are_the_models_own(early, num_beams):
     ours, _, images = early
     out = generate(ours, image_tokens=images, num_beams=num_beams, max_length=14, length_penalty=0.7)
-    with torch.inference_mode(): logits = ours.decoder(out.sequences[:, 0], images).log_softmax(-1)
+    with torch.inference_mode():
+        logits = ours.decoder(out.sequences[:, 0], images).log_softmax(-1)
     said = logits[:, 3:-1].gather(2, out.sequences[:, 0, 4:, None])[..., 0]  # (B, T-P)
-    spoken = torch.tensor([[i < len(row) - 4 for i in range(said.shape[1])] for row in until_end(out.sequences[:, 0])])
+    spoken = torch.tensor(
+        [[i < len(row) - 4 for i in range(said.shape[1])] for row in until_end(out.sequences[:, 0])]
+    )
     assert_close(out.token_logprobs[:, 0], said.where(spoken, torch.tensor(0.0)), rtol=0, atol=1e-4)
-    assert_close(out.scores[:, 0], out.token_logprobs[:, 0].sum(-1) / spoken.sum(-1) ** 0.7, rtol=0, atol=1e-4)
+    assert_close(
+        out.scores[:, 0], out.token_logprobs[:, 0].sum(-1) / spoken.sum(-1) ** 0.7, rtol=0, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("options", [dict(), dict(num_beams=3), dict(num_beams=5, early_stopping=True, no_repeat_ngram_size=2)])
+@pytest.mark.parametrize(
+    'options', [dict(), dict(num_beams=3), dict(num_beams=5, early_stopping=True, no_repeat_ngram_size=2)]
+)
 def test_company_changes_nothing(early, options):
     ours, _, images = early
     order = torch.tensor([5, 0, 7, 2, 1, 3])
@@ -234,27 +420,41 @@ def test_only_the_output_vocabulary_is_spoken(early):
         assert set(out.sequences[..., 4:].flatten().tolist()) <= {*words, SEP, 0}
 
 
-@pytest.mark.parametrize("shortest", [0, 7, 12, 16])
+@pytest.mark.parametrize('shortest', [0, 7, 12, 16])
 def test_min_length_is_kept(shortest):
     ours, _, images = make(0, 50.0, 4)  # it would end at once
     for num_beams in (1, 3):
-        rows = until_end(generate(ours, image_tokens=images, num_beams=num_beams, min_length=shortest, max_length=16).sequences[:, 0])
+        rows = until_end(
+            generate(
+                ours, image_tokens=images, num_beams=num_beams, min_length=shortest, max_length=16
+            ).sequences[:, 0]
+        )
         assert {len(row) for row in rows} == {min(max(5, shortest + 1), 16)}
 
 
 def test_no_ngram_twice(early):
     ours, _, images = make(0, -1e4)
     for n, num_beams in itertools.product((1, 2, 3), (1, 3)):
-        for row in generate(ours, image_tokens=images, num_beams=num_beams, no_repeat_ngram_size=n, max_length=24).sequences[:, 0].tolist():
-            grams = [tuple(row[i:i + n]) for i in range(len(row) - n + 1)]
+        for row in (
+            generate(ours, image_tokens=images, num_beams=num_beams, no_repeat_ngram_size=n, max_length=24)
+            .sequences[:, 0]
+            .tolist()
+        ):
+            grams = [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]
             assert len(grams) == len(set(grams))
 
 
 def test_dropout_is_off_in_either_mode():
     torch.manual_seed(0)
-    ours = Captioner(CaptionerConfig.tiny(decoder=DecoderConfig.tiny(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)))
+    ours = Captioner(
+        CaptionerConfig.tiny(
+            decoder=DecoderConfig.tiny(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+        )
+    )
     images = torch.randn(2, ours.encoder.num_tokens, 64)
-    out = [generate(ours.train(mode), image_tokens=images, num_beams=2, max_length=8) for mode in (True, False)]
+    out = [
+        generate(ours.train(mode), image_tokens=images, num_beams=2, max_length=8) for mode in (True, False)
+    ]
     assert torch.equal(out[0].sequences, out[1].sequences) and torch.equal(out[0].scores, out[1].scores)
 
 
@@ -266,37 +466,70 @@ def test_the_model_is_left_as_it_was():
     state = {k: v.clone() for k, v in ours.state_dict().items()}
     generate(ours, torch.randn(2, 3, 64, 64), num_beams=2, max_length=8)
     assert [m.training for m in ours.modules()] == modes and [type(m) for m in ours.modules()] == types
-    for k, v in ours.state_dict().items(): assert torch.equal(v, state[k])
-    ours(torch.randn(2, 3, 64, 64), *[ours.tokenizer(["a dog", "a cat"])[k] for k in ("input_ids", "labels")]).loss.backward()
+    for k, v in ours.state_dict().items():
+        assert torch.equal(v, state[k])
+    ours(
+        torch.randn(2, 3, 64, 64), *[ours.tokenizer(['a dog', 'a cat'])[k] for k in ('input_ids', 'labels')]
+    ).loss.backward()
 
 
 # ---------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("options", [dict(), dict(temperature=0.5), dict(top_k=3), dict(top_p=0.6), dict(temperature=2.0, top_k=6, top_p=0.7)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(),
+        dict(temperature=0.5),
+        dict(top_k=3),
+        dict(top_p=0.6),
+        dict(temperature=2.0, top_k=6, top_p=0.7),
+    ],
+)
 def test_draws_follow_the_exact_probabilities(options):
     ours, _, images = make(2, 2.0, 1)
     ours.set_output_vocabulary(range(3000, 3010))
     with torch.inference_mode():
         prompt = torch.tensor([PROMPT])
-        logits = NextToken(ours, images)(prompt) / options.get("temperature", 1.0)
-    if "top_k" in options: logits = TopKLogitsWarper(options["top_k"])(None, logits)
-    if "top_p" in options: logits = TopPLogitsWarper(options["top_p"])(None, logits)
+        logits = NextToken(ours, images)(prompt) / options.get('temperature', 1.0)
+    if 'top_k' in options:
+        logits = TopKLogitsWarper(options['top_k'])(None, logits)
+    if 'top_p' in options:
+        logits = TopPLogitsWarper(options['top_p'])(None, logits)
     expected = logits.softmax(-1)[0] * 4000
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.cat([generate(ours, image_tokens=images.expand(1000, -1, -1), do_sample=True, max_length=5, generator=generator, **options).sequences[:, 0, 4] for _ in range(4)])
+    drawn = torch.cat(
+        [
+            generate(
+                ours,
+                image_tokens=images.expand(1000, -1, -1),
+                do_sample=True,
+                max_length=5,
+                generator=generator,
+                **options,
+            ).sequences[:, 0, 4]
+            for _ in range(4)
+        ]
+    )
     counts = torch.stack([(drawn == token).sum() for token in ours.output_ids]).float()
     assert counts.sum() == 4000
     possible = expected > 0
-    assert not counts[~possible].any(), "a word was drawn that the filters had dropped"
+    assert not counts[~possible].any(), 'a word was drawn that the filters had dropped'
     freedom = int(possible.sum()) - 1
     statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
-    assert statistic < freedom + 4 * math.sqrt(2 * freedom), "chi-square, four deviations above its mean"
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom), 'chi-square, four deviations above its mean'
 
 
 def test_the_same_generator_draws_the_same(early):
     ours, _, images = early
-    draw = lambda seed, **kw: generate(ours, image_tokens=images, do_sample=True, max_length=14, generator=torch.Generator().manual_seed(seed), **kw)
+    draw = lambda seed, **kw: generate(
+        ours,
+        image_tokens=images,
+        do_sample=True,
+        max_length=14,
+        generator=torch.Generator().manual_seed(seed),
+        **kw,
+    )
     a, b, c = draw(0), draw(0), draw(1)
     assert torch.equal(a.sequences, b.sequences) and torch.equal(a.token_logprobs, b.token_logprobs)
     assert a.sequences.shape != c.sequences.shape or not torch.equal(a.sequences, c.sequences)
@@ -305,28 +538,44 @@ def test_the_same_generator_draws_the_same(early):
     assert torch.equal(draw(0, top_p=1e-9).sequences, best.sequences)
 
 
-@pytest.mark.parametrize("returns", [1, 3])
+@pytest.mark.parametrize('returns', [1, 3])
 def test_an_image_with_its_own_generator_is_drawn_alike_in_any_company(returns):
     ours, _, images = make(5, 0.5)
     ours.set_output_vocabulary(range(3000, 3012))
     options = dict(do_sample=True, max_length=14, top_p=0.95, num_return_sequences=returns)
 
     def draw(order):
-        out = generate(ours, image_tokens=images[order], generator=[torch.Generator().manual_seed(i) for i in order], **options)
+        out = generate(
+            ours,
+            image_tokens=images[order],
+            generator=[torch.Generator().manual_seed(i) for i in order],
+            **options,
+        )
         return {i: until_end(rows) for i, rows in zip(order, out.sequences)}
 
     together = draw(list(range(8)))
     for order in ([0], [5], [3, 0, 6], [7, 1, 5, 2, 0, 4, 6]):
-        for i, rows in draw(order).items(): assert rows == together[i]
-    if returns > 1: assert any(rows[0] != rows[1] for rows in together.values()), "draws of one image must differ"
-    assert len({len(row) for rows in together.values() for row in rows}) > 2, "captions must leave the batch at different steps"
+        for i, rows in draw(order).items():
+            assert rows == together[i]
+    if returns > 1:
+        assert any(rows[0] != rows[1] for rows in together.values()), 'draws of one image must differ'
+    assert len({len(row) for rows in together.values() for row in rows}) > 2, (
+        'captions must leave the batch at different steps'
+    )
 
 
 def test_its_own_generator_draws_from_the_exact_probabilities():
     ours, _, images = make(2, 2.0, 1)
     ours.set_output_vocabulary(range(3000, 3010))
     expected = NextToken(ours, images)(torch.tensor([PROMPT])).detach().softmax(-1)[0] * 4000
-    out = generate(ours, image_tokens=images, do_sample=True, max_length=5, generator=[torch.Generator().manual_seed(0)], num_return_sequences=4000)
+    out = generate(
+        ours,
+        image_tokens=images,
+        do_sample=True,
+        max_length=5,
+        generator=[torch.Generator().manual_seed(0)],
+        num_return_sequences=4000,
+    )
     counts = torch.stack([(out.sequences[0, :, 4] == token).sum() for token in ours.output_ids]).float()
     freedom = len(expected) - 1
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * math.sqrt(2 * freedom)
@@ -334,18 +583,34 @@ def test_its_own_generator_draws_from_the_exact_probabilities():
 
 def test_several_draws_leave_the_image_where_it_is(early, monkeypatch):
     ours, _, images = early
-    seen, original = [], BertDecoder.new_cache
-    monkeypatch.setattr(BertDecoder, "new_cache", lambda decoder, tokens: seen.append(len(tokens)) or original(decoder, tokens))
-    out = generate(ours, image_tokens=images, do_sample=True, num_return_sequences=5, max_length=9, output_attentions=True)
+    seen = []
+    original = BertDecoder.new_cache
+    monkeypatch.setattr(
+        BertDecoder,
+        'new_cache',
+        lambda decoder, tokens: seen.append(len(tokens)) or original(decoder, tokens),
+    )
+    out = generate(
+        ours,
+        image_tokens=images,
+        do_sample=True,
+        num_return_sequences=5,
+        max_length=9,
+        output_attentions=True,
+    )
     assert out.sequences.shape[:2] == (8, 5) and seen == [8, 8]  # once for the search, once for the attention
 
 
 def test_top_p_at_the_exact_border():
-    assert (keep_top_p(torch.zeros(1, 2), 0.5) > -torch.inf).sum() == 1  # one word of two already holds a half
+    assert (
+        keep_top_p(torch.zeros(1, 2), 0.5) > -torch.inf
+    ).sum() == 1  # one word of two already holds a half
     assert (keep_top_p(torch.zeros(1, 4), 0.75) > -torch.inf).sum() == 3
 
 
-rows_of_logits = st.integers(0, 10**6).map(lambda seed: torch.randn(4, 1 + seed % 60, generator=torch.Generator().manual_seed(seed)) * (1 + seed % 5))
+rows_of_logits = st.integers(0, 10**6).map(
+    lambda seed: torch.randn(4, 1 + seed % 60, generator=torch.Generator().manual_seed(seed)) * (1 + seed % 5)
+)
 
 
 @given(rows_of_logits, st.floats(0.01, 0.99))
@@ -371,92 +636,145 @@ def test_top_k_equals_transformers(logits, k):
 # ---------------------------------------------------------------- refusals and front door
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(num_beams=0), "num_beams is 0; it must be a whole number from 1 to"),
-    (dict(num_beams=2.0), "num_beams is 2.0"),
-    (dict(max_length=0), "max_length is 0; it must be more than the prompt's 4 tokens and at most 64"),
-    (dict(max_length=4), "max_length is 4"),
-    (dict(max_length=65), "max_length is 65"),
-    (dict(min_length=21, max_length=20), r"min_length is 21; it must be from 0 to max_length \(20\)"),
-    (dict(min_length=-1), "min_length is -1"),
-    (dict(temperature=0.0), "temperature is 0.0; it must be a number from 0.01 to 100"),
-    (dict(top_p=0.0), "top_p is 0.0"),
-    (dict(top_p=1.1), "top_p is 1.1"),
-    (dict(top_k=-1), "top_k is -1"),
-    (dict(no_repeat_ngram_size=-1), "no_repeat_ngram_size is -1"),
-    (dict(early_stopping="always"), "early_stopping is 'always'"),
-    (dict(num_beams=2, num_return_sequences=3), "num_return_sequences is 3"),
-    (dict(num_beams=2, do_sample=True), "num_beams is 2; it must be 1 when do_sample is on"),
-    (dict(num_return_sequences=2), "num_return_sequences is 2"),
-    (dict(do_sample=True, num_return_sequences=0), "num_return_sequences is 0"),
-    (dict(min_p=1.5), "min_p is 1.5"),
-    (dict(repetition_penalty=0.0), "repetition_penalty is 0.0"),
-    (dict(num_beams=6, num_beam_groups=4), r"num_beams is 6; it must be a multiple of num_beam_groups \(4\)"),
-    (dict(num_beam_groups=0), "num_beam_groups is 0"),
-    (dict(num_beams=4, num_beam_groups=2, diversity_penalty=-1.0), "diversity_penalty is -1.0"),
-    (dict(num_beams=4, diversity_penalty=1.0), "set num_beam_groups too"),
-    (dict(num_beams=4, num_beam_groups=2, force_words_ids=[[3899]]), "num_beam_groups is 2; it must be 1 when words are forced"),
-    (dict(force_words_ids=[[3899]]), "num_beams is 1; it must be 2 or more when words are forced"),
-    (dict(num_beams=2, force_words_ids=[3899]), "force_words_ids has 3899; it must hold lists of token ids"),
-    (dict(num_beams=2, force_words_ids=[[]]), r"force_words_ids has \[\]"),
-    (dict(bad_words_ids=[[40000]]), r"bad_words_ids has \[40000\]"),
-    (dict(bad_words_ids=["dog"]), "bad_words_ids has 'dog'"),
-    (dict(num_beams=2, force_words_ids=[[3899]], bad_words_ids=[[3899]]), "'dog' says 'dog', which bad_words_ids forbids; drop one of them"),
-    (dict(num_beams=2, force_words_ids=[[4937], [[2417, 3899], [3899]]], bad_words_ids=[[2417]]), "'red dog' says 'red', which bad_words_ids forbids"),
-    (dict(prefix="a man", bad_words_ids=[[2158]]), "prefix 'a man' says 'man', which bad_words_ids forbids"),
-    (dict(num_beams=2, force_words_ids=[[1037, 3899]], no_repeat_ngram_size=1), "force_words_ids 'a dog' repeats 1 tokens in itself or of the prompt"),
-    (dict(num_beams=2, force_words_ids=[[2417, 3899], [2417, 4937]], no_repeat_ngram_size=1), "'red dog' and 'red cat' share 1 tokens"),
-    (dict(num_beams=2, force_words_ids=[[3899, 3899, 3899]], no_repeat_ngram_size=2), "repeats 2 tokens"),
-    (dict(num_beams=2, force_words_ids=[[3899], [4937]], max_length=5), r"need 2 tokens, behind prompt and prefix there is room for 1; raise max_length \(5\)"),
-    (dict(prefix="a dog and a cat", max_length=9), r"prefix 'a dog and a cat' has 5 tokens, and there is room for 4; shorten it, or raise max_length \(9\)"),
-    (dict(prefix="dog " * 20_000, max_length=64), r"prefix 'dog .*\.\.\..* has 20000 tokens, and there is room for 59; shorten it$"),
-    (dict(prefix="a 😀"), r"prefix 'a 😀': '😀' is not among the words that this model can say; choose another word"),
-    (dict(prefix="犬" * 90_000), "prefix '犬"),
-    (dict(length_penalty=4300), "length_penalty is 4300; it must be a number from -10 to 10"),
-    (dict(length_penalty=2**63), "length_penalty is 9223372036854775808"),
-    (dict(length_penalty=math.nan), "length_penalty is nan"),
-    (dict(min_p="2000-01-01"), "min_p is '2000-01-01'; it must be a number from 0 to 1"),
-    (dict(bad_words_ids=[0, 0]), "bad_words_ids has 0; it must hold lists of token ids"),
-    (dict(bad_words_ids=[[[0]]]), r"bad_words_ids has \[\[0\]\]"),
-    (dict(bad_words_ids=5), "bad_words_ids is 5; it must be a list, or not set"),
-    (dict(bad_words_ids=[[2**70]]), "bad_words_ids has"),
-    (dict(num_beams=2, force_words_ids=[[[[1]]]]), "force_words_ids has"),
-    (dict(num_beams=10**9), "num_beams is 1000000000"),
-    (dict(do_sample=True, num_return_sequences=10**9), "num_return_sequences is 1000000000"),
-    (dict(do_sample="yes"), "do_sample is 'yes'; it must be true or false"),
-    (dict(temperature=1e-300), "temperature is 1e-300"),
-    (dict(top_p=math.inf), "top_p is inf"),
-    (dict(num_beams=True), "num_beams is True"),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(num_beams=0), 'num_beams is 0; it must be a whole number from 1 to'),
+        (dict(num_beams=2.0), 'num_beams is 2.0'),
+        (dict(max_length=0), "max_length is 0; it must be more than the prompt's 4 tokens and at most 64"),
+        (dict(max_length=4), 'max_length is 4'),
+        (dict(max_length=65), 'max_length is 65'),
+        (dict(min_length=21, max_length=20), r'min_length is 21; it must be from 0 to max_length \(20\)'),
+        (dict(min_length=-1), 'min_length is -1'),
+        (dict(temperature=0.0), 'temperature is 0.0; it must be a number from 0.01 to 100'),
+        (dict(top_p=0.0), 'top_p is 0.0'),
+        (dict(top_p=1.1), 'top_p is 1.1'),
+        (dict(top_k=-1), 'top_k is -1'),
+        (dict(no_repeat_ngram_size=-1), 'no_repeat_ngram_size is -1'),
+        (dict(early_stopping='always'), "early_stopping is 'always'"),
+        (dict(num_beams=2, num_return_sequences=3), 'num_return_sequences is 3'),
+        (dict(num_beams=2, do_sample=True), 'num_beams is 2; it must be 1 when do_sample is on'),
+        (dict(num_return_sequences=2), 'num_return_sequences is 2'),
+        (dict(do_sample=True, num_return_sequences=0), 'num_return_sequences is 0'),
+        (dict(min_p=1.5), 'min_p is 1.5'),
+        (dict(repetition_penalty=0.0), 'repetition_penalty is 0.0'),
+        (
+            dict(num_beams=6, num_beam_groups=4),
+            r'num_beams is 6; it must be a multiple of num_beam_groups \(4\)',
+        ),
+        (dict(num_beam_groups=0), 'num_beam_groups is 0'),
+        (dict(num_beams=4, num_beam_groups=2, diversity_penalty=-1.0), 'diversity_penalty is -1.0'),
+        (dict(num_beams=4, diversity_penalty=1.0), 'set num_beam_groups too'),
+        (
+            dict(num_beams=4, num_beam_groups=2, force_words_ids=[[3899]]),
+            'num_beam_groups is 2; it must be 1 when words are forced',
+        ),
+        (dict(force_words_ids=[[3899]]), 'num_beams is 1; it must be 2 or more when words are forced'),
+        (
+            dict(num_beams=2, force_words_ids=[3899]),
+            'force_words_ids has 3899; it must hold lists of token ids',
+        ),
+        (dict(num_beams=2, force_words_ids=[[]]), r'force_words_ids has \[\]'),
+        (dict(bad_words_ids=[[40000]]), r'bad_words_ids has \[40000\]'),
+        (dict(bad_words_ids=['dog']), "bad_words_ids has 'dog'"),
+        (
+            dict(num_beams=2, force_words_ids=[[3899]], bad_words_ids=[[3899]]),
+            "'dog' says 'dog', which bad_words_ids forbids; drop one of them",
+        ),
+        (
+            dict(num_beams=2, force_words_ids=[[4937], [[2417, 3899], [3899]]], bad_words_ids=[[2417]]),
+            "'red dog' says 'red', which bad_words_ids forbids",
+        ),
+        (
+            dict(prefix='a man', bad_words_ids=[[2158]]),
+            "prefix 'a man' says 'man', which bad_words_ids forbids",
+        ),
+        (
+            dict(num_beams=2, force_words_ids=[[1037, 3899]], no_repeat_ngram_size=1),
+            "force_words_ids 'a dog' repeats 1 tokens in itself or of the prompt",
+        ),
+        (
+            dict(num_beams=2, force_words_ids=[[2417, 3899], [2417, 4937]], no_repeat_ngram_size=1),
+            "'red dog' and 'red cat' share 1 tokens",
+        ),
+        (dict(num_beams=2, force_words_ids=[[3899, 3899, 3899]], no_repeat_ngram_size=2), 'repeats 2 tokens'),
+        (
+            dict(num_beams=2, force_words_ids=[[3899], [4937]], max_length=5),
+            r'need 2 tokens, behind prompt and prefix there is room for 1; raise max_length \(5\)',
+        ),
+        (
+            dict(prefix='a dog and a cat', max_length=9),
+            r"prefix 'a dog and a cat' has 5 tokens, and there is room for 4; shorten it, or raise "
+            r'max_length \(9\)',
+        ),
+        (
+            dict(prefix='dog ' * 20_000, max_length=64),
+            r"prefix 'dog .*\.\.\..* has 20000 tokens, and there is room for 59; shorten it$",
+        ),
+        (
+            dict(prefix='a 😀'),
+            r"prefix 'a 😀': '😀' is not among the words that this model can say; choose another word",
+        ),
+        (dict(prefix='犬' * 90_000), "prefix '犬"),
+        (dict(length_penalty=4300), 'length_penalty is 4300; it must be a number from -10 to 10'),
+        (dict(length_penalty=2**63), 'length_penalty is 9223372036854775808'),
+        (dict(length_penalty=math.nan), 'length_penalty is nan'),
+        (dict(min_p='2000-01-01'), "min_p is '2000-01-01'; it must be a number from 0 to 1"),
+        (dict(bad_words_ids=[0, 0]), 'bad_words_ids has 0; it must hold lists of token ids'),
+        (dict(bad_words_ids=[[[0]]]), r'bad_words_ids has \[\[0\]\]'),
+        (dict(bad_words_ids=5), 'bad_words_ids is 5; it must be a list, or not set'),
+        (dict(bad_words_ids=[[2**70]]), 'bad_words_ids has'),
+        (dict(num_beams=2, force_words_ids=[[[[1]]]]), 'force_words_ids has'),
+        (dict(num_beams=10**9), 'num_beams is 1000000000'),
+        (dict(do_sample=True, num_return_sequences=10**9), 'num_return_sequences is 1000000000'),
+        (dict(do_sample='yes'), "do_sample is 'yes'; it must be true or false"),
+        (dict(temperature=1e-300), 'temperature is 1e-300'),
+        (dict(top_p=math.inf), 'top_p is inf'),
+        (dict(num_beams=True), 'num_beams is True'),
+    ],
+)
 def test_settings_without_sense_are_refused(early, options, message):
     ours, _, images = early
-    with pytest.raises(ValueError, match=message): generate(ours, image_tokens=images, **options)
+    with pytest.raises(ValueError, match=message):
+        generate(ours, image_tokens=images, **options)
 
 
 def test_what_is_no_contradiction_is_not_refused(early):
     ours, _, images = early
-    for options in (dict(force_words_ids=[[2417, 3899], [3899, 4937]], no_repeat_ngram_size=1),  # red dog cat says both
-                    dict(force_words_ids=[[3899], [2417, 3899]], no_repeat_ngram_size=1),
-                    dict(force_words_ids=[[2417, 3899]], prefix="red", no_repeat_ngram_size=1),    # begun by the prefix
-                    dict(force_words_ids=[[3899]], prefix="dog", no_repeat_ngram_size=1, max_length=6)):  # said by the prefix
+    for options in (
+        dict(force_words_ids=[[2417, 3899], [3899, 4937]], no_repeat_ngram_size=1),  # red dog cat says both
+        dict(force_words_ids=[[3899], [2417, 3899]], no_repeat_ngram_size=1),
+        dict(force_words_ids=[[2417, 3899]], prefix='red', no_repeat_ngram_size=1),  # begun by the prefix
+        dict(force_words_ids=[[3899]], prefix='dog', no_repeat_ngram_size=1, max_length=6),
+    ):  # said by the prefix
         GenerationConfig(num_beams=2, **options).check(ours)
 
 
 def test_words_outside_the_output_vocabulary_are_named():
     ours = Captioner(CaptionerConfig.tiny(output_vocabulary=[2417, 3899, *range(2000, 2006)])).eval()
-    assert word_ids(ours, ["red", ["dog", "Red dog"]]) == [[2417], [[3899], [2417, 3899]]]
+    assert word_ids(ours, ['red', ['dog', 'Red dog']]) == [[2417], [[3899], [2417, 3899]]]
     pixels = torch.zeros(1, 3, 64, 64)
-    for options in (dict(force_words=["cat"]), dict(bad_words=["red cat"]), dict(force_words=[["dog", "😀"]]), dict(bad_words=[""]), dict(prefix="red cat")):
-        with pytest.raises(ValueError, match="is not among the words that this model can say"): generate_caption(ours, pixels, **options)
-    with pytest.raises(ValueError, match="put them into a list"): generate_caption(ours, pixels, bad_words="dog")
-    assert "dog" not in generate_caption(ours, pixels, bad_words=["dog"], max_length=9)[0]
-    assert generate_caption(ours, pixels, num_beams=2, force_words=["dog"], prefix="Red", max_length=6) == ["red dog"]
+    for options in (
+        dict(force_words=['cat']),
+        dict(bad_words=['red cat']),
+        dict(force_words=[['dog', '😀']]),
+        dict(bad_words=['']),
+        dict(prefix='red cat'),
+    ):
+        with pytest.raises(ValueError, match='is not among the words that this model can say'):
+            generate_caption(ours, pixels, **options)
+    with pytest.raises(ValueError, match='put them into a list'):
+        generate_caption(ours, pixels, bad_words='dog')
+    assert 'dog' not in generate_caption(ours, pixels, bad_words=['dog'], max_length=9)[0]
+    assert generate_caption(ours, pixels, num_beams=2, force_words=['dog'], prefix='Red', max_length=6) == [
+        'red dog'
+    ]
 
 
-@pytest.mark.parametrize("generators", [1, 3])
+@pytest.mark.parametrize('generators', [1, 3])
 def test_a_wrong_number_of_generators_is_refused(early, generators):
     ours, _, images = early
-    with pytest.raises(ValueError, match=f"{generators} generators for 2 images"):
+    with pytest.raises(ValueError, match=f'{generators} generators for 2 images'):
         generate(ours, image_tokens=images[:2], do_sample=True, generator=[torch.Generator()] * generators)
 
 
@@ -464,31 +782,48 @@ def test_when_no_word_is_left_it_is_said():
     ours = Captioner(CaptionerConfig.tiny(output_vocabulary=[2417, 3899, 4937])).eval()
     images = torch.randn(2, ours.encoder.num_tokens, 64)
     for options in (dict(), dict(do_sample=True)):
-        with pytest.raises(ValueError, match="no word is left at position 7"): generate(ours, image_tokens=images, no_repeat_ngram_size=1, min_length=10, max_length=10, **options)
-    with pytest.raises(ValueError, match="keep to all rules"): generate(ours, image_tokens=images, no_repeat_ngram_size=1, min_length=10, max_length=10, num_beams=2)
+        with pytest.raises(ValueError, match='no word is left at position 7'):
+            generate(
+                ours, image_tokens=images, no_repeat_ngram_size=1, min_length=10, max_length=10, **options
+            )
+    with pytest.raises(ValueError, match='keep to all rules'):
+        generate(ours, image_tokens=images, no_repeat_ngram_size=1, min_length=10, max_length=10, num_beams=2)
 
 
 def test_more_beams_than_words_are_refused():
-    ours = Captioner(CaptionerConfig.tiny(output_vocabulary=list(range(3000, 3009)))).eval()  # 10 words with [SEP]
-    with pytest.raises(ValueError, match="from 1 to 5"): generate(ours, torch.zeros(1, 3, 64, 64), num_beams=6)
+    ours = Captioner(
+        CaptionerConfig.tiny(output_vocabulary=list(range(3000, 3009)))
+    ).eval()  # 10 words with [SEP]
+    with pytest.raises(ValueError, match='from 1 to 5'):
+        generate(ours, torch.zeros(1, 3, 64, 64), num_beams=6)
     generate(ours, torch.zeros(1, 3, 64, 64), num_beams=5)
 
 
 def test_one_image_a_string_several_a_list(tmp_path):
     ours = Captioner(CaptionerConfig.tiny()).eval()
-    picture = Image.effect_noise((90, 70), 80).convert("RGB")
-    picture.save(tmp_path / "noise.png")
+    picture = Image.effect_noise((90, 70), 80).convert('RGB')
+    picture.save(tmp_path / 'noise.png')
     pixels = process_image(picture, ours)
     assert pixels.shape == (1, 3, 64, 64)
     caption = generate_caption(ours, picture, max_length=8)
-    assert isinstance(caption, str) and not caption.startswith("a picture of")
-    for one in (tmp_path / "noise.png", str(tmp_path / "noise.png"), pixels[0]): assert generate_caption(ours, one, max_length=8) == caption
-    for several in ([picture, str(tmp_path / "noise.png")], [pixels[0], picture], pixels.expand(2, -1, -1, -1), (picture, picture)):
+    assert isinstance(caption, str) and not caption.startswith('a picture of')
+    for one in (tmp_path / 'noise.png', str(tmp_path / 'noise.png'), pixels[0]):
+        assert generate_caption(ours, one, max_length=8) == caption
+    for several in (
+        [picture, str(tmp_path / 'noise.png')],
+        [pixels[0], picture],
+        pixels.expand(2, -1, -1, -1),
+        (picture, picture),
+    ):
         assert generate_caption(ours, several, max_length=8) == [caption, caption]
-    assert generate_caption(ours, picture, max_length=8, do_sample=True, top_k=1) == generate_caption(ours, picture, max_length=8, num_beams=1)
-    (tmp_path / "text.png").write_text("no photo")
-    with pytest.raises(ValueError, match="text.png"): generate_caption(ours, [picture, tmp_path / "text.png"])
-    with pytest.raises(FileNotFoundError, match="gone.png"): generate_caption(ours, tmp_path / "gone.png")
+    assert generate_caption(ours, picture, max_length=8, do_sample=True, top_k=1) == generate_caption(
+        ours, picture, max_length=8, num_beams=1
+    )
+    (tmp_path / 'text.png').write_text('no photo')
+    with pytest.raises(ValueError, match='text.png'):
+        generate_caption(ours, [picture, tmp_path / 'text.png'])
+    with pytest.raises(FileNotFoundError, match='gone.png'):
+        generate_caption(ours, tmp_path / 'gone.png')
 
 
 def test_attention_belongs_to_its_image(early):
@@ -501,20 +836,37 @@ def test_attention_belongs_to_its_image(early):
     grids = [(3, 5), (2, 2)]
     spread = attention_map(torch.full((2, 19), 1 / 19), grids, (30, 50))
     assert_close(spread.sum((-1, -2)), torch.ones(2))
-    corner = torch.zeros(19); corner[4] = 1.0  # the end of the first row of the 3 x 5 grid: upper right
+    corner = torch.zeros(19)
+    corner[4] = 1.0  # the end of the first row of the 3 x 5 grid: upper right
     row, column = divmod(int(attention_map(corner, grids, (30, 50)).argmax()), 50)
     assert row < 10 and column >= 40
 
 
 def test_attention_on_request_is_what_eager_attention_gives(early):
     ours, theirs, images = early
-    eager = BertLMHeadModel(BertConfig(**asdict(ours.config.decoder), is_decoder=True, add_cross_attention=True, attn_implementation="eager")).eval()
+    eager = BertLMHeadModel(
+        BertConfig(
+            **asdict(ours.config.decoder),
+            is_decoder=True,
+            add_cross_attention=True,
+            attn_implementation='eager',
+        )
+    ).eval()
     eager.load_state_dict(theirs.state_dict())
-    for options in (dict(), dict(num_beams=3, num_return_sequences=2), dict(do_sample=True, num_return_sequences=3), dict(num_beams=4, num_beam_groups=2, num_return_sequences=4)):
+    for options in (
+        dict(),
+        dict(num_beams=3, num_return_sequences=2),
+        dict(do_sample=True, num_return_sequences=3),
+        dict(num_beams=4, num_beam_groups=2, num_return_sequences=4),
+    ):
         out = generate(ours, image_tokens=images, max_length=10, output_attentions=True, **options)
         B, R, T = out.sequences.shape
         with torch.inference_mode():
-            weights = eager(input_ids=out.sequences.flatten(0, 1)[:, :-1], encoder_hidden_states=images.repeat_interleave(R, 0), output_attentions=True).cross_attentions
+            weights = eager(
+                input_ids=out.sequences.flatten(0, 1)[:, :-1],
+                encoder_hidden_states=images.repeat_interleave(R, 0),
+                output_attentions=True,
+            ).cross_attentions
         assert out.cross_attentions.shape == (B, R, 2, 4, T - 1, images.shape[1])
         assert_close(out.cross_attentions.flatten(0, 1), torch.stack(weights, 1), rtol=0, atol=1e-5)
     assert generate(ours, image_tokens=images, max_length=10).cross_attentions is None
@@ -524,18 +876,30 @@ def test_attention_on_request_is_what_eager_attention_gives(early):
 
 
 class Table:
-    "A step that reads its probabilities from a table: words red (0), ball (1) and the full stop (2), behind a prompt of one token."
+    """A step that reads its probabilities from a table: words red (0), ball (1) and the full stop (2), behind
+    a prompt of one token.
+    """
 
     table = {(): [0.5, 0.4, 0.1, 0.0], (0,): [0.45, 0.3, 0.25, 0.0], (1,): [0.15, 0.05, 0.8, 0.0]}
-    ids, sep, pad, dtype, rows = torch.tensor([0, 1, 2, 3]), 2, 9, torch.float32, None  # 3 is never said: two beams need four words
+    ids, sep, pad, dtype, rows = (
+        torch.tensor([0, 1, 2, 3]),
+        2,
+        9,
+        torch.float32,
+        None,
+    )  # 3 is never said: two beams need four words
 
     def __call__(self, new_ids):
         self.rows = new_ids if self.rows is None else torch.cat((self.rows, new_ids), 1)
-        return torch.tensor([self.table.get(tuple(ids[1:]), [0.05, 0.15, 0.8, 0.0]) for ids in self.rows.tolist()]).log()
+        return torch.tensor(
+            [self.table.get(tuple(ids[1:]), [0.05, 0.15, 0.8, 0.0]) for ids in self.rows.tolist()]
+        ).log()
 
-    def log_softmax(self, logits): return logits.log_softmax(-1)
+    def log_softmax(self, logits):
+        return logits.log_softmax(-1)
 
-    def select(self, rows, images=None): self.rows = self.rows[rows]
+    def select(self, rows, images=None):
+        self.rows = self.rows[rows]
 
 
 def on_paper(table=Table.table, **options):
@@ -543,40 +907,68 @@ def on_paper(table=Table.table, **options):
     step = Table()
     step.table = table
     config = GenerationConfig(max_length=4, length_penalty=0.0, **options)
-    forced = options.get("force_words_ids") and ForcedWords(options["force_words_ids"], Table.ids, 2, torch.zeros(4, dtype=torch.bool), 1)
-    sequences, scores, _ = _beam_search(step, Rules(config, Table.ids, 2), forced, torch.tensor([[9], [9]]), config)
-    assert torch.equal(sequences[0], sequences[1]) and torch.equal(scores[0], scores[1])  # two images, the same table
-    said = [" ".join(["red", "ball", "."][i] for i in row if i < 9) for row in sequences[0, :, 1:].tolist()]
+    forced = options.get('force_words_ids') and ForcedWords(
+        options['force_words_ids'], Table.ids, 2, torch.zeros(4, dtype=torch.bool), 1
+    )
+    sequences, scores, _ = _beam_search(
+        step, Rules(config, Table.ids, 2), forced, torch.tensor([[9], [9]]), config
+    )
+    assert torch.equal(sequences[0], sequences[1]) and torch.equal(
+        scores[0], scores[1]
+    )  # two images, the same table
+    said = [' '.join(['red', 'ball', '.'][i] for i in row if i < 9) for row in sequences[0, :, 1:].tolist()]
     return [(caption, round(float(score.exp()), 5)) for caption, score in zip(said, scores[0])]
 
 
 def test_diverse_beams_on_paper():
-    # one group of two beams: red .5, ball .4; then "ball ." .32 ends, "red red" .225 and "red ball" .15 go on; at last "red red ." .18
-    assert on_paper(num_beams=2) == [("ball .", 0.32), ("red red .", 0.18)]
+    # one group of two beams: red .5, ball .4; then "ball ." .32 ends, "red red" .225 and "red ball" .15 go
+    # on; at last "red red ." .18
+    assert on_paper(num_beams=2) == [('ball .', 0.32), ('red red .', 0.18)]
     # no penalty: two groups say the same; both return it
-    assert on_paper(num_beams=2, num_beam_groups=2) == [("red red .", 0.18), ("red red .", 0.18)]
-    # penalty 0.1: red again, .5 e^-.1 = .4524 > .4; then red again, .45 e^-.1 = .4072 > .3; the full stop costs nothing: .18 e^-.2 = .14737
-    assert on_paper(num_beams=2, num_beam_groups=2, diversity_penalty=0.1) == [("red red .", 0.18), ("red red .", 0.14737)]
-    # penalty 0.5: .5 e^-.5 = .3033 < .4, so the second group says ball; it meets no word of the first one again
-    assert on_paper(num_beams=2, num_beam_groups=2, diversity_penalty=0.5) == [("ball .", 0.32), ("red red .", 0.18)]
+    assert on_paper(num_beams=2, num_beam_groups=2) == [('red red .', 0.18), ('red red .', 0.18)]
+    # penalty 0.1: red again, .5 e^-.1 = .4524 > .4; then red again, .45 e^-.1 = .4072 > .3; the full stop
+    # costs nothing: .18 e^-.2 = .14737
+    assert on_paper(num_beams=2, num_beam_groups=2, diversity_penalty=0.1) == [
+        ('red red .', 0.18),
+        ('red red .', 0.14737),
+    ]
+    # penalty 0.5: .5 e^-.5 = .3033 < .4, so the second group says ball; it meets no word of the first one
+    # again
+    assert on_paper(num_beams=2, num_beam_groups=2, diversity_penalty=0.5) == [
+        ('ball .', 0.32),
+        ('red red .', 0.18),
+    ]
 
 
 def test_a_group_that_has_stopped_costs_nothing():
-    table = {(): [0.5, 0.4, 0.1, 0.0], (0,): [0.3, 0.1, 0.6, 0.0], (1,): [0.1, 0.6, 0.3, 0.0], (0, 0): [0.1, 0.8, 0.1, 0.0], (1, 1): [0.4, 0.5, 0.1, 0.0]}
-    # red, and at the price of .5 for red, ball; "red ." .3 ends and stops its group; "ball ball" .24; then ball .5 is free, for "red red ball" is no longer said by anybody
+    table = {
+        (): [0.5, 0.4, 0.1, 0.0],
+        (0,): [0.3, 0.1, 0.6, 0.0],
+        (1,): [0.1, 0.6, 0.3, 0.0],
+        (0, 0): [0.1, 0.8, 0.1, 0.0],
+        (1, 1): [0.4, 0.5, 0.1, 0.0],
+    }
+    # red, and at the price of .5 for red, ball; "red ." .3 ends and stops its group; "ball ball" .24; then
+    # ball .5 is free, for "red red ball" is no longer said by anybody
     found = on_paper(table, num_beams=2, num_beam_groups=2, diversity_penalty=0.5, early_stopping=True)
-    assert found == [("red .", 0.3), ("ball ball ball", 0.12)]
+    assert found == [('red .', 0.3), ('ball ball ball', 0.12)]
 
 
 def test_forced_beams_on_paper():
-    # red: "red" (.5, nothing missing) and "ball" (.4); "red red" .225 and, in the other bank, "ball ball" .02; "red red ." .18, "red red ball" .03375
-    assert on_paper(num_beams=2, force_words_ids=[[0]]) == [("red red .", 0.18), ("red red ball", 0.03375)]
-    # ball: "ball" .4 and "red" .5; "ball ." .32 ends, "red red" .225 (missing) and "red ball" .15 go on; "red ball ." .12
-    assert on_paper(num_beams=2, force_words_ids=[[1]]) == [("ball .", 0.32), ("red ball .", 0.12)]
-    # ball twice in a row fills two of three places: "ball ball" .02, then the full stop .8; and "red ball ball" .5 * .3 * .15
-    assert on_paper(num_beams=2, force_words_ids=[[1, 1]]) == [("red ball ball", 0.0225), ("ball ball .", 0.016)]
+    # red: "red" (.5, nothing missing) and "ball" (.4); "red red" .225 and, in the other bank, "ball ball"
+    # .02; "red red ." .18, "red red ball" .03375
+    assert on_paper(num_beams=2, force_words_ids=[[0]]) == [('red red .', 0.18), ('red red ball', 0.03375)]
+    # ball: "ball" .4 and "red" .5; "ball ." .32 ends, "red red" .225 (missing) and "red ball" .15 go on; "red
+    # ball ." .12
+    assert on_paper(num_beams=2, force_words_ids=[[1]]) == [('ball .', 0.32), ('red ball .', 0.12)]
+    # ball twice in a row fills two of three places: "ball ball" .02, then the full stop .8; and "red ball
+    # ball" .5 * .3 * .15
+    assert on_paper(num_beams=2, force_words_ids=[[1, 1]]) == [
+        ('red ball ball', 0.0225),
+        ('ball ball .', 0.016),
+    ]
     # red or twice ball: the alternatives share a bank count, "red red ." is the best
-    assert on_paper(num_beams=2, force_words_ids=[[[1, 1], [0]]])[0] == ("red red .", 0.18)
+    assert on_paper(num_beams=2, force_words_ids=[[[1, 1], [0]]])[0] == ('red red .', 0.18)
 
 
 # ---------------------------------------------------------------- words as they come
@@ -584,24 +976,28 @@ def test_forced_beams_on_paper():
 
 def test_streamed_words_add_up(early):
     ours, _, _ = early
-    picture = Image.effect_noise((90, 70), 80).convert("RGB")
-    for options in (dict(), dict(prefix="two dogs"), dict(bad_words=["dog"], repetition_penalty=1.3)):
+    picture = Image.effect_noise((90, 70), 80).convert('RGB')
+    for options in (dict(), dict(prefix='two dogs'), dict(bad_words=['dog'], repetition_penalty=1.3)):
         pieces = list(stream_caption(ours, picture, max_length=14, **options))
-        assert "".join(pieces) == generate_caption(ours, picture, num_beams=1, max_length=14, **options)
+        assert ''.join(pieces) == generate_caption(ours, picture, num_beams=1, max_length=14, **options)
     for seed in range(20):
         draws = lambda: [torch.Generator().manual_seed(seed)]
         pieces = list(stream_caption(ours, picture, do_sample=True, max_length=14, generator=draws()))
-        assert "".join(pieces) == generate_caption(ours, picture, do_sample=True, max_length=14, generator=draws())
-        assert len(pieces) > 1 or " " not in pieces[0]
+        assert ''.join(pieces) == generate_caption(
+            ours, picture, do_sample=True, max_length=14, generator=draws()
+        )
+        assert len(pieces) > 1 or ' ' not in pieces[0]
 
 
 def test_words_come_while_the_search_goes_on(early, monkeypatch):
     ours, _, _ = early
     steps = []
     call = NextToken.__call__
-    monkeypatch.setattr(NextToken, "__call__", lambda self, ids: steps.append(1) or call(self, ids))
+    monkeypatch.setattr(NextToken, '__call__', lambda self, ids: steps.append(1) or call(self, ids))
     ours.train()
-    words = stream_caption(ours, Image.effect_noise((90, 70), 80).convert("RGB"), max_length=20, min_length=20)
+    words = stream_caption(
+        ours, Image.effect_noise((90, 70), 80).convert('RGB'), max_length=20, min_length=20
+    )
     assert not steps  # nothing is computed before a word is asked for
     next(words)
     assert 1 <= len(steps) < 8
@@ -613,13 +1009,23 @@ def test_words_come_while_the_search_goes_on(early, monkeypatch):
 
 def test_streaming_refuses_before_work(early):
     ours, _, _ = early
-    picture = Image.new("RGB", (64, 64))
-    for options, message in ((dict(num_beams=2), "num_beams is 2"), (dict(do_sample=True, num_return_sequences=2), "num_return_sequences is 2"), (dict(max_length=2), "max_length is 2")):
-        with pytest.raises(ValueError, match=message): stream_caption(ours, picture, **options)
-    with pytest.raises(ValueError, match="one image"): stream_caption(ours, [picture])
+    picture = Image.new('RGB', (64, 64))
+    for options, message in (
+        (dict(num_beams=2), 'num_beams is 2'),
+        (dict(do_sample=True, num_return_sequences=2), 'num_return_sequences is 2'),
+        (dict(max_length=2), 'max_length is 2'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream_caption(ours, picture, **options)
+    with pytest.raises(ValueError, match='one image'):
+        stream_caption(ours, [picture])
 
 
-marks = st.lists(st.sampled_from("the dogs dog ##s t s n d 3 000 1 rock clock o \" ' - / . , ( ) ! : a m".split()), min_size=1, max_size=14)
+marks = st.lists(
+    st.sampled_from('the dogs dog ##s t s n d 3 000 1 rock clock o " \' - / . , ( ) ! : a m'.split()),
+    min_size=1,
+    max_size=14,
+)
 
 
 @given(marks)
@@ -629,4 +1035,5 @@ def test_settled_text_is_never_taken_back(pieces):
     ids = tokenizer.tokenizer.convert_tokens_to_ids(pieces)
     assert tokenizer.tokenizer.unk_token_id not in ids
     whole = tokenizer.decode(ids)
-    for n in range(1, len(ids)): assert whole.startswith(settled(tokenizer.decode(ids[:n]))), (tokenizer.decode(ids[:n]), whole)
+    for n in range(1, len(ids)):
+        assert whole.startswith(settled(tokenizer.decode(ids[:n]))), (tokenizer.decode(ids[:n]), whole)

@@ -1,4 +1,7 @@
-"What the cells of 05_shapes do not reach: other processes, random boxes, random captions, pixels against facts."
+"""What the cells of 05_shapes do not reach: other processes, random boxes, random captions, pixels against
+facts.
+"""
+
 import dataclasses
 import hashlib
 import math
@@ -12,8 +15,27 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from pvtblip.shapes import (_LEXICON, COLOURS, HELD_OUT, KINDS, RADII, RELATIONS, SPLITS, Background, CaptionReader, Scene, ShapeObject,
-                            ShapesDataset, check_caption, draw, make_scene, plural, relation, score_captions, write_caption)
+from pvtblip.shapes import (
+    _LEXICON,
+    COLOURS,
+    HELD_OUT,
+    KINDS,
+    RADII,
+    RELATIONS,
+    SPLITS,
+    Background,
+    CaptionReader,
+    Scene,
+    ShapeObject,
+    ShapesDataset,
+    check_caption,
+    draw,
+    make_scene,
+    plural,
+    relation,
+    score_captions,
+    write_caption,
+)
 
 OPPOSITE = dict(zip(RELATIONS, ('right of', 'left of', 'below', 'above')))
 SCENES = [make_scene(11, index, split, max_objects=3) for split in SPLITS for index in range(150)]
@@ -34,8 +56,14 @@ def fingerprint():
 def test_scenes_are_the_same_in_every_process():
     code = 'import test_shapes; print(test_shapes.fingerprint())'
     for hash_seed in ('1', '2'):
-        answer = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
-                                cwd=os.path.dirname(__file__), env={**os.environ, 'PYTHONHASHSEED': hash_seed})
+        answer = subprocess.run(
+            [sys.executable, '-c', code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=os.path.dirname(__file__),
+            env={**os.environ, 'PYTHONHASHSEED': hash_seed},
+        )
         assert answer.stdout.strip() == fingerprint()
 
 
@@ -61,42 +89,52 @@ def test_scenes_survive_pickling():
 
 
 def alone(shape, ground, side=192):
-    return draw([shape], Background(shade=(float(ground),)*3), side).astype(int)
+    return draw([shape], Background(shade=(float(ground),) * 3), side).astype(int)
 
 
 @given(scenes)
 @settings(max_examples=60, deadline=None)
 def test_pixels_agree_with_boxes_colours_sizes_and_relations(scene):
-    side, boxes = 192, []
+    side = 192
+    boxes = []
     for shape in scene.objects:
         dark, light = alone(shape, 0, side), alone(shape, 255, side)
-        cover = 1 - (light - dark)[..., 1]/255  # what does not let the ground through
+        cover = 1 - (light - dark)[..., 1] / 255  # what does not let the ground through
         rows, columns = np.where((cover > 0.5).any(1))[0], np.where((cover > 0.5).any(0))[0]
-        boxes.append((columns[0]/side, rows[0]/side, (columns[-1] + 1)/side, (rows[-1] + 1)/side))
-        assert np.abs(np.subtract(boxes[-1], shape.box)).max()*side < 3.5  # the tips of a star are thinner than a pixel
+        boxes.append((columns[0] / side, rows[0] / side, (columns[-1] + 1) / side, (rows[-1] + 1) / side))
+        assert (
+            np.abs(np.subtract(boxes[-1], shape.box)).max() * side < 3.5
+        )  # the tips of a star are thinner than a pixel
         assert ((np.array(shape.box) > 0) & (np.array(shape.box) < 1)).all()
         pixels = dark[cover > 0.99].mean(0)
         assert min(COLOURS, key=lambda name: math.dist(COLOURS[name], pixels)) == shape.colour
-        extent = max(boxes[-1][2] - boxes[-1][0], boxes[-1][3] - boxes[-1][1])/2
-        assert min(RADII, key=lambda size: abs(extent - sum(RADII[size])/2)) == shape.size
+        extent = max(boxes[-1][2] - boxes[-1][0], boxes[-1][3] - boxes[-1][1]) / 2
+        assert min(RADII, key=lambda size: abs(extent - sum(RADII[size]) / 2)) == shape.size
     for fact in scene.facts:
         if fact.about == 'relation':
-            centres = [((b[0] + b[2])/2, (b[1] + b[3])/2) for b in (boxes[i] for i in fact.objects)]
+            centres = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (boxes[i] for i in fact.objects)]
             dx, dy = centres[1][0] - centres[0][0], centres[1][1] - centres[0][1]
-            assert fact.value == (('right of', 'left of')[int(dx > 0)] if abs(dx) > abs(dy) else ('below', 'above')[int(dy > 0)])
+            assert fact.value == (
+                ('right of', 'left of')[int(dx > 0)] if abs(dx) > abs(dy) else ('below', 'above')[int(dy > 0)]
+            )
 
 
 @given(scenes)
 @settings(max_examples=60, deadline=None)
 def test_shapes_never_overlap_and_every_pair_has_one_relation(scene):
-    count, places = len(scene.objects), [fact for fact in scene.facts if fact.about == 'relation']
-    assert len(places) == count*(count - 1) and len(scene.facts) == 3*count + len(places) + 1
+    count = len(scene.objects)
+    places = [fact for fact in scene.facts if fact.about == 'relation']
+    assert len(places) == count * (count - 1) and len(scene.facts) == 3 * count + len(places) + 1
     for a in scene.objects:
         for b in scene.objects:
             assert a is b or (a.colour, a.kind) != (b.colour, b.kind)
-            assert a is b or min(a.box[2] - b.box[0], b.box[2] - a.box[0], a.box[3] - b.box[1], b.box[3] - a.box[1]) <= 0
+            assert (
+                a is b
+                or min(a.box[2] - b.box[0], b.box[2] - a.box[0], a.box[3] - b.box[1], b.box[3] - a.box[1])
+                <= 0
+            )
             x, y = (abs(a.box[i] + a.box[i + 2] - b.box[i] - b.box[i + 2]) for i in (0, 1))
-            assert a is b or max(x, y) >= 1.49*min(x, y)  # nobody would call it diagonal
+            assert a is b or max(x, y) >= 1.49 * min(x, y)  # nobody would call it diagonal
 
 
 corner, side = st.floats(0, 0.7), st.floats(0.05, 0.3)
@@ -111,7 +149,9 @@ def test_a_relation_read_backwards_is_its_opposite(a, b):
 
 def test_every_word_is_one_token_of_berts_vocabulary():
     vocabulary = set(files('pvtblip').joinpath('vocab.txt').read_text(encoding='utf-8').split('\n'))
-    said = {word for scene in SCENES for caption in scene.captions for word in caption.replace(',', ' ,').split()}
+    said = {
+        word for scene in SCENES for caption in scene.captions for word in caption.replace(',', ' ,').split()
+    }
     assert not said - vocabulary
     assert not {word for words in _LEXICON for word in words} - vocabulary
 
@@ -126,7 +166,8 @@ def test_captions_are_short_true_and_different():
 
 
 def test_the_whole_grammar_is_read_back():
-    rng, said = np.random.default_rng(0), set()
+    rng = np.random.default_rng(0)
+    said = set()
     for scene in SCENES:
         for _ in range(10):
             caption = write_caption(scene.objects, rng)
@@ -139,7 +180,8 @@ def test_the_whole_grammar_is_read_back():
 @given(scenes, st.one_of(st.text(max_size=80), lexicon))
 @settings(max_examples=300, deadline=None)
 def test_any_text_can_be_judged(scene, caption):
-    check, facts = check_caption(caption, scene), set(scene.facts)
+    check = check_caption(caption, scene)
+    facts = set(scene.facts)
     for statement in check.true:
         assert statement.about == 'count' or statement in facts
     for statement in check.false:
@@ -148,11 +190,13 @@ def test_any_text_can_be_judged(scene, caption):
     assert not check.fully_true or (check.true and not check.unknown)
 
 
-@given(st.lists(st.sampled_from(['a red circle', 'a blue star', 'a tiny moon']), min_size=9, max_size=60), scenes)
+@given(
+    st.lists(st.sampled_from(['a red circle', 'a blue star', 'a tiny moon']), min_size=9, max_size=60), scenes
+)
 @settings(max_examples=20, deadline=2000)
 def test_a_caption_that_never_ends_is_judged_in_time(phrases, scene):
     check = check_caption(' and '.join(phrases), scene)
-    assert len(check.true) + len(check.false) == 2*len(phrases)
+    assert len(check.true) + len(check.false) == 2 * len(phrases)
     assert len({s.objects for s in check.true}) <= len(scene.objects)
 
 
@@ -160,17 +204,24 @@ def test_a_caption_that_never_ends_is_judged_in_time(phrases, scene):
 @settings(max_examples=80, deadline=None)
 def test_a_caption_becomes_false_when_the_scene_changes_under_it(scene, data):
     number = data.draw(st.integers(0, len(scene.objects) - 1))
-    shape, what = scene.objects[number], data.draw(st.sampled_from(['kind', 'colour']))
+    shape = scene.objects[number]
+    what = data.draw(st.sampled_from(['kind', 'colour']))
     unused = sorted(set({'kind': KINDS, 'colour': COLOURS}[what]) - {getattr(o, what) for o in scene.objects})
     changed = dataclasses.replace(shape, **{what: data.draw(st.sampled_from(unused))})
-    other = dataclasses.replace(scene, objects=(*scene.objects[:number], changed, *scene.objects[number + 1:]))
+    other = dataclasses.replace(
+        scene, objects=(*scene.objects[:number], changed, *scene.objects[number + 1 :])
+    )
     for caption in scene.captions:  # the grammar always names kind and colour
         assert not check_caption(caption, other).fully_true, (caption, changed)
 
 
 def test_one_mention_speaks_of_one_object_only():
     left, right = (0.1, 0.4, 0.3, 0.6), (0.6, 0.4, 0.8, 0.6)
-    scene = Scene((ShapeObject('circle', 'red', 'small', left), ShapeObject('star', 'blue', 'small', right)), Background(), (0, 0, 0))
+    scene = Scene(
+        (ShapeObject('circle', 'red', 'small', left), ShapeObject('star', 'blue', 'small', right)),
+        Background(),
+        (0, 0, 0),
+    )
     assert not check_caption('a red circle and a red circle', scene).fully_true
     assert check_caption('a blue star with a red circle on its left', scene).fully_true
     assert not check_caption('a blue star with a red circle on its right', scene).fully_true
@@ -185,7 +236,10 @@ def test_reading_keeps_unknown_words_in_order():
 
 def test_held_out_pairs_never_reach_training():
     for index in range(1500):
-        shown = [{(o.colour, o.kind) for o in make_scene(2, index, split, 3).objects} & HELD_OUT for split in SPLITS]
+        shown = [
+            {(o.colour, o.kind) for o in make_scene(2, index, split, 3).objects} & HELD_OUT
+            for split in SPLITS
+        ]
         assert not shown[0] and not shown[1] and shown[2]
 
 
@@ -193,7 +247,7 @@ def test_every_name_is_drawn_about_equally_often():
     shapes = [o for index in range(4000) for o in make_scene(4, index).objects]
     for what, names in (('kind', KINDS), ('colour', COLOURS)):
         for name in names:
-            assert abs(sum(getattr(o, what) == name for o in shapes)/len(shapes) - 1/8) < 0.015
+            assert abs(sum(getattr(o, what) == name for o in shapes) / len(shapes) - 1 / 8) < 0.015
 
 
 def test_a_guesser_that_never_looks_scores_low_and_the_truth_scores_one():
@@ -201,13 +255,21 @@ def test_a_guesser_that_never_looks_scores_low_and_the_truth_scores_one():
     own, blind = score_captions(captions, SCENES), score_captions(captions[1:] + captions[:1], SCENES)
     assert own['statements_true'] == own['captions_true'] == 1 and own['unknown_words'] == 0
     assert blind['statements_true'] < 0.35 and blind['captions_true'] < 0.05
-    silent = score_captions(['']*len(SCENES), SCENES)
+    silent = score_captions([''] * len(SCENES), SCENES)
     assert silent['statements_true'] == silent['captions_true'] == 0 and silent['missing'] == 1
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (dict(split='validation'), 'train'), (dict(max_objects=0), 'one to three'), (dict(image_size=4), '16 pixels')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (dict(split='validation'), 'train'),
+        (dict(max_objects=0), 'one to three'),
+        (dict(image_size=4), '16 pixels'),
+    ],
+)
 def test_errors_say_what_to_do(arguments, message):
-    with pytest.raises(ValueError, match=message): make_scene(0, 0, **arguments)
+    with pytest.raises(ValueError, match=message):
+        make_scene(0, 0, **arguments)
     if 'split' in arguments:
-        with pytest.raises(ValueError, match=message): ShapesDataset(np.asarray, **arguments)
+        with pytest.raises(ValueError, match=message):
+            ShapesDataset(np.asarray, **arguments)
