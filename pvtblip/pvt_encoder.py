@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from .files import Share, Size, Within, check_settings, check_value, reason
+from .files import Share, Size, Within, check_settings, check_value, reason, short
 
 # %% ../nbs/01_pvt_encoder.ipynb #b94eefcd
 class OverlapPatchEmbed(nn.Module):
@@ -326,7 +326,7 @@ def _check_kwargs(value, name='backbone_kwargs'):
         for key, part in value.items():
             if not isinstance(key, str) or key.startswith(_OPENS):
                 raise ValueError(
-                    f'backbone_kwargs has {key!r}; these settings say how a backbone is built, and '
+                    f'backbone_kwargs has {short(key)}; these settings say how a backbone is built, and '
                     'its weights come from a .safetensors file alone'
                 )
             _check_kwargs(part, f'backbone_kwargs.{key}')
@@ -335,7 +335,7 @@ def _check_kwargs(value, name='backbone_kwargs'):
             _check_kwargs(part, name)
     elif isinstance(value, str):
         if not re.fullmatch(r'[\w.,-]*', value):
-            raise ValueError(f'{name} is {value!r}; it must be a plain word, no address and no folder')
+            raise ValueError(f'{name} is {short(value)}; it must be a plain word, no address and no folder')
     elif value is not None:
         check_value(name, value, bool | Annotated[float, Within(-(2**16), 2**16)])
 
@@ -345,7 +345,7 @@ def _check_pvt(name, kwargs):
     allowed = get_type_hints(PyramidVisionTransformerV2.__init__, include_extras=True)
     for key, value in kwargs.items():
         if key not in allowed:
-            raise ValueError(f'backbone_kwargs has {key!r}; {name} takes {", ".join(allowed)}')
+            raise ValueError(f'backbone_kwargs has {short(key)}; {name} takes {", ".join(allowed)}')
         check_value(f'backbone_kwargs.{key}', value, allowed[key])
 
 # %% ../nbs/01_pvt_encoder.ipynb #5db47c5e
@@ -390,7 +390,7 @@ class EncoderConfig:
         check_settings(self)
         if not re.fullmatch(r'[\w.-]+', self.name):
             raise ValueError(
-                f'name is {self.name!r}; it must be a plain name of a backbone, no address and no folder'
+                f'name is {short(self.name)}; it must be a plain name of a backbone, no address and no folder'
             )
         if not self.stages or len(set(self.stages)) < len(self.stages):
             raise ValueError(f'stages must name at least one stage, each once, not {self.stages}')
