@@ -1289,7 +1289,7 @@ def test_data_check(capsys, answers, tmp_path):
         '3.png',
         '5.png',
     ]
-    refused(capsys, 'data', 'check', '--captions', tmp_path / 'images/0.png', says=['0.png', 'UTF-8'])
+    refused(capsys, 'data', 'check', '--captions', tmp_path / 'images/0.png', says=['0.png', 'not text'])
 
 
 # the settings of a run --------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def model():
     model = Captioner(
         CaptionerConfig.tiny(
             max_length=12,
-            output_vocabulary=range(2000, 2020),
+            output_vocabulary=list(range(2000, 2020)),
             decoder=DecoderConfig.tiny(initializer_range=0.3),
         )
     ).eval()
