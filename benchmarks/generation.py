@@ -24,7 +24,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from pvtblip.app import fast_precision
+from pvtblip.demo import fast_precision
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.fast import pack
 from pvtblip.generation import generate

@@ -31,7 +31,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from pvtblip.data import SeededBatchSampler, read_captions
+from pvtblip.data import read_captions
+from pvtblip.training import SeededBatchSampler
 from pvtblip.loading import (
     LengthBatchSampler,
     PhotoCache,

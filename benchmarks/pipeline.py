@@ -35,7 +35,8 @@ from PIL import Image
 
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.generation import generate, process_image
-from pvtblip.pipeline import default_workers, list_photos, load_model
+from pvtblip.pipeline import default_workers, list_photos
+from pvtblip.fast import load_model
 from pvtblip.pvt_encoder import EncoderConfig
 
 BATCH = 16

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import BertConfig, BertLMHeadModel
 
-from pvtblip.app import fast_precision
+from pvtblip.demo import fast_precision
 from pvtblip.data import read_captions
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.pvt_encoder import EncoderConfig, image_transform

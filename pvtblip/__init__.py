@@ -1,7 +1,7 @@
 "Learn image captioning by building it; use what you built."
 __version__ = "0.1.0"
 
-_HOME = {'load_model': 'pipeline', 'process_image': 'generation', 'generate_caption': 'generation'}
+_HOME = {'load_model': 'fast', 'process_image': 'generation', 'generate_caption': 'generation'}
 __all__ = list(_HOME)
 
 

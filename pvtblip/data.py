@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_CAPTION', 'NO_CAPTION', 'Record', 'Row', 'find_fields', 'caption_list', 'object_rows', 'clean_captions',
-           'take_split', 'similar_files', 'gather_records', 'read_captions', 'split_by_name', 'hold_out', 'BrokenImage',
-           'draw_captions', 'CaptionDataset', 'SeededBatchSampler', 'Collate']
+           'take_split', 'similar_files', 'gather_records', 'read_captions', 'split_by_name', 'hold_out',
+           'draw_captions', 'CaptionDataset']
 
 # %% ../nbs/06_data.ipynb #9a5b9e7c
 import csv, functools, hashlib, itertools, json, os, random, re, unicodedata, warnings
@@ -16,10 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from .files import parse_json, printable, read_text
-from .tokenizer import CaptionTokenizer, collapse_whitespace
+from .tokenizer import collapse_whitespace
+from .training import BrokenImage
 
 # %% ../nbs/06_data.ipynb #3ada4f37
 @dataclass(frozen=True)
@@ -817,14 +818,6 @@ def hold_out(records: list[Record]) -> tuple[list[Record], list[Record]]:  # (tr
             break
     return kept, held
 
-# %% ../nbs/06_data.ipynb #fdb368fa
-@dataclass(frozen=True)
-class BrokenImage:
-    "Stands in a batch where a photo could not be loaded"
-
-    file: str  # the photo, as the caption file names it
-    reason: str  # what the loader said
-
 # %% ../nbs/06_data.ipynb #1e4d10ad
 def draw_captions(
     own: Sequence[str],  # all captions of a photo
@@ -904,108 +897,3 @@ class CaptionDataset(Dataset):
                 raise
             return BrokenImage(file, str(error))
         return dict(pixel_values=pixel_values, captions=captions, file=file)
-
-# %% ../nbs/06_data.ipynb #63e78314
-class SeededBatchSampler(Sampler):
-    """Batches of (epoch, index) whose order depends on (seed, step) alone, so that a resumed run goes on
-    where it was
-    """
-
-    def __init__(
-        self,
-        length: int,  # records in the data set
-        batch_size: int,  # B
-        seed: int = 0,  # with the epoch it decides the permutation
-        # leave out the short batch at the end of each epoch, so that all batches have B items
-        drop_last: bool = True,
-        start_batch: int = 0,  # batches already done since the very beginning, over all epochs
-        num_batches: int | None = None,  # batches to give from there on; None: without end
-    ):
-        "ValueError for sizes below 1 and where an epoch would hold no batch"
-        if min(length, batch_size) < 1:
-            raise ValueError(f'length {length} and batch_size {batch_size} must be 1 or more')
-        if min(start_batch, num_batches or 0) < 0:
-            raise ValueError(f'start_batch {start_batch} and num_batches {num_batches} must not be negative')
-        if drop_last and length < batch_size:
-            raise ValueError(
-                f'{length} records do not fill a batch of {batch_size}; take a smaller batch_size or '
-                'drop_last=False'
-            )
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.drop_last = drop_last
-        self.start_batch, self.num_batches = start_batch, num_batches
-        self.batches_per_epoch = length // batch_size if drop_last else -(-length // batch_size)
-        self._epoch, self._order = None, None
-
-    def order(
-        self,
-        epoch: int,  # which pass over the data
-    ) -> list[int]:  # a permutation of range(length)
-        "The order of one epoch, from (seed, epoch)"
-        if epoch != self._epoch:
-            order = list(range(self.length))
-            random.Random(f'order {self.seed} {epoch}').shuffle(order)
-            self._epoch, self._order = epoch, order
-        return self._order
-
-    def batch(
-        self,
-        step: int,  # batches since the very beginning
-    ) -> list[tuple[int, int]]:  # B pairs (epoch, index)
-        "The batch of one step"
-        epoch, position = divmod(step, self.batches_per_epoch)
-        start = position * self.batch_size
-        return [(epoch, index) for index in self.order(epoch)[start : start + self.batch_size]]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        "Batches from `start_batch` on"
-        steps = itertools.count(self.start_batch)
-        return map(self.batch, itertools.islice(steps, self.num_batches))
-
-    def __len__(self) -> int:
-        "`num_batches`; TypeError where there is no end"
-        if self.num_batches is None:
-            raise TypeError('this sampler has no end; give num_batches')
-        return self.num_batches
-
-# %% ../nbs/06_data.ipynb #2739ab78
-class Collate:
-    "Items of a map-style data set -> one batch; an object, so that worker processes can receive it"
-
-    def __init__(
-        self,
-        tokenizer: CaptionTokenizer,  # gives the captions their prompt, ids and labels
-    ):
-        self.tokenizer = tokenizer
-
-    def __call__(
-        self,
-        items: list[dict | BrokenImage],  # B items: pixel_values (3, H, W), captions (C str), file
-    ) -> dict:  # pixel_values (B, 3, H, W); input_ids, attention_mask, labels (B*C, T); files (B str); broken
-        """Stack photos, tokenise captions (the C rows of a photo adjacent), list broken photos; only `broken`
-        if none is left
-        """
-        broken = [item for item in items if isinstance(item, BrokenImage)]
-        items = [item for item in items if not isinstance(item, BrokenImage)]
-        if not items:
-            return dict(broken=broken)
-        sizes = {tuple(item['pixel_values'].shape): item['file'] for item in items}
-        if len(sizes) > 1:
-            raise ValueError(
-                f'photos of different sizes in one batch: {sizes}; let `load` give all of them one size'
-            )
-        counts = {len(item['captions']): item['file'] for item in items}
-        if len(counts) > 1:
-            raise ValueError(
-                f'photos with different numbers of captions in one batch: {counts}; give all of them C'
-            )
-        pixel_values = torch.stack([item['pixel_values'] for item in items])  # (B, 3, H, W)
-        captions = [caption for item in items for caption in item['captions']]  # B*C
-        return dict(
-            pixel_values=pixel_values,
-            **self.tokenizer(captions),
-            files=[item['file'] for item in items],
-            broken=broken,
-        )

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from .data import BrokenImage, Record, SeededBatchSampler
+from .data import Record
+from .training import BrokenImage, SeededBatchSampler
 from .files import Share, Within, check_settings
 from .pvt_encoder import EncoderConfig, load_pixels, normalise_pixels
 from .tokenizer import CaptionTokenizer

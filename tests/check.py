@@ -3,6 +3,7 @@
 import argparse, filecmp, os, shutil, subprocess, sys, sysconfig, tempfile, time, venv
 from pathlib import Path
 
+import house
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,6 +170,9 @@ def fix():
     run('nbdev_export')
     run('nbdev_clean')
     (ROOT / 'README.md').write_text(readme(), encoding='utf-8')
+    contributing = ROOT / 'CONTRIBUTING.md'
+    contributing.write_text(house.with_map(contributing.read_text(encoding='utf-8')), encoding='utf-8')
+    (ROOT / 'nbs/sidebar.yml').write_text(house.sidebar(), encoding='utf-8')
 
 
 def main():

@@ -5,7 +5,8 @@ import json, math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from pvtblip.pipeline import caption_files, fingerprint
+from pvtblip.pipeline import caption_files
+from pvtblip.fast import fingerprint
 from pvtblip.confidence import (
     MEASURES,
     Calibration,

@@ -26,9 +26,10 @@ from pvtblip.evaluation import read_hypotheses, read_references
 from pvtblip.files import is_ours, read_json, read_toml
 from pvtblip.generation import GenerationConfig
 from pvtblip.photo_training import PhotoRun
-from pvtblip.practice import change_config, read_config, to_toml
+from pvtblip.config import change_config, read_config, to_toml
 from pvtblip.pvt_encoder import EncoderConfig, load_image
-from pvtblip.sources import ShardDataset, check_data
+from pvtblip.sources import ShardDataset
+from pvtblip.data_check import check_data
 from pvtblip.tokenizer import CaptionTokenizer
 
 CLEAN = (ValueError, OSError)  # FileNotFoundError is an OSError

@@ -19,7 +19,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pvtblip.data import BrokenImage, CaptionDataset, Collate, Record, SeededBatchSampler
+from pvtblip.data import CaptionDataset, Record
+from pvtblip.training import BrokenImage, Collate, SeededBatchSampler
 from pvtblip.loading import (
     AugmentationConfig,
     AugmentedDataset,

@@ -28,12 +28,12 @@ from pvtblip.pipeline import (
     cut_half_line,
     default_workers,
     describe_skipped,
-    fingerprint,
     gather_parts,
     json_line,
     list_photos,
     photos_in_list,
 )
+from pvtblip.fast import fingerprint
 from pvtblip.files import only_writer
 from pvtblip.shapes import make_scene
 from pvtblip.tokenizer import CaptionTokenizer

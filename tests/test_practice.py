@@ -32,31 +32,27 @@ from test_training import (
 )  # noqa: F401 (a fixture)
 from torch.testing import assert_close
 
-from pvtblip.data import BrokenImage, Collate
-from pvtblip.files import printable, setting_names
+from pvtblip.training import BrokenImage, Collate
+from pvtblip.files import printable, setting_names, write_whole
 from pvtblip.generation import GenerationConfig
 from pvtblip.photo_training import PhotoRun
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
+from pvtblip.config import change_config, read_config, to_toml
 from pvtblip.practice import (
     HeldOutLoss,
     KeepBest,
     LoraSettings,
     PracticeConfig,
-    RunConfig,
     StopOnSignal,
     HeldOutCaptions,
     WeightAverage,
     add_lora,
-    change_config,
     checkpoint_gradients,
     dry_run,
     load_best,
     measures,
     merge_lora,
-    read_config,
     run_training,
-    to_toml,
-    write_config,
 )
 from pvtblip.pvt_encoder import EncoderConfig
 from pvtblip.training import Callback, TrainingConfig, _loader, load_state, save_state, saved_states, train
@@ -71,6 +67,22 @@ options = dict(resume=True, evaluate=held_out, progress=False, callbacks=[Sleep(
 run_training(model, make_data(), WITH_PIECES, PIECES, sys.argv[2], **options)
 """
 WITH_PIECES = replace(CONFIG, max_steps=24, save_steps=0, eval_steps=2, dataloader_num_workers=1)
+
+
+@dataclass
+class RunConfig:
+    "Everything that makes a run."
+
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    practice: PracticeConfig = field(default_factory=PracticeConfig)
+
+
+def write_config(config, file):
+    text = to_toml(config) if file.suffix == '.toml' else json.dumps(asdict(config), indent=2)
+    write_whole(file, text)
+
+
 PIECES = PracticeConfig(save_minutes=0.001, metric_for_best_model='validation_loss', ema_decay=0.9)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from pvtblip.data import Collate
+from pvtblip.training import Collate
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.evaluation import has_coco_code
 from pvtblip.generation import generate

@@ -1,4 +1,4 @@
-"""What the cells of 11_sources do not reach: several processes, damaged archives, a folder of 1,000 photos
+"""What the cells of 13_sources do not reach: several processes, damaged archives, a folder of 1,000 photos
 with every kind of fault.
 """
 
@@ -23,22 +23,21 @@ import torch.multiprocessing as multiprocessing
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pvtblip.data import BrokenImage, CaptionDataset, Collate, Record
+from pvtblip.data import CaptionDataset, Record
+from pvtblip.training import BrokenImage, Collate
 from pvtblip.pvt_encoder import load_image
 from pvtblip.sources import (
     MAX_PHOTO_BYTES,
     MAX_TEXT_BYTES,
     ShardDataset,
-    check_data,
-    contact_sheet,
     find_shards,
     is_photo,
     open_photo,
     open_source,
-    photo_problem,
     read_hub_dataset,
     read_shard,
 )
+from pvtblip.data_check import check_data, contact_sheet, photo_problem
 from pvtblip.tokenizer import CaptionTokenizer
 
 datasets = pytest.importorskip('datasets')
@@ -895,7 +894,7 @@ def test_duplicates_lengths_and_scripts(tmp_path):
 def test_truncation_is_what_the_tokenizer_does():
     "A caption counts as truncated exactly when its row has lost its [SEP]"
     tokenizer = CaptionTokenizer(max_length=12)
-    from pvtblip.sources import caption_statistics
+    from pvtblip.data_check import caption_statistics
 
     captions = ['dog ' * count for count in range(1, 12)]
     cut = sum(tokenizer.sep_token_id not in row.tolist() for row in tokenizer(captions)['input_ids'])

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from pvtblip.data import BrokenImage, Collate
+from pvtblip.training import BrokenImage, Collate
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.files import only_writer
 from pvtblip.pvt_encoder import EncoderConfig, image_transform

@@ -1,0 +1,79 @@
+"Which module stands on which, read from the imports: the map of CONTRIBUTING.md, and the three parts of the sidebar."
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = {'0': 'course', '1': 'practice', '2': 'use'}
+
+
+def part(notebook):
+    "The part that a notebook belongs to. `000_files` lies below all others and is read like practice."
+    return 'practice' if notebook.startswith('000') else PARTS[notebook[0]]
+
+
+BEGIN, END = '<!-- map: made by tests/house.py -->', '<!-- end of map -->'
+
+
+def notebooks():
+    "{module: number of its notebook}, in the order of the numbers."
+    numbers = {}
+    for file in sorted(ROOT.glob('pvtblip/*.py')):
+        if found := re.search(r'File to edit: \.\./nbs/(\d+_\w+)\.ipynb', file.read_text(encoding='utf-8')):
+            numbers[file.stem] = found[1]
+    return dict(sorted(numbers.items(), key=lambda item: item[1]))
+
+
+def imported(module):
+    "[(module of ours, name)] of every import of a module, those inside functions too."
+    found = []
+    for node in ast.walk(ast.parse((ROOT / f'pvtblip/{module}.py').read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom):
+            source = (node.module or '').removeprefix('pvtblip').removeprefix('.')
+            if node.level == 1 or (node.module or '').split('.')[0] == 'pvtblip':
+                found += [(source or name.name, name.name) for name in node.names]
+        if isinstance(node, ast.Import):
+            found += [
+                (name.name.removeprefix('pvtblip.'), '')
+                for name in node.names
+                if name.name.startswith('pvtblip.')
+            ]
+    return found
+
+
+def arrows():
+    "{module: modules that it stands on, in the order of their numbers}"
+    numbers = notebooks()
+    return {
+        module: sorted({source for source, _ in imported(module)} & set(numbers), key=numbers.get)
+        for module in numbers
+    }
+
+
+def house_map():
+    "The table of CONTRIBUTING.md: part, number, module, what it stands on."
+    numbers = notebooks()
+    rows = [
+        f'| {part(numbers[module])} | `{numbers[module]}` | {", ".join(stands_on) or "nothing of ours"} |'
+        for module, stands_on in arrows().items()
+    ]
+    return '\n'.join(
+        [BEGIN, '', '| part | notebook | its module stands on |', '| --- | --- | --- |', *rows, '', END]
+    )
+
+
+def with_map(text):
+    "A text with the map between its two marks made anew."
+    before, _, rest = text.partition(BEGIN)
+    return before + house_map() + rest.partition(END)[2]
+
+
+def sidebar():
+    "nbs/sidebar.yml: the notebooks in their three parts."
+    lines = ['website:', '  sidebar:', '    contents:', '      - index.ipynb']
+    names = sorted(file.stem for file in ROOT.glob('nbs/[0-9]*.ipynb'))
+    for title, name in (('The course', 'course'), ('Practice', 'practice'), ('Use', 'use')):
+        lines += [f'      - section: "{title}"', '        contents:']
+        lines += [f'          - {notebook}.ipynb' for notebook in names if part(notebook) == name]
+    return '\n'.join(lines) + '\n'
