@@ -47,7 +47,7 @@ class GenerationConfig:
         1.0  # above 1: what was said, the prompt too, is less likely to come again; 1: off
     )
     do_sample: bool = False  # draw words instead of taking the best
-    temperature: Annotated[float, Within(0.01, 100)] = 1.0  # below 1: safer, above 1: wilder
+    temperature: Annotated[float, Within(1e-6, 100)] = 1.0  # below 1: safer, above 1: wilder
     top_k: Count = 0  # draw among the k most likely; 0: off
     top_p: Annotated[float, Within(0, 1, above=True)] = (
         1.0  # draw among the fewest words that hold probability p; 1: off

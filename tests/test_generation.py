@@ -646,7 +646,7 @@ def test_top_k_equals_transformers(logits, k):
         (dict(max_length=65), 'max_length is 65'),
         (dict(min_length=21, max_length=20), r'min_length is 21; it must be from 0 to max_length \(20\)'),
         (dict(min_length=-1), 'min_length is -1'),
-        (dict(temperature=0.0), 'temperature is 0.0; it must be a number from 0.01 to 100'),
+        (dict(temperature=0.0), 'temperature is 0.0; it must be a number from 1e-06 to 100'),
         (dict(top_p=0.0), 'top_p is 0.0'),
         (dict(top_p=1.1), 'top_p is 1.1'),
         (dict(top_k=-1), 'top_k is -1'),
