@@ -30,12 +30,10 @@ class Record:
     file: str  # path of the photo below the folder of photos, as the caption file writes it
     captions: tuple[str, ...]  # at least one; white space collapsed
     line: int  # line of the caption file where the photo is first named, counted from 1
-    split: str | None = (
-        None  # the split that the file puts it in, such as "train" or "val"; None: the file does not say
-    )
-    image_id: int | str | None = (
-        None  # the number of the photo in COCO's files (evaluation asks for it); None: the file has none
-    )
+    # the split that the file puts it in, such as "train" or "val"; None: the file does not say
+    split: str | None = None
+    # the number of the photo in COCO's files (evaluation asks for it); None: the file has none
+    image_id: int | str | None = None
 
 # %% ../nbs/06_data.ipynb #45798119
 MAX_CAPTION = 10_000  # characters; the longest description of a photo in any collection has some 2,000
@@ -382,6 +380,7 @@ def _json_object_rows(path: Path, text: str, members: list, columns: dict[str, s
 
 # %% ../nbs/06_data.ipynb #9369746d
 # first line of the file, whether it is a header, how the other lines look: file, caption; how to write them
+# results.csv; one line of the real file lacks the second bar
 _LINES = (
     (
         re.compile(r'[^\t]+#\d+\t.*'),
@@ -395,7 +394,7 @@ _LINES = (
         re.compile(r'([^|]+)\|\s*\d+(?:\s*\||\s\s)(.*)'),
         'name| number| caption',
     ),
-)  # results.csv; one line of the real file lacks the second bar
+)
 
 
 def _line_rows(path: Path, lines: list[str], start: int, pattern: re.Pattern, form: str) -> Iterator[Row]:
@@ -437,9 +436,8 @@ def _csv_records(
     """(line, fields) of a table, by the csv module; a last column without quotes may hold the delimiter where
     `open_end` says so
     """
-    csv.field_size_limit(
-        2**31 - 1
-    )  # 131,072 characters otherwise, and an error that says nothing of captions
+    # 131,072 characters otherwise, and an error that says nothing of captions
+    csv.field_size_limit(2**31 - 1)
     reader = csv.reader((line + '\n' for line in lines[start:]), delimiter=delimiter, strict=True)
     while True:
         number = start + reader.line_num + 1

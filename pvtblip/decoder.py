@@ -53,15 +53,13 @@ class DecoderConfig:
 
     vocab_size: Size = 30522  # BERT's fixed WordPiece vocabulary
     hidden_size: Annotated[int, Within(1, 2**16)] = 768  # width D of every token
-    num_hidden_layers: Annotated[int, Within(1, 1000)] = (
-        12  # blocks of self-attention, cross-attention, feed-forward
-    )
+    # blocks of self-attention, cross-attention, feed-forward
+    num_hidden_layers: Annotated[int, Within(1, 1000)] = 12
     num_attention_heads: Size = 12  # heads H; D must divide by H
     intermediate_size: Size = 3072  # inner width of the feed-forward, 4 D by custom
     max_position_embeddings: Size = 512  # longest text that has positions
-    type_vocab_size: Annotated[int, Within(1, 1000)] = (
-        2  # BERT's sentence A and B; captions use A only, the weights have both
-    )
+    # BERT's sentence A and B; captions use A only, the weights have both
+    type_vocab_size: Annotated[int, Within(1, 1000)] = 2
     hidden_dropout_prob: Share = 0.1  # dropout after every sub-layer
     attention_probs_dropout_prob: Share = 0.1  # dropout on attention weights
     layer_norm_eps: Share = 1e-12  # BERT's own, smaller than torch's default
@@ -299,9 +297,8 @@ class Attention(nn.Module):
         q = self._heads(self.self.query(x).reshape(k.shape[0], -1, D))  # (B, H, C*T, d)
         if return_weights:
             out, weights = _attend_eagerly(q, k, v, mask, is_causal)
-            weights = (
-                weights.transpose(1, 2).reshape(N, T, self.num_heads, -1).transpose(1, 2)
-            )  # (N, H, T, S)
+            # (N, H, T, S)
+            weights = weights.transpose(1, 2).reshape(N, T, self.num_heads, -1).transpose(1, 2)
         else:
             drop = self.dropout if self.training else 0.0
             weights = None
@@ -504,9 +501,8 @@ class BertDecoder(nn.Module):
         "What self-attention may see: (mask or None, is_causal)."
         if attention_mask is None and (past == 0 or T == 1):
             return None, past == 0 and T > 1
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[
-            None, None
-        ]  # (1, 1, T, past+T)
+        # (1, 1, T, past+T)
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None, None]
         if attention_mask is None:
             return mask, False
         itself = torch.eye(past + T, dtype=torch.bool, device=device)[past:]  # (T, past+T)
@@ -585,11 +581,9 @@ class CaptionerConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # mouth
     prompt: str = 'a picture of'  # every caption begins with it, in training and after
     max_length: Size = 40  # token positions, [CLS] and prompt included; captions are about 12 words
-    output_vocabulary: list[int] | None = (
-        # ids that may be said, or None for all: a small world needs few words, and logits over 30,522 cost
-        # most of a small model's time
-        None
-    )
+    # ids that may be said, or None for all: a small world needs few words, and logits over 30,522 cost most
+    # of a small model's time
+    output_vocabulary: list[int] | None = None
     label_smoothing: Share = 0.0  # share of probability spread over all words in the loss
     # share of caption words hidden from the decoder in training, so that it looks at the image instead of
     # guessing from the words before
@@ -615,9 +609,8 @@ class CaptionerConfig:
 class CaptionerOutput:
     "What a training step needs."
 
-    loss: (
-        torch.Tensor
-    )  # () mean cross-entropy over the labelled positions, in nats; with weights, times those of the rows
+    # () mean cross-entropy over the labelled positions, in nats; with weights, times those of the rows
+    loss: torch.Tensor
     logits: torch.Tensor  # (M, V or V') at the M labelled positions, row by row
     labels: torch.Tensor  # (M,) what should have been said there, as indices into the logits' last axis
 
@@ -657,9 +650,8 @@ def _most_numbers(config, held):
     and `load_whole` names what is missing.
     """
     total = 1_000_000 + 2 * sum(_WORTH + math.prod(shape) for shape, _ in held.values())
-    return (
-        total if config.name.split('.')[0] in PVT_CONFIGS else max(4 * total, 500_000_000)
-    )  # timm builds whole models; what lies behind the last stage is dropped
+    # timm builds whole models; what lies behind the last stage is dropped
+    return total if config.name.split('.')[0] in PVT_CONFIGS else max(4 * total, 500_000_000)
 
 # %% ../nbs/02_decoder.ipynb #1b94c1a8
 def load_whole(
@@ -700,14 +692,8 @@ def evaluation_mode(
             module.training = True
 
 # %% ../nbs/02_decoder.ipynb #712c41ed
-_OF_TRANSFORMERS = {
-    'model_type',
-    'architectures',
-    'auto_map',
-    'dtype',
-    'torch_dtype',
-    'transformers_version',
-}  # what it adds to a config.json that it saves
+# what it adds to a config.json that it saves
+_OF_TRANSFORMERS = {'model_type', 'architectures', 'auto_map', 'dtype', 'torch_dtype', 'transformers_version'}
 
 
 class Captioner(nn.Module):
@@ -755,12 +741,12 @@ class Captioner(nn.Module):
             index[ids] = torch.arange(len(ids))
         device = self.decoder.word_embedding.device
         self.config = replace(self.config, output_vocabulary=ids)
+        # (V',)
         self.register_buffer(
             'output_ids', None if ids is None else torch.tensor(ids, device=device), persistent=False
-        )  # (V',)
-        self.register_buffer(
-            'output_index', None if ids is None else index.to(device), persistent=False
-        )  # (V,)
+        )
+        # (V,)
+        self.register_buffer('output_index', None if ids is None else index.to(device), persistent=False)
 
     def encode_image(
         self,
@@ -794,10 +780,11 @@ class Captioner(nn.Module):
         hidden, _ = self.decoder.hidden_states(input_ids[:, :-1], cache)  # (N, T-1, D)
         targets = labels[:, 1:]  # the shift: after seeing token t, say token t+1
         labelled = targets != -100  # (N, T-1)
+        # (M, V), (M,)
         logits, targets = (
             self.decoder.logits(hidden[labelled], self.output_ids),
             self._as_outputs(targets[labelled]),
-        )  # (M, V), (M,)
+        )
         if weights is None:
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
         else:
@@ -851,18 +838,16 @@ class Captioner(nn.Module):
 
     def _write(self, folder):
         "The files of a model."
-        config = replace(
-            self.config, encoder=replace(self.config.encoder, weights=None)
-        )  # all weights are in the folder
+        # all weights are in the folder
+        config = replace(self.config, encoder=replace(self.config.encoder, weights=None))
         save_file(
             {k: v.contiguous() for k, v in self.state_dict().items()},
             folder / 'model.safetensors',
             metadata={'format': 'pt'},
         )
         (folder / 'config.json').write_text(json.dumps(dict(library='pvtblip', **asdict(config)), indent=2))
-        shutil.copymode(
-            folder / 'config.json', folder / 'model.safetensors'
-        )  # safetensors writes for the owner alone
+        # safetensors writes for the owner alone
+        shutil.copymode(folder / 'config.json', folder / 'model.safetensors')
         self.tokenizer.save_pretrained(folder)
 
     @classmethod

@@ -219,9 +219,8 @@ def write_whole(
 ):
     "Write a text file whole or not at all."
     with whole_file(file) as temporary:
-        temporary.write_bytes(
-            text.encode('utf-8', 'backslashreplace')
-        )  # half a character: \\ud83d, as JSON writes it
+        # half a character: \\ud83d, as JSON writes it
+        temporary.write_bytes(text.encode('utf-8', 'backslashreplace'))
 
 # %% ../nbs/000_files.ipynb #e5dadd22
 MARK = 'pvtblip'  # in every file that this package writes and may write again
@@ -264,9 +263,8 @@ def save_figure(
 ):
     "Write a picture whole or not at all, marked as ours."
     with whole_file(file) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings(
-            'ignore', message='Glyph .* missing from'
-        )  # scripts that the font lacks appear as boxes
+        # scripts that the font lacks appear as boxes
+        warnings.filterwarnings('ignore', message='Glyph .* missing from')
         figure.savefig(temporary, format='png', metadata={'Software': MARK}, **options)
 
 # %% ../nbs/000_files.ipynb #9792d755
@@ -369,9 +367,8 @@ class Within:
         )
 
 
-Size = Annotated[
-    int, Within(1, 2**20)
-]  # of something that there must be; the largest is beyond every machine that we know
+# of something that there must be; the largest is beyond every machine that we know
+Size = Annotated[int, Within(1, 2**20)]
 Count = Annotated[int, Within(0, 10**9)]  # of something that there may be
 Share = Annotated[float, Within(0, 1)]
 

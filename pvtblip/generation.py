@@ -34,38 +34,29 @@ class GenerationConfig:
     num_beams: _Few = 1  # 1: greedy or sampling; more: beam search
     max_length: Count | None = None  # token positions, prompt and [CLS] included; None: the captioner's
     min_length: Count = 0  # no [SEP] before this many positions, prompt included
-    length_penalty: Annotated[float, Within(-10, 10)] = (
-        1.0  # scores are divided by generated length ** length_penalty
-    )
-    early_stopping: bool | Literal['never'] = (
-        # True: stop at K finished beams; False: when none can improve by the usual estimate; 'never': by the
-        # strict one
-        False
-    )
+    # scores are divided by generated length ** length_penalty
+    length_penalty: Annotated[float, Within(-10, 10)] = 1.0
+    # True: stop at K finished beams; False: when none can improve by the usual estimate; 'never': by the
+    # strict one
+    early_stopping: bool | Literal['never'] = False
     no_repeat_ngram_size: Count = 0  # no n tokens twice in the same order; 0: off
-    repetition_penalty: Annotated[float, Within(0.01, 100)] = (
-        1.0  # above 1: what was said, the prompt too, is less likely to come again; 1: off
-    )
+    # above 1: what was said, the prompt too, is less likely to come again; 1: off
+    repetition_penalty: Annotated[float, Within(0.01, 100)] = 1.0
     do_sample: bool = False  # draw words instead of taking the best
     temperature: Annotated[float, Within(1e-6, 100)] = 1.0  # below 1: safer, above 1: wilder
     top_k: Count = 0  # draw among the k most likely; 0: off
-    top_p: Annotated[float, Within(0, 1, above=True)] = (
-        1.0  # draw among the fewest words that hold probability p; 1: off
-    )
+    # draw among the fewest words that hold probability p; 1: off
+    top_p: Annotated[float, Within(0, 1, above=True)] = 1.0
     min_p: Share = 0.0  # draw among words at least this share as likely as the likeliest; 0: off
     num_beam_groups: _Few = 1  # groups of beams that avoid each other's words; 1: plain beam search
-    diversity_penalty: Annotated[float, Within(0, 1000)] = (
-        0.0  # what a word costs for each beam of an earlier group that has just said it
-    )
+    # what a word costs for each beam of an earlier group that has just said it
+    diversity_penalty: Annotated[float, Within(0, 1000)] = 0.0
     prefix: str = ''  # text that the caption begins with, behind the model's own prompt
-    force_words_ids: list | None = (
-        # token id lists that the caption must say; a list of such lists: one of them; `word_ids` makes them
-        None
-    )
+    # token id lists that the caption must say; a list of such lists: one of them; `word_ids` makes them
+    force_words_ids: list | None = None
     bad_words_ids: list | None = None  # token id lists that it must not say
-    num_return_sequences: Annotated[int, Within(1, 10_000)] = (
-        1  # captions an image: the best beams, or as many draws
-    )
+    # captions an image: the best beams, or as many draws
+    num_return_sequences: Annotated[int, Within(1, 10_000)] = 1
     output_attentions: bool = False  # return the cross-attention over each caption too
 
     def __post_init__(self):
@@ -217,12 +208,10 @@ class Rules:
         sep: int,  # column of [SEP]
     ):
         self.config, self.sep = config, sep
-        self.bad = [
-            list(word) for word in config.bad_words_ids or [] if list(word) != [int(ids[sep])]
-        ]  # [SEP] alone stays allowed
-        self.column = torch.full(
-            (int(ids.max()) + 2,), -1, device=ids.device
-        )  # token id -> column; -1: cannot be said
+        # [SEP] alone stays allowed
+        self.bad = [list(word) for word in config.bad_words_ids or [] if list(word) != [int(ids[sep])]]
+        # token id -> column; -1: cannot be said
+        self.column = torch.full((int(ids.max()) + 2,), -1, device=ids.device)
         self.column[ids] = torch.arange(len(ids), device=ids.device)
 
     @property
@@ -274,9 +263,8 @@ def output_layer(
     the packed one where `20_fast` has made one.
     """
     weight, bias = model.decoder.word_embedding, model.decoder.cls['predictions'].bias
-    ids = (
-        torch.arange(len(bias), device=bias.device) if model.output_ids is None else model.output_ids
-    )  # (V',)
+    # (V',)
+    ids = torch.arange(len(bias), device=bias.device) if model.output_ids is None else model.output_ids
     packed = getattr(model, 'packed_output_layer', None)
     if packed is not None and torch.equal(packed.ids, ids):
         return packed
@@ -301,9 +289,8 @@ class NextToken:
         self.head = output_layer(model)
         self.ids, self.pad = self.head.ids, model.tokenizer.pad_token_id
         self.sep = int((self.ids == model.tokenizer.sep_token_id).nonzero())
-        self.dtype = torch.promote_types(
-            self.head.weight.dtype, torch.float32
-        )  # of log-probabilities and scores
+        # of log-probabilities and scores
+        self.dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
 
     def __call__(
         self,
@@ -336,11 +323,9 @@ class GenerationOutput:
     # (B, R, T-P) log-probability of each generated token, [SEP] included, 0 on padding; in every strategy the
     # model's own, before temperature, filters and penalties
     token_logprobs: torch.Tensor
-    cross_attentions: torch.Tensor | None = (
-        # (B, R, layers, H, T-1, S) with output_attentions: row t is where the decoder looked when it chose
-        # token t+1
-        None
-    )
+    # (B, R, layers, H, T-1, S) with output_attentions: row t is where the decoder looked when it chose
+    # token t+1
+    cross_attentions: torch.Tensor | None = None
 
 # %% ../nbs/04_generation.ipynb #00eed6f9
 def pick(
@@ -350,9 +335,8 @@ def pick(
     "Draw by inverse cumulative probability."
     cumulative = probability.cumsum(-1)
     reached = cumulative <= uniform[:, None] * cumulative[:, -1:]
-    return torch.minimum(
-        reached.sum(-1), (cumulative < cumulative[:, -1:]).sum(-1)
-    )  # the second: where rounding runs past the end
+    # the second: where rounding runs past the end
+    return torch.minimum(reached.sum(-1), (cumulative < cumulative[:, -1:]).sum(-1))
 
 # %% ../nbs/04_generation.ipynb #79a71833
 def _uniform(generators, R, steps):  # one generator an image
@@ -573,9 +557,8 @@ def _bank_by_bank(values, missing, scores, forced, n):  # (M, j, V') twice, (M, 
         _candidates(values.masked_fill(missing != lack, -torch.inf), scores, n)
         for lack in range(forced.total + 1)
     ]
-    sums, beam, token = (
-        torch.stack(x, -1).flatten(1) for x in zip(*banks)
-    )  # (M, n*banks), the bank that lacks least first
+    # (M, n*banks), the bank that lacks least first
+    sums, beam, token = (torch.stack(x, -1).flatten(1) for x in zip(*banks))
     some = _first(sums > -torch.inf, n)
     return [x.gather(1, some) for x in (sums, beam, token)]
 
@@ -593,11 +576,12 @@ def _continuations(values, rows, scores, going, config, forced, sep):  # (N, V')
         return _bank_by_bank(values.view(M, -1, V), missing.view(M, -1, V), scores, forced, 2 * k)
     if G == 1:
         return _candidates(values.view(M, -1, V), scores, 2 * k)
+    # the first step has one row an image
     values = (
         values.view(M // G, -1, 1, V).expand(-1, G, -1, -1)
         if len(rows) < M * k
         else values.view(M // G, G, k, V)
-    )  # the first step has one row an image
+    )
     return _group_by_group(values, scores.view(-1, G, k), going.view(-1, G), config, sep)
 
 # %% ../nbs/04_generation.ipynb #08c37788
@@ -621,9 +605,8 @@ def _beam_search(step, rules, forced, prompt, config):  # forced: ForcedWords or
     new_ids, rows = prompt, prompt
     for t in range(P, L):
         own = step(new_ids).log_softmax(-1)  # (N, V')
-        sums, beam, token = _continuations(
-            rules(own, rows), rows, scores, going, config, forced, step.sep
-        )  # (M, 2k)
+        # (M, 2k)
+        sums, beam, token = _continuations(rules(own, rows), rows, scores, going, config, forced, step.sep)
         place = torch.arange(len(searches), device=device)[:, None]
         row = (place // G if t == P else place * k) + beam  # in the cache, (M, 2k)
         running, logprobs = _pick_beams(running, beam), _pick_beams(logprobs, beam)
@@ -777,9 +760,8 @@ def _search(model, image_tokens, config, generator):  # config: checked
     """
     step = NextToken(model, image_tokens)
     rules = Rules(config, step.ids, step.sep)
-    prompt = torch.tensor(
-        [config.prompt_ids(model)] * len(image_tokens), device=image_tokens.device
-    )  # (B, P)
+    # (B, P)
+    prompt = torch.tensor([config.prompt_ids(model)] * len(image_tokens), device=image_tokens.device)
     if config.num_beams == 1:
         yield from _one_by_one(step, rules, prompt, config, generator)
     else:

@@ -303,6 +303,7 @@ class PyramidVisionTransformerV2(nn.Module):
         return maps  # one (B, C_i, h_i, w_i) per stage
 
 # %% ../nbs/01_pvt_encoder.ipynb #e80873dc
+# how the arguments of timm begin that say where from and in which form, and not what is built
 _OPENS = (
     'pretrained',
     'checkpoint',
@@ -317,7 +318,7 @@ _OPENS = (
     'pruned',
     'device',
     'dtype',
-)  # how the arguments of timm begin that say where from and in which form, and not what is built
+)
 
 
 def _check_kwargs(value, name='backbone_kwargs'):
@@ -362,25 +363,19 @@ class EncoderConfig:
     """
 
     name: str = 'pvt_v2_b0'  # a name of `PVT_CONFIGS`: our PVT; any other: a timm model. b0 is the smallest
-    weights: str | bool | None = (
-        None  # None: random; True: pretrained, from the hub through timm; else a .safetensors file
-    )
-    backbone_kwargs: dict = field(
-        default_factory=dict
-    )  # changes to the backbone: other depths, a drop_path_rate
-    stages: tuple[Annotated[int, Within(-1000, 1000)], ...] = (
-        3,
-    )  # what the decoder reads, from 0, or -1 for the last (in a ViT: blocks); earlier stages: more tokens
-    image_size: Annotated[int, Within(1, 4096)] = (
-        224  # side of the square in pixels; what the published weights were trained with
-    )
-    mean: tuple[_Level, _Level, _Level] = (
-        IMAGENET_MEAN  # subtracted from the pixels, as the published weights expect
-    )
+    # None: random; True: pretrained, from the hub through timm; else a .safetensors file
+    weights: str | bool | None = None
+    # changes to the backbone: other depths, a drop_path_rate
+    backbone_kwargs: dict = field(default_factory=dict)
+    # what the decoder reads, from 0, or -1 for the last (in a ViT: blocks); earlier stages: more tokens
+    stages: tuple[Annotated[int, Within(-1000, 1000)], ...] = (3,)
+    # side of the square in pixels; what the published weights were trained with
+    image_size: Annotated[int, Within(1, 4096)] = 224
+    # subtracted from the pixels, as the published weights expect
+    mean: tuple[_Level, _Level, _Level] = IMAGENET_MEAN
     std: tuple[_Spread, _Spread, _Spread] = IMAGENET_STD  # then the pixels are divided by this
-    freeze_batch_norm: bool = (
-        False  # BatchNorm keeps its statistics in training; for pretrained weights that are trained further
-    )
+    # BatchNorm keeps its statistics in training; for pretrained weights that are trained further
+    freeze_batch_norm: bool = False
     normaliser: Literal['layernorm', 'none'] = 'layernorm'  # features of a foreign backbone come at any scale
     position: Literal['sincos', 'none'] = 'sincos'  # flattened, a map no longer says where a token was
 
@@ -451,9 +446,8 @@ class TimmBackbone(nn.Module):
         import timm
 
         kwargs = dict(config.backbone_kwargs)
-        known = timm.get_pretrained_cfg(
-            config.name
-        )  # None for a name that timm does not know: create_model says so
+        # None for a name that timm does not know: create_model says so
+        known = timm.get_pretrained_cfg(config.name)
         if known is not None and known.fixed_input_size:
             kwargs.setdefault('img_size', config.image_size)
         self.model = _timm_model(config, **kwargs)
@@ -610,9 +604,8 @@ class ImageEncoder(nn.Module):
         channels = [self.backbone.channels[i] for i in self.chosen]
         plain = config.normaliser == 'none'
         self.norms = nn.ModuleList(nn.Identity() if plain else nn.LayerNorm(c, eps=1e-12) for c in channels)
-        self.projections = nn.ModuleList(
-            nn.Linear(c, width) for c in channels
-        )  # each bias is its stage's own mark
+        # each bias is its stage's own mark
+        self.projections = nn.ModuleList(nn.Linear(c, width) for c in channels)
         if config.position == 'sincos':
             self.position_scale = nn.Parameter(torch.ones(len(channels)))
 
@@ -647,9 +640,8 @@ class ImageEncoder(nn.Module):
                 'pixel_values must be floats (B, 3, H, W) from image_transform, not '
                 f'{pixel_values.dtype} {tuple(pixel_values.shape)}'
             )
-        maps = self.backbone(
-            pixel_values.contiguous(memory_format=torch.channels_last)
-        )  # convolutions are faster so, MobileNetV2's by two thirds on a processor
+        # convolutions are faster so, MobileNetV2's by two thirds on a processor
+        maps = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))
         return [maps[i] for i in self.chosen]
 
     def forward(self, pixel_values):  # (B, 3, H, W), from image_transform
@@ -741,12 +733,8 @@ def _what_it_is(head):
     )
 
 
-_NOTES = (
-    b'tEXt',
-    b'zTXt',
-    b'iTXt',
-    b'iCCP',
-)  # parts of a PNG that say something about the picture and hold none of it
+# parts of a PNG that say something about the picture and hold none of it
+_NOTES = (b'tEXt', b'zTXt', b'iTXt', b'iCCP')
 
 
 def _without_notes(stream):
@@ -822,9 +810,8 @@ DRAFT_MARGIN = 1.5
 def _square_pixels(image, size):
     "Decode an opened photo to (3, size, size) uint8, a large JPEG at reduced scale."
     whole = image.size
-    draft = image.draft(
-        None, (int(DRAFT_MARGIN * size),) * 2
-    )  # None for what is no JPEG; nothing is decoded yet
+    # None for what is no JPEG; nothing is decoded yet
+    draft = image.draft(None, (int(DRAFT_MARGIN * size),) * 2)
     if image.size != whole:  # 375 rows halved are 187.5, kept in 188: the box says where the photo ends
         return _bytes(to_rgb(image.resize((size, size), Image.Resampling.BICUBIC, box=draft[1]))).contiguous()
     plain = (
@@ -836,9 +823,8 @@ def _square_pixels(image, size):
 
 
 def _bytes(image):
-    return torch.from_numpy(np.array(image)).permute(
-        2, 0, 1
-    )  # RGB to (3, h, w) uint8, channels last in memory: so torch resizes it twice as fast
+    # RGB to (3, h, w) uint8, channels last in memory: so torch resizes it twice as fast
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _resized(pixels, size):

@@ -55,11 +55,8 @@ class ShapeObject:
     size: str  # 'small' or 'large'
     # x0, y0, x1, y1 in image sides (0 to 1), y downwards; touches the drawn shape on all four sides
     box: tuple
-    tint: tuple = (
-        0.0,
-        0.0,
-        0.0,
-    )  # added to the colour's red, green and blue (0 to 255): no two reds are quite alike
+    # added to the colour's red, green and blue (0 to 255): no two reds are quite alike
+    tint: tuple = (0.0, 0.0, 0.0)
 
     def __post_init__(self):
         for what, names in (('kind', KINDS), ('colour', COLOURS), ('size', SIZES)):
@@ -162,9 +159,8 @@ def _paint(image, shape):
     right, bottom = min(math.ceil(x1 * side) + 1, side), min(math.ceil(y1 * side) + 1, side)
     x = (np.arange(left, right, dtype=np.float32) + 0.5 - (x0 + x1) * side / 2) / radius  # (w,)
     y = (np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - (y0 + y1) * side / 2) / radius  # (h, 1)
-    cover = np.clip(0.5 - outline(x, y) * radius, 0, 1)[
-        ..., None
-    ]  # (h, w, 1): share of the pixel inside the outline
+    # (h, w, 1): share of the pixel inside the outline
+    cover = np.clip(0.5 - outline(x, y) * radius, 0, 1)[..., None]
     crop = image[top:bottom, left:right]
     crop += cover * (np.add(COLOURS[shape.colour], shape.tint, dtype=np.float32) - crop)
 
@@ -379,9 +375,8 @@ class Statement:
     # positions of the objects in the scene; a relation holds from the first to the second; () where no object
     # fits
     objects: tuple
-    words: str = field(
-        default='', compare=False
-    )  # what the caption said; two statements are equal if they claim the same
+    # what the caption said; two statements are equal if they claim the same
+    words: str = field(default='', compare=False)
 
     def __repr__(self):
         return f'{self.about} {self.value!r} of {self.objects}' + (f' ({self.words})' if self.words else '')
@@ -480,9 +475,8 @@ class ShapesDataset:
         captions_per_image=5,  # C, from 1 to 5
         image_size=64,  # pixels, before the transform
     ):
-        make_scene(
-            seed, 0, split, max_objects, image_size
-        )  # raises ValueError now rather than in the first batch
+        # raises ValueError now rather than in the first batch
+        make_scene(seed, 0, split, max_objects, image_size)
         if not 1 <= captions_per_image <= 5:
             raise ValueError(f'captions_per_image is {captions_per_image}; a scene has five captions')
         if length < 1:
@@ -554,16 +548,10 @@ class CaptionReader:
         self.relations = []
         self.counts = []
         self.unknown = []
-        self.attributes, self.number, self.group = (
-            [],
-            None,
-            [],
-        )  # of the phrase being read; said of all shapes
-        self.inside, self.joined, self.anchor = (
-            False,
-            False,
-            None,
-        )  # after "in"; after "and"; what "it" stands for
+        # of the phrase being read; said of all shapes
+        self.attributes, self.number, self.group = ([], None, [])
+        # after "in"; after "and"; what "it" stands for
+        self.inside, self.joined, self.anchor = (False, False, None)
         for role, value in _split(caption):
             getattr(self, f'_{role}')(value)
             self.inside = role == 'in'
@@ -703,9 +691,8 @@ def _match(reader, objects, most=8):
     considered = min(len(reader.mentions), most)
     best = (-1, -1)
     for choice in product([None, *range(considered)], repeat=len(objects)):  # for each object its mention
-        used = {
-            mention: i for i, mention in enumerate(choice) if mention is not None
-        }  # a mention speaks of one object
+        # a mention speaks of one object
+        used = {mention: i for i, mention in enumerate(choice) if mention is not None}
         good = sum(_fits(reader.mentions[mention], objects[i]) for mention, i in used.items())
         good += sum(
             relation(objects[used[a]].box, objects[used[b]].box) == value
@@ -787,6 +774,7 @@ def score_captions(
     false = about('false')
     missing = about('missing')
     facts = sum(map(_facts_once, scenes))
+    # words a caption
     return dict(
         statements_true=len(true) / max(len(true) + len(false), 1),  # 0 where nothing is said
         true_by_kind={
@@ -797,7 +785,7 @@ def score_captions(
         missing=len(missing) / facts,  # share of the facts left out, each relation counted once
         captions_true=sum(check.fully_true for check in checks) / len(checks),
         unknown_words=sum(len(check.unknown) for check in checks) / len(checks),
-    )  # words a caption
+    )
 
 
 def _facts_once(scene):

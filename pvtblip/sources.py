@@ -434,9 +434,8 @@ def sample_captions(sample: dict, name: str) -> list[str]:
     none
     """
     text = decode_text(sample['txt'], f'{name}.txt') if 'txt' in sample else ''
-    printed = re.match(r"\s*\[\s*[\"']", text) and text.rstrip().endswith(
-        ']'
-    )  # a list, which may go over several lines
+    # a list, which may go over several lines
+    printed = re.match(r"\s*\[\s*[\"']", text) and text.rstrip().endswith(']')
     captions = [text] if printed else [line for line in re.split('[\r\n]+', text) if line.strip()]
     if len(captions) != 1 and (stated := _json_captions(sample, name)):
         same = (

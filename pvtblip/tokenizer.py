@@ -43,12 +43,8 @@ def check_wordpiece(
     return tokenizer
 
 # %% ../nbs/00_tokenizer.ipynb #34f77858
-_JSON_FILES = (
-    'tokenizer.json',
-    'tokenizer_config.json',
-    'special_tokens_map.json',
-    'added_tokens.json',
-)  # what transformers reads beside vocab.txt
+# what transformers reads beside vocab.txt
+_JSON_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
 
 
 def load_tokenizer(
@@ -67,9 +63,8 @@ def load_tokenizer(
             read_json(folder / name, dict)
     try:
         tokenizer = check_wordpiece(AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False))
-        tokenizer(
-            ['a dog'], add_special_tokens=False, split_special_tokens=True, verbose=False
-        )  # some settings are looked at only here
+        # some settings are looked at only here
+        tokenizer(['a dog'], add_special_tokens=False, split_special_tokens=True, verbose=False)
         return tokenizer
     except Exception as error:  # damaged files make transformers and tokenizers fail in any way
         if present:
@@ -90,6 +85,7 @@ def collapse_whitespace(
     return re.sub(r'[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+', ' ', text).strip()
 
 # %% ../nbs/00_tokenizer.ipynb #95395287
+# a. m. -> a.m.
 _spacing = [
     (r' ([.,!?;:%)\]}])', r'\1'),  # a dog , a cat . -> a dog, a cat.
     (r'([(\[{$]) ', r'\1'),  # ( two dogs ) -> (two dogs)
@@ -102,7 +98,7 @@ _spacing = [
     (r'(\d)([.:]) (?=\d)', r'\1\2'),  # 3. 5 -> 3.5
     (r'(\d), (?=\d{3}\b)', r'\1,'),  # 1, 000 -> 1,000
     (r'\b([a-z])\. (?=[a-z]\.)', r'\1.'),
-]  # a. m. -> a.m.
+]
 
 
 def clean_spacing(
@@ -220,9 +216,8 @@ class CaptionTokenizer:
         if wrong:
             raise ValueError(f'id {wrong[0]} is outside the vocabulary of {self.vocab_size} tokens')
         start = self.prompt_length if ids[: self.prompt_length] == self.prompt_ids else 0
-        end = (
-            ids.index(self.sep_token_id) if self.sep_token_id in ids else len(ids)
-        )  # the prompt has no [SEP]
+        # the prompt has no [SEP]
+        end = ids.index(self.sep_token_id) if self.sep_token_id in ids else len(ids)
         special = set(self.tokenizer.all_special_ids)
         kept = [i for i in ids[0 if keep_prompt else start : end] if i not in special]
         text = ' '.join(self.tokenizer.convert_ids_to_tokens(kept)).replace(' ##', '').removeprefix('##')

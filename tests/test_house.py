@@ -1,9 +1,12 @@
 "A module stands on modules of smaller numbers only, and no private name crosses a door."
 
+import importlib
 import json
 import re
+from dataclasses import fields, is_dataclass
 
 import pytest
+from fastcore.docments import docments
 
 import pvtblip
 from house import ROOT, arrows, imported, notebooks, sidebar, with_map
@@ -57,3 +60,15 @@ def test_every_notebook_ends_with_the_name_of_the_next():
     for file, following in zip(files, files[1:]):
         last = ''.join(json.loads(file.read_text(encoding='utf-8'))['cells'][-1]['source'])
         assert f'**Next:** `{following.stem}`' in last, file.name
+
+
+def test_every_setting_says_what_it_is_for():
+    for module in MODULES:
+        for config in vars(importlib.import_module(f'pvtblip.{module}')).values():
+            if (
+                is_dataclass(config)
+                and config.__module__ == f'pvtblip.{module}'
+                and hasattr(config, '__post_init__')
+            ):
+                meanings = docments(config)
+                assert all(meanings.get(field.name) for field in fields(config)), (config, meanings)

@@ -113,9 +113,8 @@ def test_any_ids_decode_without_special_tokens(ids):
 @quick
 @given(texts)
 def test_same_ids_as_the_python_tokenizer(text):
-    text = (
-        collapse_whitespace(text).replace('[', '').replace(']', '')
-    )  # the library reads a typed [SEP] as the special token
+    # the library reads a typed [SEP] as the special token
+    text = collapse_whitespace(text).replace('[', '').replace(']', '')
     fast = LIBRARY(text)['input_ids']
     assert PLAIN([text])['input_ids'][0].tolist() == fast
     if text.isascii():
@@ -275,9 +274,10 @@ FOREIGN = [None, [], {}, 5, -1, 1e400, '', 'x', [None], {'a': {}}, True, '9' * 5
 
 @pytest.mark.parametrize('name', ['tokenizer.json', 'tokenizer_config.json'])
 def test_a_damaged_tokenizer_is_one_value_error_that_names_the_folder(name, tmp_path):
+    # small, so that it is read in no time
     (tmp_path / 'vocab.txt').write_text(
         '\n'.join('[PAD] [UNK] [CLS] [SEP] [MASK] a picture of dog ##s'.split())
-    )  # small, so that it is read in no time
+    )
     CaptionTokenizer(BertTokenizerFast.from_pretrained(tmp_path)).save_pretrained(tmp_path)
     whole = json.loads((tmp_path / name).read_text())
     refused = 0
