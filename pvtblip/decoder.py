@@ -53,15 +53,13 @@ class DecoderConfig:
 
     vocab_size: Size = 30522  # BERT's fixed WordPiece vocabulary
     hidden_size: Annotated[int, Within(1, 2**16)] = 768  # width D of every token
-    num_hidden_layers: Annotated[int, Within(1, 1000)] = (
-        12  # blocks of self-attention, cross-attention, feed-forward
-    )
+    # blocks of self-attention, cross-attention, feed-forward
+    num_hidden_layers: Annotated[int, Within(1, 1000)] = 12
     num_attention_heads: Size = 12  # heads H; D must divide by H
     intermediate_size: Size = 3072  # inner width of the feed-forward, 4 D by custom
     max_position_embeddings: Size = 512  # longest text that has positions
-    type_vocab_size: Annotated[int, Within(1, 1000)] = (
-        2  # BERT's sentence A and B; captions use A only, the weights have both
-    )
+    # BERT's sentence A and B; captions use A only, the weights have both
+    type_vocab_size: Annotated[int, Within(1, 1000)] = 2
     hidden_dropout_prob: Share = 0.1  # dropout after every sub-layer
     attention_probs_dropout_prob: Share = 0.1  # dropout on attention weights
     layer_norm_eps: Share = 1e-12  # BERT's own, smaller than torch's default
@@ -585,11 +583,9 @@ class CaptionerConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # mouth
     prompt: str = 'a picture of'  # every caption begins with it, in training and after
     max_length: Size = 40  # token positions, [CLS] and prompt included; captions are about 12 words
-    output_vocabulary: list[int] | None = (
-        # ids that may be said, or None for all: a small world needs few words, and logits over 30,522 cost
-        # most of a small model's time
-        None
-    )
+    # ids that may be said, or None for all: a small world needs few words, and logits over 30,522 cost most
+    # of a small model's time
+    output_vocabulary: list[int] | None = None
     label_smoothing: Share = 0.0  # share of probability spread over all words in the loss
     # share of caption words hidden from the decoder in training, so that it looks at the image instead of
     # guessing from the words before

@@ -34,38 +34,29 @@ class GenerationConfig:
     num_beams: _Few = 1  # 1: greedy or sampling; more: beam search
     max_length: Count | None = None  # token positions, prompt and [CLS] included; None: the captioner's
     min_length: Count = 0  # no [SEP] before this many positions, prompt included
-    length_penalty: Annotated[float, Within(-10, 10)] = (
-        1.0  # scores are divided by generated length ** length_penalty
-    )
-    early_stopping: bool | Literal['never'] = (
-        # True: stop at K finished beams; False: when none can improve by the usual estimate; 'never': by the
-        # strict one
-        False
-    )
+    # scores are divided by generated length ** length_penalty
+    length_penalty: Annotated[float, Within(-10, 10)] = 1.0
+    # True: stop at K finished beams; False: when none can improve by the usual estimate; 'never': by the
+    # strict one
+    early_stopping: bool | Literal['never'] = False
     no_repeat_ngram_size: Count = 0  # no n tokens twice in the same order; 0: off
-    repetition_penalty: Annotated[float, Within(0.01, 100)] = (
-        1.0  # above 1: what was said, the prompt too, is less likely to come again; 1: off
-    )
+    # above 1: what was said, the prompt too, is less likely to come again; 1: off
+    repetition_penalty: Annotated[float, Within(0.01, 100)] = 1.0
     do_sample: bool = False  # draw words instead of taking the best
     temperature: Annotated[float, Within(1e-6, 100)] = 1.0  # below 1: safer, above 1: wilder
     top_k: Count = 0  # draw among the k most likely; 0: off
-    top_p: Annotated[float, Within(0, 1, above=True)] = (
-        1.0  # draw among the fewest words that hold probability p; 1: off
-    )
+    # draw among the fewest words that hold probability p; 1: off
+    top_p: Annotated[float, Within(0, 1, above=True)] = 1.0
     min_p: Share = 0.0  # draw among words at least this share as likely as the likeliest; 0: off
     num_beam_groups: _Few = 1  # groups of beams that avoid each other's words; 1: plain beam search
-    diversity_penalty: Annotated[float, Within(0, 1000)] = (
-        0.0  # what a word costs for each beam of an earlier group that has just said it
-    )
+    # what a word costs for each beam of an earlier group that has just said it
+    diversity_penalty: Annotated[float, Within(0, 1000)] = 0.0
     prefix: str = ''  # text that the caption begins with, behind the model's own prompt
-    force_words_ids: list | None = (
-        # token id lists that the caption must say; a list of such lists: one of them; `word_ids` makes them
-        None
-    )
+    # token id lists that the caption must say; a list of such lists: one of them; `word_ids` makes them
+    force_words_ids: list | None = None
     bad_words_ids: list | None = None  # token id lists that it must not say
-    num_return_sequences: Annotated[int, Within(1, 10_000)] = (
-        1  # captions an image: the best beams, or as many draws
-    )
+    # captions an image: the best beams, or as many draws
+    num_return_sequences: Annotated[int, Within(1, 10_000)] = 1
     output_attentions: bool = False  # return the cross-attention over each caption too
 
     def __post_init__(self):

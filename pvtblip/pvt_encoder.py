@@ -362,25 +362,19 @@ class EncoderConfig:
     """
 
     name: str = 'pvt_v2_b0'  # a name of `PVT_CONFIGS`: our PVT; any other: a timm model. b0 is the smallest
-    weights: str | bool | None = (
-        None  # None: random; True: pretrained, from the hub through timm; else a .safetensors file
-    )
-    backbone_kwargs: dict = field(
-        default_factory=dict
-    )  # changes to the backbone: other depths, a drop_path_rate
-    stages: tuple[Annotated[int, Within(-1000, 1000)], ...] = (
-        3,
-    )  # what the decoder reads, from 0, or -1 for the last (in a ViT: blocks); earlier stages: more tokens
-    image_size: Annotated[int, Within(1, 4096)] = (
-        224  # side of the square in pixels; what the published weights were trained with
-    )
-    mean: tuple[_Level, _Level, _Level] = (
-        IMAGENET_MEAN  # subtracted from the pixels, as the published weights expect
-    )
+    # None: random; True: pretrained, from the hub through timm; else a .safetensors file
+    weights: str | bool | None = None
+    # changes to the backbone: other depths, a drop_path_rate
+    backbone_kwargs: dict = field(default_factory=dict)
+    # what the decoder reads, from 0, or -1 for the last (in a ViT: blocks); earlier stages: more tokens
+    stages: tuple[Annotated[int, Within(-1000, 1000)], ...] = (3,)
+    # side of the square in pixels; what the published weights were trained with
+    image_size: Annotated[int, Within(1, 4096)] = 224
+    # subtracted from the pixels, as the published weights expect
+    mean: tuple[_Level, _Level, _Level] = IMAGENET_MEAN
     std: tuple[_Spread, _Spread, _Spread] = IMAGENET_STD  # then the pixels are divided by this
-    freeze_batch_norm: bool = (
-        False  # BatchNorm keeps its statistics in training; for pretrained weights that are trained further
-    )
+    # BatchNorm keeps its statistics in training; for pretrained weights that are trained further
+    freeze_batch_norm: bool = False
     normaliser: Literal['layernorm', 'none'] = 'layernorm'  # features of a foreign backbone come at any scale
     position: Literal['sincos', 'none'] = 'sincos'  # flattened, a map no longer says where a token was
 

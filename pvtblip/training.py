@@ -53,19 +53,15 @@ class TrainingConfig:
     max_steps: Steps = 1000  # optimizer steps, the whole run
     batch_size: Size = 32  # images a step and process; each brings all its captions
     gradient_accumulation_steps: Size = 1  # batches added up before a step, where memory is short
-    learning_rate: Annotated[float, Within(0, 10, above=True)] = (
-        3e-4  # the highest, reached after the warm-up
-    )
-    encoder_lr_scale: Positive = (
-        1.0  # the backbone's rate is this share of it: trained eyes need less than a fresh decoder
-    )
+    # the highest, reached after the warm-up
+    learning_rate: Annotated[float, Within(0, 10, above=True)] = 3e-4
+    # the backbone's rate is this share of it: trained eyes need less than a fresh decoder
+    encoder_lr_scale: Positive = 1.0
     warmup_ratio: Share = 0.05  # share of the steps in which the rate rises
-    weight_decay: Annotated[float, Within(0, 100)] = (
-        0.05  # on matrices only: biases and norms have no need of it
-    )
-    adam_beta2: Annotated[float, Within(0, 0.999999)] = (
-        0.98  # memory of the squared gradient, about 50 steps: short runs
-    )
+    # on matrices only: biases and norms have no need of it
+    weight_decay: Annotated[float, Within(0, 100)] = 0.05
+    # memory of the squared gradient, about 50 steps: short runs
+    adam_beta2: Annotated[float, Within(0, 0.999999)] = 0.98
     max_grad_norm: Positive = 1.0  # longer gradients are shortened to this
     mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no'  # 'fp16': GPU only
     # compile the model first: minutes once, then faster steps; the numbers differ in the last digits
