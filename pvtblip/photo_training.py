@@ -109,7 +109,8 @@ def words_of(
 class DataConfig:
     "What a run reads."
 
-    # a caption file, a dataset of the `datasets` library: whatever `open_source` opens
+    # JSON {file: [captions]}, JSON lines, CSV or TSV, COCO's, Karpathy's or Flickr's files, a dataset of the
+    # datasets library, or shards
     captions: str = 'captions.json'
     images: str | None = None  # folder of the photos, where the captions are in a file
     # trained on; not set: train (and restval) where the source has splits, else all but a few photos
@@ -132,14 +133,18 @@ class DataConfig:
 class PhotoRun:
     "Everything that makes a run of `pvtblip train`."
 
-    text_model: str | None = None  # BERT whose weights and vocabulary the decoder starts from
+    # BERT whose weights and vocabulary the decoder starts from, as bert-base-uncased; not set: a small one from
+    # nothing
+    text_model: str | None = None
     start_from: str | None = None  # a model folder: go on from its weights and words
-    self_critical: bool = False  # learn from the model's own captions, rewarded by CIDEr, instead of people's
+    # learn from the model's own captions, rewarded by CIDEr, instead of people's; with start_from
+    self_critical: bool = False
     # with self_critical: the reward is CIDEr (0 to 10) plus so many times BLEU-4 (0 to 1)
     bleu_weight: Annotated[float, Within(0, 1000)] = 0.0
     freeze_encoder: bool = False  # leave the backbone's weights as they are
     all_words: bool = False  # let the model say all tokens instead of those of the captions
-    epochs: Annotated[float, Within(0, 1e6)] = 5.0  # passes over the photos; 0: training.max_steps counts
+    # passes over the photos; 0, as --max-steps makes it: training.max_steps counts
+    epochs: Annotated[float, Within(0, 1e6)] = 5.0
     data: DataConfig = field(default_factory=DataConfig)  # what is read
     captioner: CaptionerConfig = field(default_factory=captioner_config)  # what is trained
     training: TrainingConfig = field(
