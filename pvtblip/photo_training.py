@@ -47,7 +47,7 @@ from .config import to_toml
 from .practice import HeldOutCaptions, HeldOutLoss, PracticeConfig, dry_run, measures, run_training
 from .pvt_encoder import EncoderConfig
 from .reward import CiderReward, RewardMeter, add_rewards, bleu, caption_rows, reward_loader
-from .sources import ShardDataset, Source, open_source
+from .sources import ShardDataset, ShardReading, Source, open_source
 from .tokenizer import CaptionTokenizer
 from pvtblip.training import (
     Steps,
@@ -323,9 +323,8 @@ class ShardSet:
 
     def _held_out(self, shard, plain):
         "The first 256 photos of a shard as they are."
-        batches = ShardDataset(
-            [shard], self.load, 32, captions_per_image=5, passes=1, process_index=0, num_processes=1
-        )
+        reading = ShardReading(batch_size=32, captions_per_image=5, passes=1)
+        batches = ShardDataset([shard], self.load, reading, process_index=0, num_processes=1)
         return [
             item | dict(pixel_values=plain.normalise(plain.resize(item['pixel_values'])))
             for batch in itertools.islice(batches, 8)
@@ -339,18 +338,21 @@ class ShardSet:
     def loader(self, step, accelerator):
         "Batches on the device, from the place that `step` optimizer steps have reached."
         config, together = self.run.training, self.run.training.gradient_accumulation_steps
-        data = ShardDataset(
-            self.shards,
-            self.load,
+        reading = ShardReading(
             config.batch_size,
             config.dataloader_num_workers,
             self.run.data.captions_per_image,
             config.seed,
-            step * together,
-            (config.max_steps - step) * together,
+            strict=self.run.data.strict,
+        )
+        data = ShardDataset(
+            self.shards,
+            self.load,
+            reading,
+            start_batch=step * together,
+            num_batches=(config.max_steps - step) * together,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
-            strict=self.run.data.strict,
         )
         batches = DataLoader(
             data, batch_size=None, num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals
