@@ -57,6 +57,7 @@ class Setting(NamedTuple):
     meaning: str  # the comment beside it, in one line
 
 
+@functools.cache  # the source of a class takes a while to read
 def meanings(
     cls,  # a dataclass
 ) -> dict:  # {name: text}, empty where there is no comment

@@ -94,6 +94,122 @@ def test_wrong_usage_is_exit_code_2(capsys):
     assert pvtblip(capsys, 'train', '--no-such-option')[0] == 2
 
 
+@pytest.fixture(scope='module')
+def commands():
+    from typer.main import get_command
+    from pvtblip.cli import app
+
+    return {name: one for name, one in get_command(app).commands.items() if hasattr(one, 'settings')}
+
+
+TABLES = ('train', 'caption', 'evaluate')
+NEEDED = dict(
+    train=['--out', 'x'],
+    caption=['x', '--model', 'x'],
+    evaluate=['--model', 'x', '--images', 'x', '--captions', 'x'],
+)
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_every_flag_of_a_table_is_a_setting_and_says_what_its_config_says(commands, name):
+    assert commands.keys() == set(TABLES)
+    command = commands[name]
+    assert all(setting.meaning for setting in command.settings.values())
+    helps = {flag: option.help for option in command.setting_options for flag in option.opts}
+    assert list(helps) == [*command.flags, '--set']
+    for flag, names in command.flags.items():
+        meanings = [command.settings[one].meaning for one in names.split()]
+        assert re.fullmatch(f'{re.escape("; ".join(meanings))}(  \\[.*\\])?', helps[flag]), flag
+    assert command.older.keys().isdisjoint(command.flags)
+    assert set(command.older.values()) <= command.settings.keys()
+
+
+def bounds(hint):
+    "The `Within` of an annotation, or None."
+    from pvtblip.files import Within
+
+    found = [part for part in getattr(hint, '__metadata__', ()) if isinstance(part, Within)]
+    return next(iter([*found, *filter(None, map(bounds, getattr(hint, '__args__', ())))]), None)
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_the_bounds_of_a_flag_are_those_of_its_setting(capsys, commands, name):
+    seen = 0
+    for flag, names in commands[name].flags.items():
+        if within := bounds(commands[name].settings[names.split()[0]].hint):
+            for value in (within.low - 1, within.high * 2, 'nan', 'many'):
+                code, _, err = pvtblip(capsys, name, *NEEDED[name], flag, value)
+                (line,) = [line for line in err.splitlines() if 'rror: ' in line]
+                assert code == 2 and f"Invalid value for '{flag}': {names.split()[0]} is " in line, err
+                assert str(within) in line and len(line) < 250
+                seen += 1
+    assert seen >= 8
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_a_setting_given_as_a_flag_is_answered_with_the_way_that_there_is(capsys, commands, name):
+    command = commands[name]
+    gone = {'--' + one.rpartition('.')[2].replace('_', '-') for one in command.settings}
+    known = {flag for option in [*command.params, *command.setting_options] for flag in option.opts}
+    for flag in (gone | command.older.keys()) - known:
+        for arguments in ([flag, '1'], [f'{flag}=1'], [flag]):
+            code, out, err = pvtblip(capsys, name, *NEEDED[name], *arguments)
+            (line,) = [line for line in err.splitlines() if 'rror: ' in line]
+            assert code == 2 and not out and line.startswith(f'Error: No such option: {flag}; give --'), err
+            assert len(line) < 250
+            for way in re.findall(r'--set ([\w.]+)=VALUE', line):
+                assert way in command.settings or command.part + way in command.settings
+            for way in re.findall(r'(--[\w-]+) VALUE', line):
+                assert way in command.flags
+    code, _, err = pvtblip(capsys, name, *NEEDED[name], '--no-such-setting')
+    assert code == 2 and 'No such option: --no-such-setting' in err and '; give' not in err
+
+
+def test_flags_that_there_were_are_settings(capsys):
+    for flag, name in {
+        '--encoder-kwargs': 'captioner.encoder.backbone_kwargs',
+        '--stages': 'captioner.encoder.stages',
+        '--image-mean': 'captioner.encoder.mean',
+        '--image-std': 'captioner.encoder.std',
+        '--label-smoothing': 'captioner.label_smoothing',
+        '--all-words': 'all_words',
+        '--captions-per-image': 'data.captions_per_image',
+        '--accumulate': 'training.gradient_accumulation_steps',
+    }.items():
+        code, _, err = pvtblip(capsys, 'train', '--out', 'x', flag, '0.1')
+        assert code == 2 and err.endswith(f'Error: No such option: {flag}; give --set {name}=VALUE\n'), err
+
+
+def test_values_of_set_are_toml_json_or_text(commands):
+    kwargs, train = 'captioner.encoder.backbone_kwargs', commands['train'].changes
+    for text in ('{"a": 1, "b": "same"}', '{a = 1, b = "same"}'):
+        assert train([f'{kwargs}={text}']) == {kwargs: dict(a=1, b='same')}
+    for given, value in (
+        ('captioner.encoder.stages=[1]', [1]),
+        ('captioner.encoder.mean=[0.5,0.5,0.5]', [0.5] * 3),
+        ('data.captions=photos-{0..2}.tar', 'photos-{0..2}.tar'),
+        ('data.captions="a b"', 'a b'),
+        ('training.learning_rate=3e-5', 3e-5),
+        ('data.limit=null', None),
+        ('captioner.prompt=a = b', 'a = b'),
+    ):
+        assert train([given]) == {given.partition('=')[0]: value}
+    caption, evaluate = commands['caption'].changes, commands['evaluate'].changes
+    assert caption(['top_k=5', 'batch_size=2']) == {'generation.top_k': 5, 'batch_size': 2}
+    assert evaluate(['caption.generation.top_k=5']) == evaluate(['top_k=5'])
+
+
+@pytest.mark.parametrize('arguments', ['--help', 'score --help', 'demo --help', 'data check --help'])
+def test_help_does_not_wait_for_pytorch(arguments):
+    script = (
+        'import sys; from pvtblip.cli import app\n'
+        f'app({arguments.split()!r}, standalone_mode=False)\n'
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert done.returncode == 0 and 'Usage: ' in done.stdout, done.stderr
+
+
 def test_import_is_light():
     script = (
         "import sys, pvtblip, pvtblip.cli; print(sorted({'torch', 'transformers', 'timm', 'matplotlib'} & "

@@ -1,5 +1,6 @@
-"A module stands on modules of smaller numbers only, and no private name crosses a door."
+"A module stands on modules of smaller numbers only, no private name crosses a door, and no signature is long."
 
+import ast
 import json
 import re
 
@@ -57,3 +58,25 @@ def test_every_notebook_ends_with_the_name_of_the_next():
     for file, following in zip(files, files[1:]):
         last = ''.join(json.loads(file.read_text(encoding='utf-8'))['cells'][-1]['source'])
         assert f'**Next:** `{following.stem}`' in last, file.name
+
+
+MOST = 8  # parameters; a function that needs more takes a config
+LONGER = {
+    'train': 'has a config; the others are what goes into the loop: data, functions, callbacks, a folder',
+    'run_training': 'hands all of that on to `train`, with a config more',
+}
+
+
+def parameters(function):
+    "The names of a function's parameters, without self."
+    arguments = function.args
+    names = [one.arg for one in arguments.posonlyargs + arguments.args + arguments.kwonlyargs]
+    return names[1:] if names[:1] in (['self'], ['cls']) else names
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_no_function_has_more_than_eight_parameters(module):
+    tree = ast.parse((ROOT / f'pvtblip/{module}.py').read_text(encoding='utf-8'))
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda))]
+    long = {getattr(one, 'name', 'lambda') for one in functions if len(parameters(one)) > MOST}
+    assert long <= LONGER.keys(), f'{long - LONGER.keys()}: give them a config'
