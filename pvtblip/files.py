@@ -381,6 +381,7 @@ _TYPES = {
     dict: 'a table',
     list: 'a list',
     tuple: 'a list',
+    Path: 'a path',
     type(None): 'not set',
 }
 

@@ -32,7 +32,7 @@ class GenerationConfig:
     "How captions are chosen; names and meanings are those of transformers' `GenerationConfig`."
 
     num_beams: _Few = 1  # 1: greedy or sampling; more: beam search
-    max_length: Count | None = None  # token positions, prompt and [CLS] included; None: the captioner's
+    max_length: Count | None = None  # token positions, prompt and [CLS] included; not set: the captioner's
     min_length: Count = 0  # no [SEP] before this many positions, prompt included
     # scores are divided by generated length ** length_penalty
     length_penalty: Annotated[float, Within(-10, 10)] = 1.0

@@ -47,7 +47,7 @@ from .config import to_toml
 from .practice import HeldOutCaptions, HeldOutLoss, PracticeConfig, dry_run, measures, run_training
 from .pvt_encoder import EncoderConfig
 from .reward import CiderReward, RewardMeter, add_rewards, bleu, caption_rows, reward_loader
-from .sources import ShardDataset, Source, open_source
+from .sources import ShardDataset, ShardReading, Source, open_source
 from .tokenizer import CaptionTokenizer
 from pvtblip.training import (
     Steps,
@@ -109,7 +109,8 @@ def words_of(
 class DataConfig:
     "What a run reads."
 
-    # a caption file, a dataset of the `datasets` library: whatever `open_source` opens
+    # JSON {file: [captions]}, JSON lines, CSV or TSV, COCO's, Karpathy's or Flickr's files, a dataset of the
+    # datasets library, or shards
     captions: str = 'captions.json'
     images: str | None = None  # folder of the photos, where the captions are in a file
     # trained on; not set: train (and restval) where the source has splits, else all but a few photos
@@ -132,14 +133,18 @@ class DataConfig:
 class PhotoRun:
     "Everything that makes a run of `pvtblip train`."
 
-    text_model: str | None = None  # BERT whose weights and vocabulary the decoder starts from
+    # BERT whose weights and vocabulary the decoder starts from, as bert-base-uncased; not set: a small one from
+    # nothing
+    text_model: str | None = None
     start_from: str | None = None  # a model folder: go on from its weights and words
-    self_critical: bool = False  # learn from the model's own captions, rewarded by CIDEr, instead of people's
+    # learn from the model's own captions, rewarded by CIDEr, instead of people's; with start_from
+    self_critical: bool = False
     # with self_critical: the reward is CIDEr (0 to 10) plus so many times BLEU-4 (0 to 1)
     bleu_weight: Annotated[float, Within(0, 1000)] = 0.0
     freeze_encoder: bool = False  # leave the backbone's weights as they are
     all_words: bool = False  # let the model say all tokens instead of those of the captions
-    epochs: Annotated[float, Within(0, 1e6)] = 5.0  # passes over the photos; 0: training.max_steps counts
+    # passes over the photos; 0, as --max-steps makes it: training.max_steps counts
+    epochs: Annotated[float, Within(0, 1e6)] = 5.0
     data: DataConfig = field(default_factory=DataConfig)  # what is read
     captioner: CaptionerConfig = field(default_factory=captioner_config)  # what is trained
     # how
@@ -319,9 +324,8 @@ class ShardSet:
 
     def _held_out(self, shard, plain):
         "The first 256 photos of a shard as they are."
-        batches = ShardDataset(
-            [shard], self.load, 32, captions_per_image=5, passes=1, process_index=0, num_processes=1
-        )
+        reading = ShardReading(batch_size=32, captions_per_image=5, passes=1)
+        batches = ShardDataset([shard], self.load, reading, process_index=0, num_processes=1)
         return [
             item | dict(pixel_values=plain.normalise(plain.resize(item['pixel_values'])))
             for batch in itertools.islice(batches, 8)
@@ -335,18 +339,21 @@ class ShardSet:
     def loader(self, step, accelerator):
         "Batches on the device, from the place that `step` optimizer steps have reached."
         config, together = self.run.training, self.run.training.gradient_accumulation_steps
-        data = ShardDataset(
-            self.shards,
-            self.load,
+        reading = ShardReading(
             config.batch_size,
             config.dataloader_num_workers,
             self.run.data.captions_per_image,
             config.seed,
-            step * together,
-            (config.max_steps - step) * together,
+            strict=self.run.data.strict,
+        )
+        data = ShardDataset(
+            self.shards,
+            self.load,
+            reading,
+            start_batch=step * together,
+            num_batches=(config.max_steps - step) * together,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
-            strict=self.run.data.strict,
         )
         batches = DataLoader(
             data, batch_size=None, num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals

@@ -362,8 +362,9 @@ class EncoderConfig:
     back with `**`.
     """
 
-    name: str = 'pvt_v2_b0'  # a name of `PVT_CONFIGS`: our PVT; any other: a timm model. b0 is the smallest
-    # None: random; True: pretrained, from the hub through timm; else a .safetensors file
+    # pvt_v2_b0 (the smallest) to pvt_v2_b5: our own PVT; any other name: a model of timm
+    name: str = 'pvt_v2_b0'
+    # not set: random; 'pretrained' or True: from the hub, through timm; else a .safetensors file
     weights: str | bool | None = None
     # changes to the backbone: other depths, a drop_path_rate
     backbone_kwargs: dict = field(default_factory=dict)
@@ -382,6 +383,8 @@ class EncoderConfig:
     def __post_init__(self):
         if isinstance(self.weights, Path):
             self.weights = str(self.weights)
+        if self.weights == 'pretrained':
+            self.weights = True
         check_settings(self)
         if not re.fullmatch(r'[\w.-]+', self.name):
             raise ValueError(

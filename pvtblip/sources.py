@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHOTO_SUFFIXES', 'MAX_PHOTO_BYTES', 'MAX_TEXT_BYTES', 'open_photo', 'HubPhotos', 'read_hub_dataset', 'shard_address',
            'find_shards', 'is_photo', 'read_shard', 'sample_captions', 'sample_name', 'name_problem', 'opened_sample',
-           'ShardDataset', 'Source', 'open_source']
+           'ShardReading', 'ShardDataset', 'Source', 'open_source']
 
 # %% ../nbs/13_sources.ipynb #33a01bf8
 import functools, io, itertools, os, random, re
@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import torch
@@ -33,7 +34,7 @@ from pvtblip.data import (
     take_split,
 )
 from .training import BrokenImage
-from .files import decode_text, parse_json, printable
+from .files import Size, Within, check_settings, decode_text, parse_json, printable
 from .pvt_encoder import read_photo
 from .tokenizer import collapse_whitespace
 
@@ -502,6 +503,27 @@ def _shard_size(shard: str) -> int:
     return sum(1 for _ in read_shard(shard))
 
 # %% ../nbs/13_sources.ipynb #79118267
+@dataclass
+class ShardReading:
+    "How shards are read: what is in a batch, and in which order."
+
+    batch_size: Size  # B, for each process
+    # of the DataLoader, in each process; with them the order changes, so keep the number when you resume
+    num_workers: Annotated[int, Within(0, 512)] = 0
+    # C; not set: as many as the first photo that can be read has, at most 5
+    captions_per_image: Annotated[int, Within(1, 1000)] | None = None
+    seed: Annotated[int, Within(0, 2**32 - 1)] = 0  # the order of shards and photos, and which captions
+    # stop after so many passes: for evaluation, where processes may end at different times; not set: without
+    # end
+    passes: Size | None = None
+    # photos are shuffled within blocks of this many, which a worker holds in memory as bytes; 1: as they stand
+    shuffle: Size = 500
+    strict: bool = False  # True: a bad photo raises its error; False: it becomes a `BrokenImage`
+
+    def __post_init__(self):
+        check_settings(self)
+
+
 class ShardDataset(IterableDataset):
     """Batches of photos with captions from WebDataset shards, dealt out to processes and workers; give it to
     DataLoader(batch_size=None)
@@ -510,30 +532,17 @@ class ShardDataset(IterableDataset):
     def __init__(
         self,
         shards: list[str],  # what `find_shards` returns
-        load: Callable[
-            [Image.Image], torch.Tensor
-        ],  # PIL image -> (3, H, W) float tensor; raises ValueError or OSError for a bad photo
-        batch_size: int,  # B, for each process
-        # of the DataLoader, in each process; with them the order changes, so keep the number when you resume
-        num_workers: int = 0,
-        captions_per_image: int
-        | None = None,  # C; None: as many as the first photo that can be read has, at most 5
-        seed: int = 0,  # decides the order of shards and photos, and which captions
+        # PIL image -> (3, H, W) float tensor; raises ValueError or OSError for a bad photo
+        load: Callable[[Image.Image], torch.Tensor],
+        reading: ShardReading,
         start_batch: int = 0,  # batches that this process has already had
-        num_batches: int
-        | None = None,  # batches to give from there on, the same for all processes; None: without end
-        passes: int
-        # stop after so many passes instead: for evaluation, where processes may end at different times
-        | None = None,
-        # photos are shuffled within blocks of this many, which a worker holds in memory as bytes; 1: as they
-        # stand
-        shuffle: int = 500,
+        # batches to give from there on, the same for all processes; None: as `reading.passes` says
+        num_batches: int | None = None,
         process_index: int | None = None,  # rank; None: ask torch.distributed
         num_processes: int | None = None,  # world size; None: ask torch.distributed
-        strict: bool = False,  # True: a bad photo raises its error; False: it becomes a `BrokenImage`
     ):
-        """ValueError where there are fewer shards than processes times workers, for sizes below 1, and where
-        not one sample can be read
+        """ValueError where there are fewer shards than processes times workers, for numbers that do not go
+        together, and where not one sample can be read
         """
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.process_index = (
@@ -542,30 +551,21 @@ class ShardDataset(IterableDataset):
         self.num_processes = num_processes or (torch.distributed.get_world_size() if together else 1)
         self.shards = list(map(shard_address, shards))
         self.load = load
-        self.batch_size = batch_size
-        self.workers = max(1, num_workers)
-        self.seed = seed
+        self.reading = reading
+        self.workers = max(1, reading.num_workers)
         self.start_batch = start_batch
         self.num_batches = num_batches
-        self.passes = passes
-        self.shuffle = shuffle
-        self.strict = strict
         self.sizes = {}  # shard -> samples, where they have been counted
         self._check_numbers()
-        self.captions_per_image = self._first_count() if captions_per_image is None else captions_per_image
-        if self.captions_per_image < 1:
-            raise ValueError(f'captions_per_image is {captions_per_image}; give 1 or more')
+        self.captions_per_image = reading.captions_per_image or self._first_count()
 
     def _check_numbers(self) -> None:
         "ValueError for numbers that cannot be, and for fewer shards than streams"
-        start_batch, num_batches, passes = self.start_batch, self.num_batches, self.passes
-        if min(self.batch_size, self.shuffle, 1 if passes is None else passes) < 1:
+        if min(self.start_batch, self.num_batches or 0) < 0:
             raise ValueError(
-                f'batch_size {self.batch_size}, shuffle {self.shuffle}, passes {passes} must be 1 or more'
+                f'start_batch {self.start_batch} and num_batches {self.num_batches} must not be negative'
             )
-        if min(start_batch, num_batches or 0) < 0:
-            raise ValueError(f'start_batch {start_batch} and num_batches {num_batches} must not be negative')
-        if passes is not None and (start_batch or num_batches is not None):
+        if self.reading.passes is not None and (self.start_batch or self.num_batches is not None):
             raise ValueError('passes goes with neither start_batch nor num_batches')
         if len(self.shards) < (streams := self.num_processes * self.workers):
             raise ValueError(
@@ -595,16 +595,18 @@ class ShardDataset(IterableDataset):
         "The samples of a shard, each block in an order that follows from (seed, pass, shard, block)"
         samples = read_shard(shard)
         for block in itertools.count():
-            held = list(itertools.islice(samples, self.shuffle))
+            held = list(itertools.islice(samples, self.reading.shuffle))
             if not held:
                 return
-            random.Random(f'block {self.seed} {number} {shard} {block}').shuffle(held)
+            random.Random(f'block {self.reading.seed} {number} {shard} {block}').shuffle(held)
             yield from held
 
     def _samples(self, stream: int, skip: int) -> Iterator[tuple[int, dict | BrokenImage]]:
         "(pass, sample) of a stream from place `skip` on"
-        for number in itertools.count() if self.passes is None else range(self.passes):
-            for shard in _dealt(self.shards, self.seed, number, stream, self.num_processes * self.workers):
+        for number in itertools.count() if self.reading.passes is None else range(self.reading.passes):
+            for shard in _dealt(
+                self.shards, self.reading.seed, number, stream, self.num_processes * self.workers
+            ):
                 if skip and self._size(shard) <= skip:
                     skip -= self._size(shard)
                 else:
@@ -617,7 +619,7 @@ class ShardDataset(IterableDataset):
         a BrokenImage
         """
         if isinstance(sample, BrokenImage):
-            if self.strict:
+            if self.reading.strict:
                 raise ValueError(sample.reason)
             return sample
         file = sample_name(sample)
@@ -625,13 +627,13 @@ class ShardDataset(IterableDataset):
             file, content, captions = opened_sample(sample)
             pixel_values = self.load(open_photo(file, content))
         except (ValueError, OSError) as error:
-            if self.strict:
+            if self.reading.strict:
                 raise ValueError(f'{file}: {str(error).removeprefix(f"{file}: ")}') from error
             return BrokenImage(file, str(error))
         return dict(
             pixel_values=pixel_values,
             captions=draw_captions(
-                captions, self.captions_per_image, f'captions {self.seed} {number} {file}'
+                captions, self.captions_per_image, f'captions {self.reading.seed} {number} {file}'
             ),
             file=file,
         )
@@ -652,9 +654,9 @@ class ShardDataset(IterableDataset):
         ) % workers  # batch k comes from stream k modulo W, wherever the loader starts
         done = len(range(stream, self.start_batch, workers))
         todo = None if self.num_batches is None else len(range(worker, self.num_batches, workers))
-        samples = self._samples(self.process_index * workers + stream, done * self.batch_size)
+        samples = self._samples(self.process_index * workers + stream, done * self.reading.batch_size)
         for _ in itertools.count() if todo is None else range(todo):
-            batch = [self._item(*sample) for sample in itertools.islice(samples, self.batch_size)]
+            batch = [self._item(*sample) for sample in itertools.islice(samples, self.reading.batch_size)]
             if not batch:
                 return
             yield batch

@@ -437,17 +437,17 @@ def _whole_folder(final):
 
 # %% ../nbs/03_training.ipynb #faea5350
 def save_state(
-    folder,  # where the run's states live
+    # where the run's states live; None in all processes but one: they only help to put split tensors together
+    folder,
     step: int,  # optimizer steps done
     model,  # a module, unwrapped
     optimizer,  # with its moments
     scaler=None,  # fp16's loss scaler
     states=None,  # {name of a piece: its `state_dict()`, of tensors and what JSON can say}
     keep: int = 2,  # newest states that stay; their best ones stay too
-    write: bool = True,  # False in all processes but one: they only help to put split tensors together
     log=warnings.warn,  # told of an older state that cannot be removed
     **facts,  # history, settings, best (the step of the best state), ...: what JSON can say
-) -> Path:  # the new state
+) -> Path | None:  # the new state
     """Write `checkpoint-STEP` whole or not at all: safetensors, JSON and checksums, no pickle; OSError in one
     line where there is no room.
     """
@@ -470,9 +470,9 @@ def save_state(
         versions=_versions(),
         **facts,
     )
+    if folder is None:
+        return None
     final = Path(folder) / f'checkpoint-{step}'
-    if not write:
-        return final
     with _whole_folder(final) as temporary:
         needed = sum(v.nbytes for v in tensors.values())
         free = shutil.disk_usage(temporary).free
@@ -902,15 +902,15 @@ def _save(run, pieces):
     "The first process writes a state, the others wait."
     # in all processes: some pieces gather
     states = {name: piece.state_dict() for name, piece in pieces.items()}
+    main = run.accelerator.is_main_process
     save_state(
-        run.folder,
+        run.folder if main else None,
         run.step,
         run.model,
         run.optimizer,
         run.accelerator.scaler,
         states,
         run.config.save_total_limit,
-        run.accelerator.is_main_process,
         run.log,
         history=run.history,
         settings=run.settings,

@@ -28,7 +28,7 @@ from pvtblip.generation import GenerationConfig
 from pvtblip.photo_training import PhotoRun
 from pvtblip.config import change_config, read_config, to_toml
 from pvtblip.pvt_encoder import EncoderConfig, load_image
-from pvtblip.sources import ShardDataset
+from pvtblip.sources import ShardDataset, ShardReading
 from pvtblip.data_check import check_data
 from pvtblip.tokenizer import CaptionTokenizer
 
@@ -239,9 +239,8 @@ def shard_case(chance, place):
     shard.write_bytes(
         damaged_bytes(stream.getvalue(), chance) if chance.random() < 0.5 else stream.getvalue()
     )
-    read = ShardDataset(
-        [str(shard)], lambda photo: photo, 2, passes=1, captions_per_image=2, process_index=0, num_processes=1
-    )
+    reading = ShardReading(2, passes=1, captions_per_image=2)
+    read = ShardDataset([str(shard)], lambda photo: photo, reading, process_index=0, num_processes=1)
     clean(lambda: list(read), 'shard.tar')
     clean(lambda: check_data(str(shard), None, tokenizer(), progress=False), 'shard.tar')
 

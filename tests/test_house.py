@@ -1,6 +1,7 @@
-"A module stands on modules of smaller numbers only, and no private name crosses a door."
+"A module stands on modules of smaller numbers only, no private name crosses a door, and no signature is long."
 
 import importlib
+import ast
 import json
 import re
 from dataclasses import fields, is_dataclass
@@ -72,3 +73,25 @@ def test_every_setting_says_what_it_is_for():
             ):
                 meanings = docments(config)
                 assert all(meanings.get(field.name) for field in fields(config)), (config, meanings)
+
+
+MOST = 8  # parameters; a function that needs more takes a config
+LONGER = {
+    'train': 'has a config; the others are what goes into the loop: data, functions, callbacks, a folder',
+    'run_training': 'hands all of that on to `train`, with a config more',
+}
+
+
+def parameters(function):
+    "The names of a function's parameters, without self."
+    arguments = function.args
+    names = [one.arg for one in arguments.posonlyargs + arguments.args + arguments.kwonlyargs]
+    return names[1:] if names[:1] in (['self'], ['cls']) else names
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_no_function_has_more_than_eight_parameters(module):
+    tree = ast.parse((ROOT / f'pvtblip/{module}.py').read_text(encoding='utf-8'))
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda))]
+    long = {getattr(one, 'name', 'lambda') for one in functions if len(parameters(one)) > MOST}
+    assert long <= LONGER.keys(), f'{long - LONGER.keys()}: give them a config'

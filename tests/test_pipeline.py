@@ -16,7 +16,7 @@ from pvtblip.confidence import Calibration
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.generation import GenerationConfig, generate, generate_caption, process_image
 from pvtblip.pipeline import (
-    MAX_WORKERS,
+    CaptionRun,
     CaptionedBatch,
     LineWriter,
     Photo,
@@ -38,7 +38,13 @@ from pvtblip.files import only_writer
 from pvtblip.shapes import make_scene
 from pvtblip.tokenizer import CaptionTokenizer
 
-QUIET = dict(progress=False, log=lambda line: None, num_workers=0)
+
+def how(**settings):
+    "A `CaptionRun` in one process."
+    return CaptionRun(**dict(num_workers=0) | settings)
+
+
+QUIET = dict(progress=False, log=lambda line: None, run=how())
 
 
 def babbler(seed=0):
@@ -116,18 +122,19 @@ def test_pixels_and_captions_are_those_of_one_call(folder, model, captioner, tmp
         torch.testing.assert_close(batch.pixel_values, process_image(batch.photos, captioner), rtol=0, atol=0)
     said = generate_caption(captioner, files)
     assert len(set(said)) > 12
-    assert caption_many([folder], model, tmp_path / 'out.jsonl', **QUIET | dict(num_workers=num_workers)) == 0
+    tell = QUIET | dict(run=how(num_workers=num_workers))
+    assert caption_many([folder], model, tmp_path / 'out.jsonl', **tell) == 0
     assert [(entry['image'], entry['caption']) for entry in entries(tmp_path / 'out.jsonl')] == [
         (str(file), caption) for file, caption in zip(files, said)
     ]
     lines = []
-    assert caption_files([folder], model, out=lines.append, num_workers=num_workers) == 0
+    assert caption_files([folder], model, how(num_workers=num_workers), out=lines.append) == 0
     assert lines == [f'{file}\t{caption}' for file, caption in zip(files, said)]
 
 
 def test_what_a_line_holds(folder, model, tmp_path):
-    options = GenerationConfig(num_beams=3, num_return_sequences=2)
-    caption_many([folder / '00.jpg'], model, tmp_path / 'out.jsonl', options, tokens=True, **QUIET)
+    run = how(generation=GenerationConfig(num_beams=3, num_return_sequences=2))
+    caption_many([folder / '00.jpg'], model, tmp_path / 'out.jsonl', tokens=True, **QUIET | dict(run=run))
     (entry,) = entries(tmp_path / 'out.jsonl')
     assert (
         list(entry) == ['image', 'caption', 'score', 'confidence', 'tokens', 'more']
@@ -189,14 +196,8 @@ def test_a_photo_without_a_caption_that_keeps_the_rules_is_one_failure(folder, m
                     else ids.shape[1] - 1
                 )
                 torch.testing.assert_close(one[:, :, :, :last], other[:, :, :, :last], rtol=0, atol=1e-4)
-    assert caption_many(
-        [place],
-        model,
-        tmp_path / 'out.jsonl',
-        replace(options, output_attentions=False),
-        batch_size=5,
-        **QUIET,
-    ) == 24 - len(good)
+    tell = QUIET | dict(run=how(generation=replace(options, output_attentions=False), batch_size=5))
+    assert caption_many([place], model, tmp_path / 'out.jsonl', **tell) == 24 - len(good)
     found = {entry['image']: entry for entry in entries(tmp_path / 'out.jsonl')}
     assert [name for name, entry in found.items() if 'caption' in entry] == list(map(str, good)) and list(
         found
@@ -211,14 +212,7 @@ def test_a_photo_without_a_caption_that_keeps_the_rules_is_one_failure(folder, m
     ), problems
     whole = (tmp_path / 'out.jsonl').read_bytes()  # cut in the middle of a line, and continued
     (tmp_path / 'out.jsonl').write_bytes(b''.join(whole.splitlines(keepends=True)[:10]) + b'{"ima')
-    caption_many(
-        [place],
-        model,
-        tmp_path / 'out.jsonl',
-        replace(options, output_attentions=False),
-        batch_size=5,
-        **QUIET,
-    )
+    caption_many([place], model, tmp_path / 'out.jsonl', **tell)
     assert (tmp_path / 'out.jsonl').read_bytes() == whole
 
 
@@ -228,7 +222,7 @@ def test_no_photo_keeps_the_rules_and_options_without_sense(folder, model, capti
     nothing = GenerationConfig(
         num_beams=3, bad_words_ids=[[id] for id in captioner.output_ids.tolist()], min_length=8
     )
-    assert caption_files(files, model, nothing, error=errors.append) == 3
+    assert caption_files(files, model, how(generation=nothing), error=errors.append) == 3
     assert [error.split(': ')[0] for error in errors] == list(map(str, files)) and all(
         ': no 1 caption(s) of at most' in error for error in errors
     ), errors
@@ -248,12 +242,8 @@ def test_the_random_numbers_of_the_process_are_left_alone(folder, captioner):
 
 
 def drawn(place, model, file, **options):
-    assert (
-        caption_many(
-            [place], model, file, GenerationConfig(do_sample=True, num_return_sequences=2), **QUIET | options
-        )
-        == 0
-    )
+    run = how(generation=GenerationConfig(do_sample=True, num_return_sequences=2), **options)
+    assert caption_many([place], model, file, **QUIET | dict(run=run)) == 0
     return {
         entry.pop('image'): [
             (one['caption'], pytest.approx(one['score'], abs=1e-5)) for one in (entry, *entry['more'])
@@ -284,25 +274,11 @@ def test_draws_hang_on_seed_and_name_alone(named, model, tmp_path):
     with pytest.raises(ValueError, match='seed: 0 then, 3 now'):
         drawn(named, model, tmp_path / 'whole.jsonl', seed=3)
     lines = []
-    caption_files(
-        [named],
-        model,
-        GenerationConfig(do_sample=True),
-        out=lines.append,
-        num_workers=0,
-        batch_size=3,
-        seed=1,
-    )
+    run = how(generation=GenerationConfig(do_sample=True), batch_size=3, seed=1)
+    caption_files([named], model, run, out=lines.append)
     again = []
-    caption_files(
-        [named],
-        model,
-        GenerationConfig(do_sample=True),
-        out=again.append,
-        num_workers=0,
-        batch_size=7,
-        seed=1,
-    )
+    run = how(generation=GenerationConfig(do_sample=True), batch_size=7, seed=1)
+    caption_files([named], model, run, out=again.append)
     assert lines == again
 
 
@@ -351,18 +327,8 @@ def test_a_run_of_draws_that_was_killed_goes_on_to_the_same_bytes(folder, model,
         5,
         '--jsonl',
     ]
-    assert (
-        caption_many(
-            [folder],
-            model,
-            tmp_path / 'whole.jsonl',
-            GenerationConfig(do_sample=True),
-            batch_size=3,
-            seed=5,
-            **QUIET,
-        )
-        == 0
-    )
+    tell = QUIET | dict(run=how(generation=GenerationConfig(do_sample=True), batch_size=3, seed=5))
+    assert caption_many([folder], model, tmp_path / 'whole.jsonl', **tell) == 0
     out = tmp_path / 'killed.jsonl'
     process = start(*arguments, out)
     wait_for_lines(process, out, 6)
@@ -381,27 +347,25 @@ def test_dtype(folder, model, tmp_path):
     half = Captioner.from_pretrained(model).to(torch.bfloat16)
     said = generate_caption(half, sorted(folder.iterdir()))
     lines = []
-    assert caption_files([folder], model, out=lines.append, num_workers=0, dtype='bfloat16') == 0
+    assert caption_files([folder], model, how(dtype='bfloat16'), out=lines.append) == 0
     assert [line.split('\t')[1] for line in lines] == said
-    caption_many([folder], model, tmp_path / 'half.jsonl', dtype='bfloat16', **QUIET)
+    caption_many([folder], model, tmp_path / 'half.jsonl', **QUIET | dict(run=how(dtype='bfloat16')))
     assert [entry['caption'] for entry in entries(tmp_path / 'half.jsonl')] == said
     with pytest.raises(ValueError, match='model: '):
         # a file holds the captions of one type
         caption_many([folder], model, tmp_path / 'half.jsonl', **QUIET)
 
 
-def test_dtypes_without_sense_are_refused_before_work_starts(folder, model, tmp_path):
+def test_settings_without_sense_are_refused_before_work_starts(folder, model):
     for more, says in (
-        (dict(dtype='int8'), "dtype is 'int8'; give bfloat16"),
+        (dict(dtype='int8'), "dtype is 'int8'; it must be 'bfloat16' or"),
         (dict(dtype='bfloat16', sure=0.9), 'leave dtype=bfloat16 out'),
+        (dict(seed=3), 'seed is 3, but nothing is drawn; set do_sample=true'),
     ):
         with pytest.raises(ValueError, match=says):
-            caption_files([folder], model, **more)
-        with pytest.raises(ValueError, match=says):
-            caption_many([folder], model, tmp_path / 'out.jsonl', **more, **QUIET)
-    assert not (tmp_path / 'out.jsonl').exists()
+            how(**more)
     done = run(folder, '--model', model, '--dtype', 'int8')
-    assert done.returncode == 1 and b"dtype is 'int8'" in done.stderr and not done.stdout
+    assert done.returncode == 2 and b"dtype is 'int8'" in done.stderr and not done.stdout
 
 
 # not sure ---------------------------------------------------------------------------------------------------
@@ -416,7 +380,8 @@ def test_not_sure(folder, model, captioner, tmp_path):
     middle = sorted(weakest)[12]
     # another measure than the line's own confidence
     Calibration(2.0, 1.0, [[middle - 1e-4, 100, 100], [-99.0, 200, 100]], 'min').save(place)
-    assert caption_many([folder], place, tmp_path / 'out.jsonl', sure=0.9, **QUIET) == 0
+    sure = QUIET | dict(run=how(sure=0.9))
+    assert caption_many([folder], place, tmp_path / 'out.jsonl', **sure) == 0
     for entry, before, value in zip(entries(tmp_path / 'out.jsonl'), plain, weakest):
         assert (
             list(entry) == ['image', 'caption', 'score', 'confidence', 'probability', 'sure']
@@ -426,7 +391,7 @@ def test_not_sure(folder, model, captioner, tmp_path):
             1 / (1 + np.exp(-2 * value - 1)), abs=1e-5
         )
     lines = []
-    caption_files([folder], place, out=lines.append, num_workers=0, sure=0.9)
+    caption_files([folder], place, how(sure=0.9), out=lines.append)
     assert (
         lines
         == [
@@ -438,10 +403,10 @@ def test_not_sure(folder, model, captioner, tmp_path):
     with pytest.raises(ValueError, match="sure: {'precision': 0.9, .* then, None now"):
         caption_many([folder], place, tmp_path / 'out.jsonl', **QUIET)
     with pytest.raises(ValueError, match="sure: None then, {'precision'"):
-        caption_many([folder], place, tmp_path / 'plain.jsonl', tokens=True, sure=0.9, **QUIET)
+        caption_many([folder], place, tmp_path / 'plain.jsonl', tokens=True, **sure)
     Calibration(3.0, 1.0, [[middle, 100, 100]], 'min').save(place)  # calibrated anew
     with pytest.raises(ValueError, match="'slope': 3.0"):
-        caption_many([folder], place, tmp_path / 'out.jsonl', sure=0.9, **QUIET)
+        caption_many([folder], place, tmp_path / 'out.jsonl', **sure)
 
 
 def test_what_cannot_be_sure_is_said_before_work_starts(folder, model, tmp_path):
@@ -452,18 +417,20 @@ def test_what_cannot_be_sure_is_said_before_work_starts(folder, model, tmp_path)
         lambda **more: caption_files(**dict(inputs=[folder], model=model) | more),
     ):
         with pytest.raises(FileNotFoundError, match='confidence.json: no such file; .*pvtblip calibrate'):
-            call(sure=0.9)
+            call(run=how(sure=0.9))
         with pytest.raises(FileNotFoundError, match='some/body: no such folder; .*hub'):
-            call(model='some/body', sure=0.9)
+            call(model='some/body', run=how(sure=0.9))
     place = shutil.copytree(model, tmp_path / 'model')
     Calibration(2.0, 1.0, [[-1.0, 10, 5]]).save(place)
     for precision, says in (
-        (1.5, 'above 0 and below 1'),
-        (0.0, 'above 0 and below 1'),
+        (1.5, 'sure is 1.5; it must be a number above 0'),
+        (0.0, 'sure is 0.0; it must be a number above 0'),
+        (1.0, 'above 0 and below 1'),
         (0.9, 'no threshold promises'),
     ):
         with pytest.raises(ValueError, match=says):
-            caption_many([folder], place, tmp_path / 'new' / 'out.jsonl', sure=precision, **QUIET)
+            tell = QUIET | dict(run=how(sure=precision))
+            caption_many([folder], place, tmp_path / 'new' / 'out.jsonl', **tell)
     assert not (tmp_path / 'new').exists()
 
 
@@ -576,7 +543,7 @@ def test_what_is_left_out_in_a_folder_is_said_once(folder, model, tmp_path):
     for name in ('a.heic', 'b.heic'):
         (place / name).touch()
     for call in (
-        lambda log: caption_files([place], model, out=lambda line: None, num_workers=0, log=log),
+        lambda log: caption_files([place], model, how(), out=lambda line: None, log=log),
         lambda log: caption_many([place], model, tmp_path / 'out.jsonl', **QUIET | dict(log=log)),
     ):
         said = []
@@ -615,10 +582,6 @@ def test_lists_that_are_none(content, says, model, tmp_path):
 
 
 def test_numbers_that_no_machine_stands(folder, model, captioner, tmp_path):
-    from pvtblip import cli
-    from pvtblip.pipeline import MAX_BATCH
-
-    assert (cli.BATCH['max'], cli.WORKERS['max']) == (MAX_BATCH, MAX_WORKERS)
     for wrong in (
         dict(num_workers=10**11),
         dict(num_workers=-1),
@@ -627,9 +590,7 @@ def test_numbers_that_no_machine_stands(folder, model, captioner, tmp_path):
     ):
         name = next(iter(wrong))
         with pytest.raises(ValueError, match=f'{name} is'):
-            caption_many([folder], model, tmp_path / 'out.jsonl', **QUIET | wrong)
-        with pytest.raises(ValueError, match=f'{name} is'):
-            caption_files([folder], model, **wrong)
+            how(**wrong)
         with pytest.raises(ValueError, match=f'{name} is'):
             next(caption_batches([], captioner, GenerationConfig(), **wrong))
     for option in (
@@ -903,7 +864,7 @@ def test_another_run_is_refused(folder, model, tmp_path):
     other = tmp_path / 'other'
     babbler(1).save_pretrained(other)
     for options, says in (
-        (dict(options=GenerationConfig(num_beams=2)), 'num_beams: 3 then, 2 now'),
+        (dict(run=how(generation=GenerationConfig(num_beams=2))), 'num_beams: 3 then, 2 now'),
         (dict(tokens=True), 'tokens: False then, True now'),
         (dict(model=other), 'model: '),
     ):
@@ -1031,7 +992,7 @@ def wait_for_lines(process, file, number):
 
 def test_killed_and_continued_is_the_same_as_unbroken(folder, model, tmp_path):
     arguments = [folder, '--model', model, '--batch-size', 3, '--workers', 1, '--jsonl']
-    assert caption_many([folder], model, tmp_path / 'whole.jsonl', batch_size=3, **QUIET) == 0
+    assert caption_many([folder], model, tmp_path / 'whole.jsonl', **QUIET | dict(run=how(batch_size=3))) == 0
     out = tmp_path / 'killed.jsonl'
     chance = random.Random(0)
     for number in (3, 9, 15):

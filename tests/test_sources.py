@@ -30,6 +30,7 @@ from pvtblip.sources import (
     MAX_PHOTO_BYTES,
     MAX_TEXT_BYTES,
     ShardDataset,
+    ShardReading,
     find_shards,
     is_photo,
     open_photo,
@@ -51,6 +52,15 @@ def tiny_load(image):
         .permute(2, 0, 1)
         / 255
     )
+
+
+PLACE = ('start_batch', 'num_batches', 'process_index', 'num_processes')
+
+
+def shard_set(shards, batch_size, **settings):
+    "A `ShardDataset` of small pictures; settings are those of `ShardReading`, or the place in the run."
+    place = {name: settings.pop(name) for name in PLACE if name in settings}
+    return ShardDataset(shards, tiny_load, ShardReading(batch_size, **settings), **place)
 
 
 def png(number):
@@ -103,7 +113,7 @@ def one_process(rank, shards, place):
     torch.distributed.init_process_group('gloo', init_method=f'file://{place}/meet', rank=rank, world_size=2)
 
     def batches(workers=2, **more):
-        data = ShardDataset(shards, tiny_load, batch_size=3, num_workers=workers, shuffle=4, **more)
+        data = shard_set(shards, 3, num_workers=workers, shuffle=4, **more)
         # a spawned process would spawn its workers, and each imports torch anew
         start = 'fork' if workers else None
         for batch in DataLoader(
@@ -166,7 +176,7 @@ def test_a_restart_continues_the_shards_where_they_were(two):
 
 def test_shards_go_through_collate_and_depend_on_the_seed_alone(shards):
     def batches(**more):
-        data = ShardDataset(shards, tiny_load, batch_size=5, num_batches=4, **more)
+        data = shard_set(shards, 5, num_batches=4, **more)
         return list(DataLoader(data, batch_size=None, collate_fn=Collate(CaptionTokenizer())))
 
     one, again, other = batches(), batches(), batches(seed=1)
@@ -216,7 +226,7 @@ def test_json_captions_foreign_files_and_faulty_samples(tmp_path):
         add(archive, '8.txt', b'x')
         add(archive, '9.jpg', png(9)[:30])
         add(archive, '9.txt', b'caf\xe9')
-    (items,) = ShardDataset([path], tiny_load, batch_size=20, passes=1, shuffle=1)
+    (items,) = shard_set([path], 20, passes=1, shuffle=1)
     assert [item['captions'] for item in items[:2]] == [items[0]['captions'], ['three', 'three']] and sorted(
         items[0]['captions']
     ) == ['one', 'two']
@@ -238,7 +248,7 @@ def test_json_captions_foreign_files_and_faulty_samples(tmp_path):
         )
     assert not (tmp_path / 'executed').exists()
     with pytest.raises(ValueError, match='a.tar/'):
-        list(ShardDataset([path], tiny_load, batch_size=20, passes=1, strict=True))
+        list(shard_set([path], 20, passes=1, strict=True))
 
 
 @pytest.mark.parametrize('cut', [0.3, 0.5, 0.7, 'boundary', 'not a tar', 'empty'])
@@ -255,7 +265,7 @@ def test_damaged_shards_are_reported_and_the_place_stays_exact(shards, tmp_path,
     def give(**more):
         return [
             [item.file if isinstance(item, BrokenImage) else item['file'] for item in batch]
-            for batch in ShardDataset(mixed, tiny_load, 2, **more)
+            for batch in shard_set(mixed, 2, **more)
         ]
 
     unbroken = give(num_batches=30)
@@ -270,30 +280,27 @@ def test_gzip_shards_are_read(shards, tmp_path):
     import gzip
 
     (tmp_path / 'a.tar.gz').write_bytes(gzip.compress(open(shards[0], 'rb').read()))
-    assert (
-        sorted(flat(files_of(ShardDataset(find_shards(tmp_path), tiny_load, 4, passes=1))))
-        == everything()[:9]
-    )
+    assert sorted(flat(files_of(shard_set(find_shards(tmp_path), 4, passes=1)))) == everything()[:9]
 
 
 def test_shard_errors_come_before_work_starts(shards, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='8 shards for 3 processes with 4 workers each; write 12 shards'):
-        ShardDataset(shards, tiny_load, 2, 4, num_processes=3)
-    with pytest.raises(ValueError, match='batch_size 0'):
-        ShardDataset(shards, tiny_load, 0)
+        shard_set(shards, 2, num_workers=4, num_processes=3)
+    with pytest.raises(ValueError, match='batch_size is 0; it must be a whole number from 1'):
+        shard_set(shards, 0)
     with pytest.raises(ValueError, match='must not be negative'):
-        ShardDataset(shards, tiny_load, 1, start_batch=-1)
+        shard_set(shards, 1, start_batch=-1)
     with pytest.raises(ValueError, match='goes with neither'):
-        ShardDataset(shards, tiny_load, 1, passes=1, num_batches=3)
+        shard_set(shards, 1, passes=1, num_batches=3)
     with pytest.raises(ValueError, match='1 workers, the data set was told 2'):
-        next(iter(ShardDataset(shards, tiny_load, 1, num_workers=2)))
+        next(iter(shard_set(shards, 1, num_workers=2)))
     with pytest.raises(FileNotFoundError, match=r'part-008.tar: no such shard \(2 of 10 are missing\)'):
         find_shards(shards[0].replace('000', '{000..009}'))
     with pytest.raises(ValueError, match='runs a command'):
         open_source('pipe:touch executed')
     (tmp_path / 'x.tar').write_bytes(b'')
     with pytest.raises(ValueError, match='x.tar'):
-        ShardDataset([str(tmp_path / 'x.tar')], tiny_load, 1)
+        shard_set([str(tmp_path / 'x.tar')], 1)
     monkeypatch.setitem(sys.modules, 'datasets', None)
     with pytest.raises(
         ValueError, match=r"needs the package datasets; install it with: pip install 'pvtblip\[datasets\]'"
@@ -338,7 +345,7 @@ def test_foreign_addresses_are_refused_at_once(tmp_path, source):
         lambda: check_data(source, progress=False),
     ]
     if '{' not in source and '::' not in source:
-        ways += [lambda: list(read_shard(source)), lambda: ShardDataset([source], tiny_load, 1)]
+        ways += [lambda: list(read_shard(source)), lambda: shard_set([source], 1)]
     for open_it in ways:
         with pytest.raises(ValueError) as caught:
             open_it()
@@ -461,7 +468,7 @@ def test_a_member_of_gigabytes_is_one_broken_sample(tmp_path, name, size):
     tracemalloc.stop()
     assert whole['__key__'] == 'whole' and peak < 2**25
     if name != 'big.pickle':
-        (items,) = ShardDataset([str(tmp_path / 'a.tar.gz')], tiny_load, 5, passes=1, shuffle=1)
+        (items,) = shard_set([str(tmp_path / 'a.tar.gz')], 5, passes=1, shuffle=1)
         assert f'its .{name[4:]} has {size:,} bytes, more than' in items[0].reason and items[1][
             'captions'
         ] == ['one']
@@ -499,7 +506,7 @@ def test_dots_in_keys_are_named_as_the_cause(tmp_path):
         'a key ends at the first dot' in problem and 'write _ for the dots in names' in problem
         for problem in report.broken.values()
     )
-    (items,) = ShardDataset([str(tmp_path / '0.tar')], tiny_load, 5, passes=1, shuffle=1)
+    (items,) = shard_set([str(tmp_path / '0.tar')], 5, passes=1, shuffle=1)
     assert '.2019.05.0.png belongs to all photos of this name' in items[0].reason and items[2][
         'captions'
     ] == ['c']
@@ -526,9 +533,7 @@ def test_a_line_of_a_txt_is_a_caption_and_a_text_of_a_json_is_one(tmp_path, file
         tmp_path / '0.tar',
         [('a', dict(png=png(1)) | {suffix: content.encode() for suffix, content in files.items()})],
     )
-    ((item,),) = ShardDataset(
-        [str(tmp_path / '0.tar')], tiny_load, 1, captions_per_image=len(wanted), passes=1
-    )
+    ((item,),) = shard_set([str(tmp_path / '0.tar')], 1, captions_per_image=len(wanted), passes=1)
     assert sorted(item['captions']) == sorted(wanted)
 
 
@@ -551,7 +556,7 @@ def test_a_bad_sample_is_one_broken_sample_and_ends_nothing(tmp_path, first):
     ]
     good = [('good', dict(png=png(1), txt=b'one\ntwo'))]
     pack(tmp_path / '0.tar', bad + good if first else good + bad)
-    data = ShardDataset([str(tmp_path / '0.tar')], tiny_load, 20, passes=1, shuffle=1)
+    data = shard_set([str(tmp_path / '0.tar')], 20, passes=1, shuffle=1)
     assert data.captions_per_image == 2  # the first that can be read says
     (items,) = data
     reasons = {item.file.partition('/')[2]: item.reason for item in items if isinstance(item, BrokenImage)}
@@ -572,7 +577,7 @@ def test_errors_of_shards_say_what_is_wrong(tmp_path):
     )
     pack(tmp_path / 'only.tar', [('a', dict(png=png(1)))])
     with pytest.raises(ValueError, match='only.tar/a: no captions'):
-        ShardDataset([str(tmp_path / 'only.tar')], tiny_load, 1)
+        shard_set([str(tmp_path / 'only.tar')], 1)
 
 
 @pytest.mark.parametrize('suffix, kind', [('jfif', 'JPEG'), ('JPE', 'JPEG'), ('apng', 'PNG'), ('pgm', 'PPM')])
@@ -580,7 +585,7 @@ def test_other_names_of_the_same_formats_are_photos(tmp_path, suffix, kind):
     out = io.BytesIO()
     Image.new('L', (8, 8)).save(out, kind)
     pack(tmp_path / '0.tar', [('a', {suffix: out.getvalue(), 'txt': b'one'})])
-    ((item,),) = ShardDataset([str(tmp_path / '0.tar')], tiny_load, 1, passes=1)
+    ((item,),) = shard_set([str(tmp_path / '0.tar')], 1, passes=1)
     assert item['captions'] == ['one'] and is_photo(f'x.{suffix}') and not is_photo(suffix)
 
 
