@@ -8,9 +8,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = {'0': 'course', '1': 'practice', '2': 'use'}
 
 
+def is_reference(notebook):
+    "Three digits: it lies below all lessons, because they stand on it, and is not read in order."
+    return re.match(r'\d{3}_', notebook) is not None
+
+
 def part(notebook):
-    "The part that a notebook belongs to. `000_files` lies below all others and is read like practice."
-    return 'practice' if notebook.startswith('000') else PARTS[notebook[0]]
+    "The part that a notebook belongs to; reference stands with practice."
+    return 'practice' if is_reference(notebook) else PARTS[notebook[0]]
 
 
 BEGIN, END = '<!-- map: made by tests/house.py -->', '<!-- end of map -->'

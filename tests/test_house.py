@@ -9,7 +9,7 @@ import pytest
 from fastcore.docments import docments
 
 import pvtblip
-from house import ROOT, arrows, imported, notebooks, sidebar, with_map
+from house import ROOT, arrows, imported, is_reference, notebooks, sidebar, with_map
 
 MODULES = notebooks()
 
@@ -56,7 +56,7 @@ def test_three_names_of_the_package():
 
 
 def test_every_notebook_ends_with_the_name_of_the_next():
-    files = [file for file in sorted(ROOT.glob('nbs/[0-9]*.ipynb')) if file.stem != '000_files']
+    files = [file for file in sorted(ROOT.glob('nbs/[0-9]*.ipynb')) if not is_reference(file.stem)]
     for file, following in zip(files, files[1:]):
         last = ''.join(json.loads(file.read_text(encoding='utf-8'))['cells'][-1]['source'])
         assert f'**Next:** `{following.stem}`' in last, file.name
