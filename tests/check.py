@@ -3,7 +3,7 @@
 import argparse, filecmp, os, shutil, subprocess, sys, sysconfig, tempfile, time, venv
 from pathlib import Path
 
-import house
+import glossary, house
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +173,7 @@ def fix():
     contributing = ROOT / 'CONTRIBUTING.md'
     contributing.write_text(house.with_map(contributing.read_text(encoding='utf-8')), encoding='utf-8')
     (ROOT / 'nbs/sidebar.yml').write_text(house.sidebar(), encoding='utf-8')
+    (ROOT / 'nbs/glossary.ipynb').write_text(glossary.notebook(), encoding='utf-8')
 
 
 def main():
