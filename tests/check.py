@@ -1,6 +1,6 @@
 "The whole check: `python tests/check.py`. With --fix it first exports, cleans and renders the README."
 
-import argparse, filecmp, os, shutil, subprocess, sys, sysconfig, tempfile, time, venv
+import argparse, filecmp, os, re, shutil, subprocess, sys, sysconfig, tempfile, time, venv
 from pathlib import Path
 
 import glossary, house
@@ -41,8 +41,10 @@ def in_a_copy(command, folder, pattern, remedy):
 
 
 def readme():
-    "README.md as nbs/index.ipynb renders."
-    return MarkdownExporter().from_filename(str(ROOT / 'nbs/index.ipynb'))[0].strip() + '\n'
+    "README.md as nbs/index.ipynb renders: its text; pictures are drawn in the notebook only."
+    exporter = MarkdownExporter(exclude_input=True, exclude_output=True)
+    text, _ = exporter.from_filename(str(ROOT / 'nbs/index.ipynb'))
+    return re.sub(r'\n{3,}', '\n\n', text.strip()) + '\n'
 
 
 def exported():

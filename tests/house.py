@@ -1,6 +1,7 @@
 "Which module stands on which, read from the imports: the map of CONTRIBUTING.md, and the three parts of the sidebar."
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -72,6 +73,15 @@ def with_map(text):
     "A text with the map between its two marks made anew."
     before, _, rest = text.partition(BEGIN)
     return before + house_map() + rest.partition(END)[2]
+
+
+def reading_minutes(notebook):
+    "Minutes for what a learner reads: 200 words a minute, half a minute for a cell of code."
+    cells = json.loads((ROOT / f'nbs/{notebook}.ipynb').read_text(encoding='utf-8'))['cells']
+    read = [(cell['cell_type'], ''.join(cell['source'])) for cell in cells]
+    read = [(kind, text) for kind, text in read if not re.search(r'^#\| ?(hide|default_exp)\b', text, re.M)]
+    words = sum(len(re.sub(r'[`|*#]', ' ', text).split()) for kind, text in read if kind == 'markdown')
+    return words / 200 + sum(kind == 'code' for kind, _ in read) / 2
 
 
 def sidebar():
