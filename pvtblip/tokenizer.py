@@ -98,7 +98,6 @@ def collapse_whitespace(
     return re.sub(r'[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+', ' ', text).strip()
 
 # %% ../nbs/00_tokenizer.ipynb #95395287
-# a. m. -> a.m.
 _spacing = [
     (r' ([.,!?;:%)\]}])', r'\1'),  # a dog , a cat . -> a dog, a cat.
     (r'([(\[{$]) ', r'\1'),  # ( two dogs ) -> (two dogs)
@@ -110,7 +109,7 @@ _spacing = [
     (r'(\w) ([-/]) (?=\w)', r'\1\2'),  # t - shirt -> t-shirt
     (r'(\d)([.:]) (?=\d)', r'\1\2'),  # 3. 5 -> 3.5
     (r'(\d), (?=\d{3}\b)', r'\1,'),  # 1, 000 -> 1,000
-    (r'\b([a-z])\. (?=[a-z]\.)', r'\1.'),
+    (r'\b([a-z])\. (?=[a-z]\.)', r'\1.'),  # a. m. -> a.m.
 ]
 
 
