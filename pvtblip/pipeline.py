@@ -38,6 +38,7 @@ from pvtblip.files import (
 )
 from .decoder import Captioner
 from .generation import GenerationConfig, GenerationOutput, generate, word_ids
+from .confidence import Judge, token_confidence
 from .looking_inside import plot_attention
 from .pvt_encoder import load_image, load_pixels, normalise_pixels
 from .sources import PHOTO_SUFFIXES, find_shards, read_shard
@@ -403,7 +404,7 @@ def _said(model, ids, score, logprobs, tokens, judge):
     said = dict(
         caption=model.tokenizer.decode(ids),
         score=round(score.item(), 6),
-        confidence=round(logprobs[:end].mean().item(), 6),
+        confidence=round(token_confidence(logprobs[:end]).item(), 6),
     )
     if judge:
         said |= judge(logprobs[:end])
@@ -712,8 +713,6 @@ def _judge(folder, sure, dtype):
         return None
     if dtype is not None:
         raise ValueError(f'sure was calibrated with the weights as they are saved; leave dtype={dtype} out')
-    from pvtblip.confidence import Judge
-
     return Judge(folder, sure)
 
 # %% ../nbs/23_pipeline.ipynb #5cc21d89
