@@ -453,33 +453,14 @@ def read_references(
     file,  # captions in any form that `read_captions` reads, or COCO's annotations without their images
 ) -> tuple[dict, list, dict]:  # {id: [captions]}, ids as strings; ids that two photos have; {id: file}
     "Reference captions; ValueError or FileNotFoundError naming the place."
-    if (alone := _annotations_alone(file)) is not None:
-        return alone, [], {}
     references, doubled, files = {}, [], {}
-    for record in read_captions(file):
+    for record in read_captions(file, by_number=True):
         name = str(record.file if record.image_id is None else record.image_id)
         if name in references:
             doubled.append(name)
         references.setdefault(name, []).extend(record.captions)
         files[name] = record.file
     return references, doubled, files
-
-
-def _annotations_alone(file):
-    """{id: [captions]} of {'annotations': [{'image_id', 'caption'}]} without 'images'; None for any other
-    file.
-    """
-    text = read_text(file)
-    if not text.lstrip().startswith('{') or '"annotations"' not in text:
-        return None
-    data = read_entries(file)[0]
-    references = {}
-    if not isinstance(data, dict) or not isinstance(data.get('annotations'), list) or data.get('images'):
-        return None
-    for number, entry in enumerate(data['annotations'], 1):
-        name = _id(file, entry, number, 'image_id')
-        references.setdefault(name, []).append(_text(file, name, _field(file, entry, number, 'caption')))
-    return references
 
 # %% ../nbs/07_evaluation.ipynb #86d73774
 def read_hypotheses(
