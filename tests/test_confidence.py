@@ -343,69 +343,31 @@ def test_a_calibration_knows_its_weights(tmp_path):
 
 
 # --- photos
-def write(folder, said, **report):
+def write(folder, **report):
     images = {name: dict(CIDEr=i / 2, Bleu_1=0.5) for i, name in enumerate(('a.jpg', '7', 'c.jpg'))}
     (folder / 'report.json').write_text(
         json.dumps({**dict(images=images, captions=dict.fromkeys(images, 'a ring')), **report})
     )
-    (folder / 'said.json').write_text(said if isinstance(said, str) else json.dumps(said))
-    return folder / 'report.json', folder / 'said.json'
+    return folder / 'report.json'
 
 
-def entry(image, *logprobs, caption='a ring'):
-    return dict(image=image, caption=caption, tokens=[dict(token='x', logprob=value) for value in logprobs])
-
-
-def test_report_and_captions_are_joined(tmp_path):
-    entries = [
-        entry('x/c.jpg', -1.0, -3.0),
-        dict(image='x/broken.jpg', error='empty'),
-        entry('x/7.jpg', -1.0),
-        entry('a.jpg', -0.5, 0.0),
-        entry('x/other.jpg', -9.0),
-    ]
-    for said in (entries, '\n'.join(map(json.dumps, entries)) + '\n'):
-        files = write(tmp_path, said)
-        assert confidences_and_scores(*files) == (
-            ['a.jpg', '7', 'c.jpg'],
-            [-0.25, -1.0, -2.0],
-            [0.0, 0.5, 1.0],
-        )
-        assert confidences_and_scores(*files, metric='Bleu_1', measure='min') == (
-            ['a.jpg', '7', 'c.jpg'],
-            [-0.5, -1.0, -3.0],
-            [0.5] * 3,
-        )
-
-
-def test_a_report_may_bring_its_own_confidences(tmp_path):
-    report, _ = write(tmp_path, [], confidences={'a.jpg': -1.0, '7': -2.0, 'c.jpg': -3.0})
-    assert confidences_and_scores(report)[1] == [-1.0, -2.0, -3.0]
-
-
-@pytest.mark.parametrize(
-    'said, says',
-    [
-        ('{', 'not JSON'),
-        ([entry('a.jpg', -1.0)], "no confidence for 2 of 3 photos, '7' the first"),
-        ([entry('a.jpg', -1.0)] * 2, 'captioned twice'),
-        ([entry('a.jpg', -1.0, caption='a moon')], "says 'a moon' of a.jpg, .* scored 'a ring'"),
-        ([dict(image='a.jpg', caption='a ring')], 'lacks image, caption or tokens'),
-    ],
-)
-def test_files_that_do_not_belong_together(tmp_path, said, says):
-    with pytest.raises(ValueError, match=says):
-        confidences_and_scores(*write(tmp_path, said))
+def test_a_report_brings_its_confidences(tmp_path):
+    report = write(tmp_path, confidences={'c.jpg': -3.0, 'a.jpg': -1.0, '7': -2.0, 'other.jpg': -9.0})
+    assert confidences_and_scores(report) == (['a.jpg', '7', 'c.jpg'], [-1.0, -2.0, -3.0], [0.0, 0.5, 1.0])
+    assert confidences_and_scores(report, 'Bleu_1')[2] == [0.5] * 3
 
 
 def test_bad_reports(tmp_path):
-    report, said = write(tmp_path, [entry(name, -1.0) for name in ('a.jpg', '7', 'c.jpg')])
-    with pytest.raises(ValueError, match='has no SPICE; it has CIDEr, Bleu_1'):
-        confidences_and_scores(report, said, 'SPICE')
-    with pytest.raises(ValueError, match='has no confidences'):
+    report = write(tmp_path, confidences={'a.jpg': -1.0})
+    with pytest.raises(ValueError, match="report.json: no confidence for 2 of 3 photos, '7' the first"):
         confidences_and_scores(report)
+    report = write(tmp_path, confidences=dict.fromkeys(('a.jpg', '7', 'c.jpg'), -1.0))
+    with pytest.raises(ValueError, match='has no SPICE; it has CIDEr, Bleu_1'):
+        confidences_and_scores(report, 'SPICE')
+    with pytest.raises(ValueError, match='has no confidences; run pvtblip evaluate --json anew'):
+        confidences_and_scores(write(tmp_path))
     with pytest.raises(FileNotFoundError, match='no such file'):
-        confidences_and_scores(tmp_path / 'nowhere.json', said)
+        confidences_and_scores(tmp_path / 'nowhere.json')
     for text in (
         '{"images": {}, "captions": {}}',
         '{"images": [], "captions": {}}',
@@ -414,7 +376,7 @@ def test_bad_reports(tmp_path):
     ):
         report.write_text(text)
         with pytest.raises(ValueError, match='report.json: has no images with scores'):
-            confidences_and_scores(report, said)
+            confidences_and_scores(report)
     for text, says in (
         ('[]', 'where an object'),
         ('[' * 100_000, 'nested'),
@@ -423,7 +385,7 @@ def test_bad_reports(tmp_path):
     ):
         report.write_text(text)
         with pytest.raises(ValueError, match=f'report.json.*{says}'):
-            confidences_and_scores(report, said)
+            confidences_and_scores(report)
 
 
 @pytest.mark.parametrize('value', [None, 'high', True, [1], {}, math.nan, math.inf, 10**400], ids=str)
@@ -432,22 +394,19 @@ def test_a_report_without_numbers(tmp_path, value):
     names = ('a.jpg', '7', 'c.jpg')
     sure = {'a.jpg': -1.0, '7': -2.0, 'c.jpg': -3.0}
     images = {name: dict(CIDEr=0.5) for name in names}
-    report, _ = write(tmp_path, [], confidences=sure, images=images | {'7': dict(CIDEr=value)})
+    report = write(tmp_path, confidences=sure, images=images | {'7': dict(CIDEr=value)})
     with pytest.raises(ValueError, match=r"report.json: the CIDEr of '7' is .*, not a number"):
         confidences_and_scores(report)
-    report, _ = write(tmp_path, [], confidences=sure | {'7': value}, images=images)
+    report = write(tmp_path, confidences=sure | {'7': value}, images=images)
     with pytest.raises(ValueError, match=r"report.json: the confidence of '7' is .*, not a number"):
         confidences_and_scores(report)
-    report, said = write(tmp_path, [entry('a.jpg', -1.0), entry('7', value)], images=images)
-    with pytest.raises(ValueError, match="said.json: the entry of '7' has no tokens"):
-        confidences_and_scores(report, said)
-    report, _ = write(tmp_path, [], confidences=sure, images=images | {'7': {'Bleu_1': 1.0}})
+    report = write(tmp_path, confidences=sure, images=images | {'7': {'Bleu_1': 1.0}})
     with pytest.raises(ValueError, match="the CIDEr of '7' is missing"):
         confidences_and_scores(report)
 
 
 def test_what_the_command_writes_is_what_generate_said(model, tmp_path):
-    "`pvtblip caption --json` on a real folder, joined with a report."
+    "`pvtblip caption --json` on a real folder: one confidence, batches or not."
     from PIL import Image
 
     model.save_pretrained(tmp_path / 'model')
@@ -456,19 +415,11 @@ def test_what_the_command_writes_is_what_generate_said(model, tmp_path):
         Image.effect_noise((40 + 9 * i, 30), 90).convert('RGB').save(tmp_path / f'{i}.png')
         files.append(tmp_path / f'{i}.png')
     caption_files(files, tmp_path / 'model', as_json=True, out=written.append)
-    (tmp_path / 'said.json').write_text(written[0])
-    captions = {f'{i}.png': one['caption'] for i, one in enumerate(json.loads(written[0]))}
-    (tmp_path / 'report.json').write_text(
-        json.dumps(dict(images={name: dict(CIDEr=1.0) for name in captions}, captions=captions))
-    )
     from pvtblip.generation import process_image
 
-    expected = caption_confidence(generate(model, process_image(files, model), num_beams=3), model.tokenizer)[
-        :, 0
-    ].tolist()
-    assert confidences_and_scores(tmp_path / 'report.json', tmp_path / 'said.json')[1] == pytest.approx(
-        expected, abs=1e-4
-    )
+    output = generate(model, process_image(files, model), num_beams=3)
+    expected = caption_confidence(output, model.tokenizer)[:, 0].tolist()
+    assert [one['confidence'] for one in json.loads(written[0])] == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_earlier_calibration_may_be_replaced_and_a_foreign_file_may_not(tmp_path):

