@@ -233,7 +233,7 @@ def _whole_id(value: object) -> int | str | None:
         return int(float(value)) if re.fullmatch(r'\d{1,15}(\.0)?', value) else value or None
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
-    return value if isinstance(value, int) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _coco_entries(
@@ -282,17 +282,26 @@ def _coco_rows(path: Path, text: str, starts: dict[str, int]) -> Iterator[Row]:
             yield Row(number, file, caption, None, image_id)
 
 
-def _without_images(path: Path, text: str, line: int, start: int, columns: dict[str, str]) -> Iterator[Row]:
-    "Rows of COCO's annotations alone, where they name their photos; ValueError where they give numbers only"
-    for number, _, _, entry in _json_members(text, start):
-        if isinstance(entry, dict) and not find_fields(entry, columns)['file']:
-            raise _problem(
-                path,
-                line,
-                "captions by number, and no list 'images' says which photos these are",
-                "give COCO's whole captions_*.json",
-            )
-        yield from object_rows(path, number, entry, columns)
+def _without_images(
+    path: Path, text: str, line: int, start: int, columns: dict[str, str], by_number: bool
+) -> Iterator[Row]:
+    "Rows of COCO's annotations alone, which name their photos, or give numbers where the caller takes these"
+    members = list(_json_members(text, start))
+    if any(isinstance(entry, dict) and find_fields(entry, columns)['file'] for *_, entry in members):
+        for number, _, _, entry in members:
+            yield from object_rows(path, number, entry, columns)
+    elif by_number:
+        for number, image_id, caption in _coco_entries(
+            path, text, start, 'annotations', 'image_id', 'caption'
+        ):
+            yield Row(number, str(image_id), caption, None, image_id)
+    else:
+        raise _problem(
+            path,
+            line,
+            "captions by number, and no list 'images' says which photos these are",
+            "give COCO's whole captions_*.json",
+        )
 
 # %% ../nbs/06_data.ipynb #5f8563aa
 def _mapping_rows(path: Path, members: list) -> Iterator[Row]:
@@ -334,7 +343,7 @@ def _is_json_lines(text: str, start: int, columns: dict[str, str]) -> bool:
         return False  # the value goes on in the next line, or is wrong: the whole text will tell
 
 
-def _json_rows(path: Path, text: str, columns: dict[str, str]) -> Iterator[Row]:
+def _json_rows(path: Path, text: str, columns: dict[str, str], by_number: bool = False) -> Iterator[Row]:
     "Rows of any JSON file; its outermost brackets tell what it is"
     start = len(text) - len(text.lstrip())
     if _is_json_lines(text, start, columns):
@@ -345,7 +354,7 @@ def _json_rows(path: Path, text: str, columns: dict[str, str]) -> Iterator[Row]:
     members = list(_json_members(text, start))
     if isinstance(whole, list):
         return (row for line, _, _, entry in members for row in object_rows(path, line, entry, columns))
-    return _json_object_rows(path, text, members, columns)
+    return _json_object_rows(path, text, members, columns, by_number)
 
 
 def _has_objects(value: object) -> bool:
@@ -353,7 +362,9 @@ def _has_objects(value: object) -> bool:
     return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
 
 
-def _json_object_rows(path: Path, text: str, members: list, columns: dict[str, str]) -> Iterator[Row]:
+def _json_object_rows(
+    path: Path, text: str, members: list, columns: dict[str, str], by_number: bool
+) -> Iterator[Row]:
     "Rows of a file that is one JSON object: COCO's, Karpathy's or {file: [captions]}"
     lines, starts, values = {}, {}, {}
     for line, key, position, value in members:
@@ -369,7 +380,7 @@ def _json_object_rows(path: Path, text: str, members: list, columns: dict[str, s
     if not _has_objects(values.get('images')):
         if not _has_objects(values.get('annotations')):
             return _mapping_rows(path, members)
-        return _without_images(path, text, lines['annotations'], starts['annotations'], columns)
+        return _without_images(path, text, lines['annotations'], starts['annotations'], columns, by_number)
     if annotated:
         return _coco_rows(path, text, starts)
     return (
@@ -772,6 +783,8 @@ def read_captions(
     log: Callable[
         [str], object
     ] = warnings.warn,  # told in a line of photos without a caption, which are left out
+    # take COCO's annotations without their list of photos, too: then a photo's file is its number
+    by_number: bool = False,
 ) -> list[Record]:  # one record a photo, in the order in which the file first names them
     """Read a caption file: JSON {file: [captions]}, JSON lines, a JSON list of objects, COCO's
     captions_*.json, Karpathy's dataset_*.json,
@@ -783,8 +796,11 @@ def read_captions(
     if strange := columns.keys() - _FIELDS.keys():
         raise ValueError(f'columns has {", ".join(sorted(strange))}; it may hold {", ".join(_FIELDS)}')
     text = _caption_text(path)
-    rows = _json_rows if text.lstrip()[0] in '{[' else _text_rows
-    records = gather_records(path, rows(path, text, columns), log)
+    if text.lstrip()[0] in '{[':
+        rows = _json_rows(path, text, columns, by_number)
+    else:
+        rows = _text_rows(path, text, columns)
+    records = gather_records(path, rows, log)
     if split is not None:
         records = take_split(records, split, path)
     if images is not None:

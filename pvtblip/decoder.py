@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DecoderConfig', 'Embeddings', 'QueryKeyValue', 'AddAndNorm', 'Attention', 'DecoderCache', 'FeedForwardIn',
            'DecoderLayer', 'LMHead', 'BertDecoder', 'load_bert_weights', 'CaptionerConfig', 'CaptionerOutput',
-           'load_whole', 'evaluation_mode', 'Captioner']
+           'load_whole', 'evaluation_mode', 'Captioner', 'AttentionWeights', 'attention_weights', 'photo_map']
 
 # %% ../nbs/02_decoder.ipynb #aa71ec46
 import json, math, os, re, shutil, tempfile
@@ -30,6 +30,7 @@ from pvtblip.pvt_encoder import (
     attend,
     check_weights,
     read_weights,
+    token_places,
     weights_in,
 )
 
@@ -377,14 +378,12 @@ class DecoderLayer(nn.Module):
         image,  # keys and values of the image tokens, each (B, H, S, d)
         mask=None,  # (N or 1, 1, T, past+T) bool, for the words
         is_causal=False,  # each word sees itself and what is before
-        # True: also the cross-attention (N, H, T, S); 'both': (self-attention (N, H, T, past+T), cross-
-        # attention)
-        return_weights=False,
+        return_weights=False,  # also the weights
     ):
-        "(N, T, D), and the weights asked for or None."
-        x, back = self.attention(x, words, mask, is_causal, return_weights == 'both')  # (N, T, D)
-        x, weights = self.crossattention(x, image, return_weights=bool(return_weights))  # (N, T, D)
-        return self.output(self.intermediate(x), x), (back, weights) if return_weights == 'both' else weights
+        "(N, T, D), and the weights at the words (N, H, T, past+T) and at the image (N, H, T, S), or None twice."
+        x, back = self.attention(x, words, mask, is_causal, return_weights)  # (N, T, D)
+        x, across = self.crossattention(x, image, return_weights=return_weights)  # (N, T, D)
+        return self.output(self.intermediate(x), x), (back, across)
 
 # %% ../nbs/02_decoder.ipynb #f885935f
 class LMHead(nn.Module):
@@ -470,12 +469,10 @@ class BertDecoder(nn.Module):
         input_ids,  # (N, T) tokens; with a cache that holds words only the new ones
         cache: DecoderCache,  # from `new_cache`; remembers the words given so far
         attention_mask=None,  # (N, past+T) 1 for tokens, 0 for padding; not needed for padding on the right
-        # True: also each layer's cross-attention (N, H, T, S); 'both': its (self-attention (N, H, T, past+T),
-        # cross-attention)
-        return_weights=False,
+        return_weights=False,  # also each layer's attention weights, as `DecoderLayer` gives them
     ):
-        """The last layer's output (N, T, D), and a list of each layer's attention weights if asked for;
-        raises ValueError for rows that share no image evenly and for too long a text.
+        """The last layer's output (N, T, D), and a list of each layer's weights; raises ValueError for rows
+        that share no image evenly and for too long a text.
         """
         past = cache.length
         (N, T) = input_ids.shape
@@ -910,3 +907,70 @@ class Captioner(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Upload captioner')
+
+# %% ../nbs/02_decoder.ipynb #305e3b0a
+@dataclass
+class AttentionWeights:
+    "What every position looked at, in every layer and head: float32 on the CPU, under transformers' names."
+
+    attentions: torch.Tensor  # (N, layers, H, T, T) at the words so far; rows sum to 1, 0 above the diagonal
+    cross_attentions: torch.Tensor  # (N, layers, H, T, S) at the image tokens; rows sum to 1
+
+
+@torch.inference_mode()
+def attention_weights(
+    model: Captioner,  # in evaluation mode
+    # (N, T) token ids as `generate` returns them; captions of one image adjacent, N a multiple of B
+    sequences,
+    image_tokens,  # (B, S, D)
+) -> AttentionWeights:
+    """All attention of the decoder over finished captions, from the computation that speaks; row t is where
+    it looked while it read token t and chose token t+1. Raises ValueError in training mode.
+    """
+    if model.training:
+        raise ValueError(
+            'the captioner is in training mode, where dropout changes the weights; call model.eval() first'
+        )
+    cache = model.decoder.new_cache(image_tokens)
+    layers = model.decoder.hidden_states(sequences, cache, return_weights=True)[1]
+    return AttentionWeights(*(torch.stack(part, 1).float().cpu() for part in zip(*layers)))
+
+# %% ../nbs/02_decoder.ipynb #b68edf25
+def _reach(
+    places,  # (n,) of the tokens, pixels of the image that the model sees
+    side,  # its length
+    pixels,  # length of the photo
+):  # (pixels, n), rows sum to 1
+    "How much of each token's value a photo's row or column takes: linear between tokens, constant outside."
+    # a photo smaller than the grid: several samples a pixel
+    n, parts = (len(places), math.ceil(len(places) / pixels))
+    at = (torch.arange(pixels * parts) + 0.5) * side / (pixels * parts)
+    where = ((at - places[0]) / (places[1] - places[0])).clamp(0, n - 1) if n > 1 else torch.zeros_like(at)
+    return (1 - (where[:, None] - torch.arange(n)).abs()).clamp(min=0).view(pixels, parts, n).mean(1)
+
+# %% ../nbs/02_decoder.ipynb #5270f3f2
+def photo_map(
+    weights,  # (..., S) attention over image tokens
+    encoder: ImageEncoder,  # of the Captioner that they come from
+    photo_size: tuple,  # (height, width) of the upright photo
+    image_size: tuple | None = None,  # (H, W) that the model saw; None: the square of its config
+):  # (..., height, width), sums to about the sum of the weights; tokens at the border count half or more
+    """Attention laid on the photo where the tokens are; raises ValueError where S is not the encoder's number
+    of tokens.
+    """
+    size = (encoder.config.image_size,) * 2 if image_size is None else tuple(image_size)
+    grids = encoder.grids(size)
+    total = 0.0
+    if weights.shape[-1] != (tokens := sum(h * w for h, w in grids)):
+        raise ValueError(
+            f'{weights.shape[-1]} weights for the {tokens} tokens of grids {grids}; give the '
+            'image_size that the model saw'
+        )
+    for part, (h, w), places in zip(
+        weights.split([h * w for h, w in grids], -1), grids, token_places(encoder, size)
+    ):
+        down, across = (_reach(place, side, pixels) for place, side, pixels in zip(places, size, photo_size))
+        total = total + down @ part.unflatten(-1, (h, w)) @ across.T * (
+            h * w / (photo_size[0] * photo_size[1])
+        )
+    return total

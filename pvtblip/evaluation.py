@@ -6,8 +6,7 @@
 __all__ = ['METRICS', 'has_coco_code', 'coco_code', 'ptb_tokenize', 'Scores', 'coco_scores', 'cider_score',
            'confidence_intervals', 'compare', 'read_entries', 'read_references', 'read_hypotheses', 'by_reference',
            'odd_characters', 'describe_problems', 'pair_captions', 'words_said', 'diversity', 'shuffled_losses',
-           'shuffled_gap', 'gap_of', 'pointing_test', 'pointing_hits', 'check_clip', 'clip_score',
-           'plot_best_and_worst']
+           'gap_of', 'described', 'in_box', 'pointing_game', 'check_clip', 'clip_score', 'plot_best_and_worst']
 
 # %% ../nbs/07_evaluation.ipynb #a1e97cc6
 import json, re, subprocess, unicodedata
@@ -21,9 +20,10 @@ import numpy as np
 import torch, torch.nn.functional as F
 
 from .data import read_captions
+from .decoder import Captioner, attention_weights, photo_map
 from .files import MARK, parse_json, read_text, reason
-from .generation import attention_map, cross_attention
 from .pvt_encoder import load_image
+from .shapes import SIZE_WORDS
 from .tokenizer import collapse_whitespace
 
 # %% ../nbs/07_evaluation.ipynb #2dedc734
@@ -452,33 +452,14 @@ def read_references(
     file,  # captions in any form that `read_captions` reads, or COCO's annotations without their images
 ) -> tuple[dict, list, dict]:  # {id: [captions]}, ids as strings; ids that two photos have; {id: file}
     "Reference captions; ValueError or FileNotFoundError naming the place."
-    if (alone := _annotations_alone(file)) is not None:
-        return alone, [], {}
     references, doubled, files = {}, [], {}
-    for record in read_captions(file):
+    for record in read_captions(file, by_number=True):
         name = str(record.file if record.image_id is None else record.image_id)
         if name in references:
             doubled.append(name)
         references.setdefault(name, []).extend(record.captions)
         files[name] = record.file
     return references, doubled, files
-
-
-def _annotations_alone(file):
-    """{id: [captions]} of {'annotations': [{'image_id', 'caption'}]} without 'images'; None for any other
-    file.
-    """
-    text = read_text(file)
-    if not text.lstrip().startswith('{') or '"annotations"' not in text:
-        return None
-    data = read_entries(file)[0]
-    references = {}
-    if not isinstance(data, dict) or not isinstance(data.get('annotations'), list) or data.get('images'):
-        return None
-    for number, entry in enumerate(data['annotations'], 1):
-        name = _id(file, entry, number, 'image_id')
-        references.setdefault(name, []).append(_text(file, name, _field(file, entry, number, 'caption')))
-    return references
 
 # %% ../nbs/07_evaluation.ipynb #86d73774
 def read_hypotheses(
@@ -701,102 +682,92 @@ def diversity(
 @torch.inference_mode()
 def shuffled_losses(
     model,  # a Captioner
-    pixel_values,  # (B, 3, H, W)
+    pixel_values,  # (B, 3, H, W), B of 2 at least
     input_ids,  # (B*C, T)
     labels,  # (B*C, T)
 ) -> torch.Tensor:  # (3,): two sums in nats, and the number of labels; those of several batches can be added
-    "Summed loss of the captions with their own images and with their neighbours', and of how many tokens."
+    """Summed loss of the captions with their own images and with their neighbours', and of how many tokens
+    that the model can say; ValueError for one image.
+    """
+    if len(pixel_values) < 2:
+        raise ValueError('one image cannot be shuffled; give a batch of two or more')
+    if model.output_ids is not None:
+        labels = labels.masked_fill(~torch.isin(labels, model.output_ids), -100)
     outputs = [model(pixels, input_ids, labels) for pixels in (pixel_values, pixel_values.roll(1, 0))]
     sums = [F.cross_entropy(output.logits.float(), output.labels, reduction='sum') for output in outputs]
     return torch.stack([*sums, sums[0].new_tensor(len(outputs[0].labels))])
 
 
-def shuffled_gap(
-    model,  # a Captioner
-    pixel_values,  # (B, 3, H, W), B of 2 at least
-    input_ids,  # (B*C, T)
-    labels,  # (B*C, T)
-) -> dict:  # real, shuffled, gap: losses in nats a token
-    """Loss of the captions with their own images and with their neighbours': no gap means a decoder that does
-    not look; ValueError for one image.
-    """
-    if len(pixel_values) < 2:
-        raise ValueError('one image cannot be shuffled; give a batch of two or more')
-    return gap_of(shuffled_losses(model, pixel_values, input_ids, labels))
-
-
 def gap_of(
     losses,  # (3,), of `shuffled_losses`, perhaps of several batches together
 ) -> dict:  # real, shuffled, gap: losses in nats a token
-    "Mean losses, and their difference."
+    "Mean losses, and their difference: no gap means a decoder that does not look."
     real, shuffled, tokens = losses.tolist()
     return dict(real=real / tokens, shuffled=shuffled / tokens, gap=(shuffled - real) / tokens)
 
 # %% ../nbs/07_evaluation.ipynb #a49ec296
-def pointing_test(
-    model,  # a Captioner trained on shapes
-    scenes,  # of `make_scene`
-    pixel_values,  # (B, 3, H, W) their images
-    layer=None,
-    head=None,  # of the decoder; None: the mean over all
-) -> dict:  # hits and chance (shares, 0 to 1), words
-    """Is the peak of the attention map inside the box of the object that the word names (Zhang et al. 2016,
-    the pointing game)? Each scene's own first caption is read; chance is the box's share of the map.
-    """
-    tokens = model.tokenizer([scene.captions[0] for scene in scenes])['input_ids'].to(pixel_values.device)
-    with torch.inference_mode():
-        # (B, layers, H, T, S)
-        weights = cross_attention(model, tokens, model.encode_image(pixel_values)).float().cpu()
-    weights = weights[:, slice(None) if layer is None else [layer]][
-        :, :, slice(None) if head is None else [head]
-    ].mean((1, 2))  # (B, T, S)
-    words = [model.tokenizer.tokenizer.convert_ids_to_tokens(row) for row in tokens.tolist()]
-    size = pixel_values.shape[-2:]
-    return pointing_hits(
-        weights, words, scenes, lambda row: attention_map(row, model.encoder.grids(size), size)
-    )
+def described(
+    scene,  # of `make_scene`
+    words: list,  # tokens of a caption
+    about: str = 'kind',  # or 'colour', 'size'
+) -> list:  # of (position of the word, box of the object)
+    "The words that give this attribute of one object only."
+    names = lambda thing: SIZE_WORDS[thing.size] if about == 'size' else (getattr(thing, about),)
+    found = []
+    for position, word in enumerate(words):
+        boxes = [thing.box for thing in scene.objects if word in names(thing)]
+        if len(boxes) == 1:
+            found.append((position, boxes[0]))
+    return found
+
+
+def in_box(
+    box: tuple,  # x0, y0, x1, y1 in image sides
+    down,  # (h,) places of rows, in image sides
+    across,  # (w,) of columns
+):  # (h, w) bool
+    "Which places lie in a box?"
+    x0, y0, x1, y1 = box
+    return ((down >= y0) & (down < y1))[:, None] & ((across >= x0) & (across < x1))
 
 # %% ../nbs/07_evaluation.ipynb #b1402d77
-def pointing_hits(
-    weights,  # (B, T, S) attention over image tokens; row t chooses word t+1
-    words,  # per scene its T tokens
-    scenes,  # of `make_scene`
-    lay,  # function of attention (S,) -> map (H, W) whose peak counts
-) -> dict:  # hits and chance (shares, 0 to 1), words
-    """The pointing game for attention that is at hand; ValueError where no word names the kind of one object
-    only.
+def pointing_game(
+    model: Captioner,  # trained on shapes, in evaluation mode
+    scenes: list,  # of `make_scene`
+    pixel_values,  # (B, 3, H, W) their images
+    # name -> function of `AttentionWeights` that gives attention over image tokens (B, T, S)
+    choices: dict | None = None,  # None: the mean over layers and heads
+    lay=photo_map,  # function of (attention (S,), encoder, (H, W)) -> map (H, W) whose peak counts
+) -> dict:  # name -> share of hits; 'chance', the box's mean share of the map; 'words', how many
+    """Is the peak of the attention map inside the box of the object that the word names (Zhang et al. 2016)?
+    Each scene's own first caption is read. ValueError where no word names the kind of one object only.
     """
-    hits, chances = [], []
-    for scene, row, weight in zip(scenes, words, weights):
-        for position, box in _named_boxes(scene, row):
-            seen = lay(weight[position - 1])  # (H, W)
-            inside = _inside(box, *seen.shape)
-            hits.append(bool(inside.flatten()[seen.flatten().argmax()]))
-            chances.append(inside.float().mean().item())
-    if not hits:
-        raise ValueError('no caption names a kind that only one object of its scene has; give more scenes')
-    return dict(hits=sum(hits) / len(hits), chance=sum(chances) / len(chances), words=len(hits))
-
-# %% ../nbs/07_evaluation.ipynb #e4b5f04d
-def _named_boxes(scene, words):
-    "Positions of the words that name the kind of one object only, with its box."
-    kinds = [thing.kind for thing in scene.objects]
-    return [
-        (position, scene.objects[kinds.index(word)].box)
-        for position, word in enumerate(words)
-        if kinds.count(word) == 1
+    choices = choices or {'mean': lambda weights: weights.cross_attentions.mean((1, 2))}
+    # the attention of true captions
+    tokens = model.tokenizer([scene.captions[0] for scene in scenes])['input_ids'].to(pixel_values.device)
+    with torch.inference_mode():
+        weights = attention_weights(model, tokens, model.encode_image(pixel_values))
+    chosen = {name: choose(weights) for name, choose in choices.items()}
+    # where the words' boxes are
+    size = pixel_values.shape[-2:]
+    middles = [(torch.arange(side) + 0.5) / side for side in size]
+    words = [model.tokenizer.tokenizer.convert_ids_to_tokens(row) for row in tokens.tolist()]
+    named = [
+        (i, position - 1, in_box(box, *middles))  # the row before a word chose it
+        for i, scene in enumerate(scenes)
+        for position, box in described(scene, words[i])
     ]
-
-
-def _inside(
-    box,  # x0, y0, x1, y1 in image sides
-    height,
-    width,  # pixels
-):  # (H, W) bool, by the middle of each pixel
-    "Which pixels lie in the box?"
-    x0, y0, x1, y1 = box
-    down, across = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
-    return ((down >= y0) & (down < y1))[:, None] & ((across >= x0) & (across < x1))
+    if not named:
+        raise ValueError('no caption names a kind that only one object of its scene has; give more scenes')
+    # hits
+    hit = lambda seen, inside: bool(inside.flatten()[seen.flatten().argmax()])
+    shares = {
+        name: sum(hit(lay(part[i, row], model.encoder, size), inside) for i, row, inside in named)
+        / len(named)
+        for name, part in chosen.items()
+    }
+    chance = sum(inside.float().mean().item() for _, _, inside in named) / len(named)
+    return dict(shares, chance=chance, words=len(named))
 
 # %% ../nbs/07_evaluation.ipynb #3219f922
 def check_clip(clip):  # folder

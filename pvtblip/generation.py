@@ -6,7 +6,7 @@
 __all__ = ['GenerationConfig', 'text_ids', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'repeated_ngrams', 'bad_endings',
            'penalise_repetition', 'Rules', 'output_layer', 'NextToken', 'GenerationOutput', 'pick', 'alternatives',
            'tokens_missing', 'ForcedWords', 'check_words', 'generate', 'process_image', 'word_ids', 'generate_caption',
-           'settled', 'stream_caption', 'cross_attention', 'attention_map']
+           'settled', 'stream_caption']
 
 # %% ../nbs/04_generation.ipynb #ea91c18e
 import re
@@ -18,7 +18,7 @@ import torch, torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .decoder import Captioner, evaluation_mode
+from .decoder import Captioner, attention_weights, evaluation_mode
 from .files import Count, Share, Within, check_settings, short
 from .pvt_encoder import image_transform
 from .tokenizer import collapse_whitespace
@@ -814,11 +814,10 @@ def generate(
         _all_finished(scores, config)
         longest = int((~logprobs.isnan()).sum(-1).max())
         sequences = sequences[..., : sequences.shape[-1] - logprobs.shape[-1] + longest]
-        looked = (
-            cross_attention(model, sequences[..., :-1].flatten(0, 1), image_tokens).unflatten(0, (B, -1))
-            if config.output_attentions
-            else None
-        )
+        looked = None
+        if config.output_attentions:
+            weights = attention_weights(model, sequences[..., :-1].flatten(0, 1), image_tokens)
+            looked = weights.cross_attentions.unflatten(0, (B, -1))
     return GenerationOutput(sequences, scores, logprobs[..., :longest].nan_to_num(0.0), looked)
 
 # %% ../nbs/04_generation.ipynb #a8cb8aa7
@@ -971,39 +970,3 @@ def _stream(model, pixel_values, config, generator):
             shown = certain
     if text[len(shown) :]:
         yield text[len(shown) :]
-
-# %% ../nbs/04_generation.ipynb #b17a576a
-@torch.inference_mode()
-def cross_attention(
-    model: Captioner,  # in evaluation mode
-    # (N, T) token ids as `generate` returns them; captions of one image adjacent, N a multiple of B
-    sequences,
-    image_tokens,  # (B, S, D)
-):  # (N, layers, H, T, S); row t is where the decoder looked while it read token t and chose token t+1
-    "The cross-attention of every layer and head over a finished caption; rows sum to 1."
-    cache = model.decoder.new_cache(image_tokens)
-    return torch.stack(model.decoder.hidden_states(sequences, cache, return_weights=True)[1], 1)
-
-
-def attention_map(
-    weights,  # (..., S) attention over image tokens
-    grids,  # [(h, w)] of the stages that the encoder chose, `model.encoder.grids(size)`
-    size,  # (H, W) of the picture to lay it over
-):  # (..., H, W), the stages' maps added up; raises ValueError where S is not the grids' number of tokens
-    """Attention as a picture: each stage's share on its own grid, enlarged and added; it still sums to about
-    1.
-    """
-    if weights.shape[-1] != sum(h * w for h, w in grids):
-        raise ValueError(
-            f'{weights.shape[-1]} weights for grids {grids} with {sum(h * w for h, w in grids)} '
-            'tokens; use model.encoder.grids(size) of the same image size'
-        )
-    maps = []
-    for part, (h, w) in zip(weights.split([h * w for h, w in grids], -1), grids):
-        grid = part.reshape(-1, 1, h, w) / (size[0] * size[1] / (h * w))
-        maps.append(
-            F.interpolate(grid, size=size, mode='bilinear', align_corners=False).reshape(
-                *weights.shape[:-1], *size
-            )
-        )
-    return sum(maps)

@@ -41,6 +41,7 @@ from pvtblip.files import (
 )
 from .decoder import Captioner
 from .generation import GenerationConfig, GenerationOutput, generate, word_ids
+from .confidence import Judge, token_confidence
 from .looking_inside import plot_attention
 from .pvt_encoder import load_image, load_pixels, normalise_pixels
 from .sources import PHOTO_SUFFIXES, find_shards, read_shard
@@ -394,7 +395,7 @@ def _said(model, ids, score, logprobs, tokens, judge):
     said = dict(
         caption=model.tokenizer.decode(ids),
         score=round(score.item(), 6),
-        confidence=round(logprobs[:end].mean().item(), 6),
+        confidence=round(token_confidence(logprobs[:end]).item(), 6),
     )
     if judge:
         said |= judge(logprobs[:end])
@@ -743,8 +744,6 @@ class CaptionRun:
         "What says how sure a caption is (`Judge` of `22_confidence`), or None where nobody asked."
         if self.sure is None:
             return None
-        from pvtblip.confidence import Judge
-
         return Judge(folder, self.sure)
 
     def workers(

@@ -6,8 +6,9 @@
 __all__ = ['PVT_CONFIGS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PHOTO_FORMATS', 'DRAFT_MARGIN', 'OverlapPatchEmbed', 'to_map',
            'attend', 'ReducedAttention', 'ConvFeedForward', 'Block', 'Stage', 'initialise_pvt',
            'PyramidVisionTransformerV2', 'EncoderConfig', 'sincos_positions', 'TimmBackbone', 'weights_in',
-           'read_weights', 'check_weights', 'load_weights', 'make_backbone', 'ImageEncoder', 'orientation', 'upright',
-           'to_rgb', 'read_photo', 'load_image', 'load_pixels', 'normalise_pixels', 'image_transform']
+           'read_weights', 'check_weights', 'load_weights', 'make_backbone', 'ImageEncoder', 'token_places',
+           'orientation', 'upright', 'to_rgb', 'read_photo', 'load_image', 'load_pixels', 'normalise_pixels',
+           'image_transform']
 
 # %% ../nbs/01_pvt_encoder.ipynb #cbea8a0d
 import io, json, re
@@ -657,6 +658,28 @@ class ImageEncoder(nn.Module):
                 tokens = tokens + (self.position_scale[i] * positions).to(tokens.dtype)
             parts.append(tokens)
         return torch.cat(parts, dim=1)  # (B, S, D)
+
+# %% ../nbs/01_pvt_encoder.ipynb #72447dd3
+def token_places(
+    encoder: ImageEncoder,
+    size: tuple,  # (H, W) of the image that it sees, pixels
+) -> list:  # for each chosen stage (rows (h,), columns (w,)) in pixels, the first pixel's middle is 0.5
+    """The middle of what each image token's patch sees: from PVT's overlapping convolutions, which put it on
+    the corner of its cell; of timm's models the cell's middle.
+    """
+    grids = encoder.grids(tuple(size))
+    if not isinstance(encoder.backbone, PyramidVisionTransformerV2):
+        return [tuple((torch.arange(n) + 0.5) * side / n for n, side in zip(grid, size)) for grid in grids]
+    lines = []
+    start = 0.5
+    step = 1
+    for conv in (part.proj for part in encoder.backbone.modules() if isinstance(part, OverlapPatchEmbed)):
+        start, step = start + step * ((conv.kernel_size[0] - 1) / 2 - conv.padding[0]), step * conv.stride[0]
+        lines.append((start, step))
+    return [
+        tuple(lines[stage][0] + lines[stage][1] * torch.arange(n) for n in grid)
+        for stage, grid in zip(encoder.chosen, grids)
+    ]
 
 # %% ../nbs/01_pvt_encoder.ipynb #83f1b7aa
 PHOTO_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')  # no EPS: opening one starts Ghostscript

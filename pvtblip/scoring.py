@@ -267,25 +267,13 @@ def _caption_all(model, photos, run, progress):
                 said |= zip(read, model.tokenizer.decode_batch(batch.output.sequences[:, 0]))
                 sure |= zip(read, caption_confidence(batch.output, model.tokenizer)[:, 0].tolist())
             if len(read) > 1:
-                losses += _batch_losses(
-                    model, batch.pixel_values, [photos[name][1].captions for name in read]
-                )
+                captions = [photos[name][1].captions for name in read]
+                fewest = min(map(len, captions))
+                texts = model.tokenizer([one for own in captions for one in own[:fewest]])
+                ids, labels = (texts[name].to(batch.pixel_values.device) for name in ('input_ids', 'labels'))
+                losses += shuffled_losses(model, batch.pixel_values, ids, labels).cpu()
             bar.update(len(batch.photos))
     return said, sure, broken, losses
-
-
-def _batch_losses(model, pixel_values, captions):
-    """`shuffled_losses` of one batch, with as many captions a photo as the poorest has, over the words that
-    the model can say.
-    """
-    count = min(map(len, captions))
-    batch = {
-        name: value.to(pixel_values.device)
-        for name, value in model.tokenizer([one for own in captions for one in own[:count]]).items()
-    }
-    if model.output_ids is not None:
-        batch['labels'].masked_fill_(~torch.isin(batch['labels'], model.output_ids), -100)
-    return shuffled_losses(model, pixel_values, batch['input_ids'], batch['labels']).cpu()
 
 # %% ../nbs/24_scoring.ipynb #c7ccde2c
 def _beside(report):

@@ -351,9 +351,8 @@ def test_pointing_game_knows_attention_that_was_put_there(model):
         return on_the_shape(weights).flip(-1)
 
     table = pointing_game(model, scenes, pixels, dict(on=on_the_shape, off=beside))
-    fits = [
-        bool(in_box(scene.objects[0].box, rows / 64, columns / 64).any()) for scene in scenes
-    ]  # a small shape may lie between the tokens
+    # a small shape may lie between the tokens
+    fits = [bool(in_box(scene.objects[0].box, rows / 64, columns / 64).any()) for scene in scenes]
     assert table['on'] >= sum(fits) / len(fits) > 0.5 and table['off'] < 0.5
 
 
