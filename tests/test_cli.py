@@ -1356,6 +1356,13 @@ def test_evaluate_refuses(capsys, answers, model, tmp_path):
     ]
     shutil.copytree(answers / 'images', tmp_path / 'images')
     refused(capsys, *before, '--sheet', tmp_path / 'sheet.jpg', says=['sheet.jpg', '.png'])
+    refused(capsys, *before, '--set', 'caption.sure=0.9', says=['caption.sure'])
+    refused(capsys, *before, '--set', 'caption.seed=3', says=['do_sample=true'])
+    drawn = ['--set', 'do_sample=true', '--set', 'caption.seed=3', '--set', 'prefix=a ring', '--limit', 2]
+    assert pvtblip(capsys, *before, *drawn)[0] == 0
+    results = json.loads((tmp_path / 'scores.results.json').read_text())
+    assert len(results) == 2 and all(one['caption'].startswith('a ring') for one in results)
+    (tmp_path / 'scores.json').unlink()
     (tmp_path / 'images/4.png').write_bytes(b'')
     refused(capsys, *before, says=['1 of 24', "'4.png'", 'scores.results.json'])
     assert (

@@ -154,6 +154,12 @@ def test_config_round_trip_through_json(config):
     assert EncoderConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
+def test_pretrained_weights_have_two_names():
+    assert EncoderConfig(weights='pretrained') == EncoderConfig(weights=True)
+    assert EncoderConfig(weights='pretrained.safetensors').weights == 'pretrained.safetensors'
+    assert EncoderConfig().weights is None
+
+
 def test_configs_do_not_share_their_kwargs():
     first = EncoderConfig.tiny()
     first.backbone_kwargs['depths'].append(9)
