@@ -23,11 +23,13 @@ def check_wordpiece(
     """Return `tokenizer` if it is a fast WordPiece tokenizer with words and all special tokens; raise
     ValueError if not.
     """
+    # its kind: only WordPiece marks the pieces that continue a word
     backend = getattr(tokenizer, 'backend_tokenizer', None)
     if type(getattr(backend, 'model', None)).__name__ != 'WordPiece':
         raise ValueError(
             f'{type(tokenizer).__name__} is not a fast WordPiece tokenizer; use one of the BERT family'
         )
+    # its vocabulary: every row needs the special tokens, and words between them
     names = 'cls_token', 'sep_token', 'pad_token', 'unk_token'
     vocabulary = tokenizer.get_vocab()
     missing = [name for name in names if getattr(tokenizer, name) not in vocabulary]
@@ -38,17 +40,14 @@ def check_wordpiece(
             f'the vocabulary has {len(vocabulary)} tokens and no words: its vocab.txt was not read; '
             'use BertTokenizerFast.from_pretrained(folder)'
         )
+    # a saved tokenizer may bring padding and cutting along: both are ours to do
     backend.no_padding()
     backend.no_truncation()
     return tokenizer
 
 # %% ../nbs/00_tokenizer.ipynb #34f77858
-_JSON_FILES = (
-    'tokenizer.json',
-    'tokenizer_config.json',
-    'special_tokens_map.json',
-    'added_tokens.json',
-)  # what transformers reads beside vocab.txt
+# what transformers reads beside vocab.txt
+_JSON_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
 
 
 def load_tokenizer(
@@ -60,16 +59,16 @@ def load_tokenizer(
     """
     if name_or_path is None:
         return check_wordpiece(BertTokenizerFast.from_pretrained((files('pvtblip') / 'vocab.txt').parent))
+    # the files by themselves first, so that an error names the file and the line
     folder = Path(name_or_path)
     present = [name for name in (*_JSON_FILES, 'vocab.txt') if (folder / name).is_file()]
-    for name in present:  # so that an error names the file and the line
+    for name in present:
         if name in _JSON_FILES:
             read_json(folder / name, dict)
+    # then load, and tokenize once: some settings are looked at only there
     try:
         tokenizer = check_wordpiece(AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False))
-        tokenizer(
-            ['a dog'], add_special_tokens=False, split_special_tokens=True, verbose=False
-        )  # some settings are looked at only here
+        tokenizer(['a dog'], add_special_tokens=False, split_special_tokens=True, verbose=False)
         return tokenizer
     except Exception as error:  # damaged files make transformers and tokenizers fail in any way
         if present:
@@ -101,8 +100,8 @@ _spacing = [
     (r'(\w) ([-/]) (?=\w)', r'\1\2'),  # t - shirt -> t-shirt
     (r'(\d)([.:]) (?=\d)', r'\1\2'),  # 3. 5 -> 3.5
     (r'(\d), (?=\d{3}\b)', r'\1,'),  # 1, 000 -> 1,000
-    (r'\b([a-z])\. (?=[a-z]\.)', r'\1.'),
-]  # a. m. -> a.m.
+    (r'\b([a-z])\. (?=[a-z]\.)', r'\1.'),  # a. m. -> a.m.
+]
 
 
 def clean_spacing(
@@ -130,6 +129,7 @@ class CaptionTokenizer:
         """
         check_value('prompt', prompt, str)
         check_value('max_length', max_length, Size)
+        # the vocabulary: a tokenizer object, or the name of one
         is_object = hasattr(tokenizer, 'get_vocab')
         self.tokenizer = check_wordpiece(tokenizer) if is_object else load_tokenizer(tokenizer)
         self.prompt = prompt
@@ -137,6 +137,7 @@ class CaptionTokenizer:
         self.vocab_size = len(self.tokenizer)
         for name in ('cls_token_id', 'sep_token_id', 'pad_token_id'):
             setattr(self, name, getattr(self.tokenizer, name))
+        # the prompt, which must leave room for a word and [SEP]
         self.prompt_ids = [self.cls_token_id, *self._encode([prompt])[0]]
         self.prompt_length = len(self.prompt_ids)
         if self.tokenizer.unk_token_id in self.prompt_ids:
@@ -186,12 +187,15 @@ class CaptionTokenizer:
             raise ValueError(
                 f'captions must be a list of at least one text, not {short(captions)}; put it into a list'
             )
+        # [CLS] prompt caption [SEP], cut behind max_length
         room = self.max_length - self.prompt_length
         rows = [self.prompt_ids + [*ids, self.sep_token_id][:room] for ids in self._encode(list(captions))]
+        # all rows as long as the longest, padded on the right
         lengths = torch.tensor([len(row) for row in rows])  # (N,)
         input_ids = torch.full((len(rows), int(lengths.max())), self.pad_token_id)  # (N, T)
         for i, row in enumerate(rows):
             input_ids[i, : len(row)] = torch.tensor(row)
+        # tokens are seen, padding is not; of the tokens, those behind the prompt are learnt
         positions = torch.arange(input_ids.shape[1])  # (T,)
         attention_mask = (positions < lengths[:, None]).long()  # (N, T)
         learnt = (attention_mask == 1) & (positions >= self.prompt_length)  # (N, T)
@@ -212,6 +216,7 @@ class CaptionTokenizer:
         """Text of one row: up to the first [SEP] after the prompt, without prompt and special tokens; raises
         ValueError for ids outside the vocabulary.
         """
+        # plain numbers, all of them in the vocabulary
         ids = torch.as_tensor(ids)
         if ids.dim() != 1:
             raise ValueError(f'ids have shape {tuple(ids.shape)}; decode takes one row, decode_batch many')
@@ -219,10 +224,9 @@ class CaptionTokenizer:
         wrong = [i for i in ids if not 0 <= i < self.vocab_size]
         if wrong:
             raise ValueError(f'id {wrong[0]} is outside the vocabulary of {self.vocab_size} tokens')
+        # the caption ends at the first [SEP]: the prompt has none
         start = self.prompt_length if ids[: self.prompt_length] == self.prompt_ids else 0
-        end = (
-            ids.index(self.sep_token_id) if self.sep_token_id in ids else len(ids)
-        )  # the prompt has no [SEP]
+        end = ids.index(self.sep_token_id) if self.sep_token_id in ids else len(ids)
         special = set(self.tokenizer.all_special_ids)
         kept = [i for i in ids[0 if keep_prompt else start : end] if i not in special]
         text = ' '.join(self.tokenizer.convert_ids_to_tokens(kept)).replace(' ##', '').removeprefix('##')
