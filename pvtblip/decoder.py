@@ -75,20 +75,16 @@ class DecoderConfig:
         **kwargs,  # any field, to change it
     ):
         "A two-layer decoder that trains in seconds: what the tests use."
-        return cls(
-            **{
-                **dict(
-                    hidden_size=64,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    intermediate_size=128,
-                    max_position_embeddings=64,
-                    hidden_dropout_prob=0.0,
-                    attention_probs_dropout_prob=0.0,
-                ),
-                **kwargs,
-            }
+        small = dict(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
+        return cls(**(small | kwargs))
 
     @classmethod
     def from_pretrained(
@@ -99,24 +95,21 @@ class DecoderConfig:
         decoder can compute.
         """
         folder = _checkpoint_folder(name)
+        file = folder / 'config.json'
         saved = _read_config(folder)
-        for key, needed in dict(
-            model_type='bert', hidden_act='gelu', position_embedding_type='absolute'
-        ).items():
+        # what we compute in one way only must be what the weights were trained with
+        only = dict(model_type='bert', hidden_act='gelu', position_embedding_type='absolute')
+        for key, needed in only.items():
             found = saved.get(key, None if key == 'model_type' else needed)
             if found != needed:
                 raise ValueError(
                     f'{name}: config.json says {key} {short(found)}; the decoder can only compute {needed!r}'
                 )
-        config = from_plain(
-            cls, {f.name: saved[f.name] for f in fields(cls) if f.name in saved}, folder / 'config.json'
-        )
-        if files := _weight_files(folder):
-            _check_sizes(
-                config,
-                {_our_name(k): v for f in files for k, v in weights_in(f).items()},
-                folder / 'config.json',
-            )
+        # the sizes; where weights lie beside them they must agree
+        config = from_plain(cls, {f.name: saved[f.name] for f in fields(cls) if f.name in saved}, file)
+        if weights := _weight_files(folder):
+            held = {_our_name(k): v for part in weights for k, v in weights_in(part).items()}
+            _check_sizes(config, held, file)
         return config
 
 # %% ../nbs/02_decoder.ipynb #abb6d6cc
@@ -168,30 +161,24 @@ def _check_sizes(config, held, file, above=''):
     """ValueError where config.json states other sizes than the weights have: a wrong one may fill the memory
     before anything else is noticed.
     """
-    D, inner = config.hidden_size, config.intermediate_size
-    stated = {
-        'embeddings.word_embeddings.weight': dict(vocab_size=config.vocab_size, hidden_size=D),
-        'embeddings.position_embeddings.weight': dict(
-            max_position_embeddings=config.max_position_embeddings, hidden_size=D
-        ),
-        'embeddings.token_type_embeddings.weight': dict(
-            type_vocab_size=config.type_vocab_size, hidden_size=D
-        ),
-        'encoder.layer.0.intermediate.dense.weight': dict(intermediate_size=inner, hidden_size=D),
+    # a weight for every setting that its first axis follows; the second axis is the width
+    shown = {
+        'embeddings.word_embeddings.weight': 'vocab_size',
+        'embeddings.position_embeddings.weight': 'max_position_embeddings',
+        'embeddings.token_type_embeddings.weight': 'type_vocab_size',
+        'encoder.layer.0.intermediate.dense.weight': 'intermediate_size',
     }
-    for weight, sizes in stated.items():
-        shape, _ = held.get(f'{above}bert.{weight}', (tuple(sizes.values()), None))
-        for (name, size), real in zip(sizes.items(), shape):
-            if size != real:
+    for weight, setting in shown.items():
+        shape, _ = held.get(f'{above}bert.{weight}', ((), None))
+        for name, real in zip((setting, 'hidden_size'), shape):
+            if (size := getattr(config, name)) != real:
                 raise ValueError(
                     f'{file}: {above}{name} is {size}, but the weights beside it have {real}; they '
                     'belong to different models'
                 )
-    layers = {
-        found[1]
-        for name in held
-        if (found := re.match(re.escape(above) + r'bert\.encoder\.layer\.(\d+)\.', name))
-    }
+    # the number of layers shows only in the names
+    in_layer = re.escape(above) + r'bert\.encoder\.layer\.(\d+)\.'
+    layers = {found[1] for name in held if (found := re.match(in_layer, name))}
     if layers and len(layers) != config.num_hidden_layers:
         raise ValueError(
             f'{file}: {above}num_hidden_layers is {config.num_hidden_layers}, but the weights beside '
@@ -235,7 +222,9 @@ class QueryKeyValue(nn.Module):
     ):
         super().__init__()
         D = config.hidden_size
-        self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.query = nn.Linear(D, D)
+        self.key = nn.Linear(D, D)
+        self.value = nn.Linear(D, D)
 
 
 class AddAndNorm(nn.Module):
@@ -272,7 +261,8 @@ class Attention(nn.Module):
         super().__init__()
         self.self = QueryKeyValue(config)
         self.output = AddAndNorm(config, config.hidden_size)
-        self.num_heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
 
     def _heads(self, x):  # (B, T, D) -> (B, H, T, d)
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -294,7 +284,8 @@ class Attention(nn.Module):
         return_weights=False,  # also the attention weights, (N, H, T, S)
     ):
         "Attend, then add and normalise: (N, T, D), and the weights or None."
-        (k, v), (N, T, D) = keys_values, x.shape
+        k, v = keys_values
+        (N, T, D) = x.shape
         q = self._heads(self.self.query(x).reshape(k.shape[0], -1, D))  # (B, H, C*T, d)
         if return_weights:
             out, weights = _attend_eagerly(q, k, v, mask, is_causal)
@@ -474,6 +465,7 @@ class BertDecoder(nn.Module):
         """The last layer's output (N, T, D), and a list of each layer's weights; raises ValueError for rows
         that share no image evenly and for too long a text.
         """
+        # rows must share the images evenly, and a text must end where positions do
         past = cache.length
         (N, T) = input_ids.shape
         B = cache.image[0][0].shape[0]
@@ -484,6 +476,7 @@ class BertDecoder(nn.Module):
                 f'{past + T} tokens, but the decoder has {self.config.max_position_embeddings} '
                 'positions; shorten the text'
             )
+        # through the layers; each adds the new words to its part of the cache
         mask, is_causal = self._mask(past, T, attention_mask, input_ids.device)
         x = self.bert['embeddings'](input_ids, past)
         weights = []
@@ -498,8 +491,8 @@ class BertDecoder(nn.Module):
         "What self-attention may see: (mask or None, is_causal)."
         if attention_mask is None and (past == 0 or T == 1):
             return None, past == 0 and T > 1
-        # (1, 1, T, past+T)
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None, None]
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)  # (T, past+T)
+        mask = mask[None, None]  # (1, 1, T, past+T)
         if attention_mask is None:
             return mask, False
         itself = torch.eye(past + T, dtype=torch.bool, device=device)[past:]  # (T, past+T)
@@ -550,6 +543,7 @@ def load_bert_weights(
     """Load any BERT checkpoint into the decoder; raises ValueError where shapes differ or anything but
     cross-attention and head is missing.
     """
+    # what both have must be of one shape, and fractions
     saved = _read_bert(name)
     own = decoder.state_dict()
     for k, v in saved.items():
@@ -560,6 +554,7 @@ def load_bert_weights(
                 f"{name}: {k} is {tuple(v.shape)}, the decoder's is {tuple(own[k].shape)}; use "
                 f'DecoderConfig.from_pretrained({str(name)!r})'
             )
+    # only what BERT was never trained with may start from random numbers
     fresh = [k for k in own if k not in saved]
     lost = [k for k in fresh if 'crossattention' not in k and not k.startswith('cls.')]
     if lost:
@@ -578,8 +573,8 @@ class CaptionerConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # mouth
     prompt: str = 'a picture of'  # every caption begins with it, in training and after
     max_length: Size = 40  # token positions, [CLS] and prompt included; captions are about 12 words
-    # ids that may be said, or None for all: a small world needs few words, and logits over 30,522 cost most
-    # of a small model's time
+    # ids that may be said, or None for all: a small world needs few words, and logits over 30,522 cost
+    # most of a small model's time
     output_vocabulary: list[int] | None = None
     label_smoothing: Share = 0.0  # share of probability spread over all words in the loss
     # share of caption words hidden from the decoder in training, so that it looks at the image instead of
@@ -599,7 +594,7 @@ class CaptionerConfig:
         **kwargs,  # any field, to change it
     ):
         "A captioner of 64-pixel pictures that trains in seconds: what the tests use."
-        return cls(**{**dict(encoder=EncoderConfig.tiny(), decoder=DecoderConfig.tiny()), **kwargs})
+        return cls(**(dict(encoder=EncoderConfig.tiny(), decoder=DecoderConfig.tiny()) | kwargs))
 
 # %% ../nbs/02_decoder.ipynb #4597a1dd
 @dataclass
@@ -647,8 +642,9 @@ def _most_numbers(config, held):
     and `load_whole` names what is missing.
     """
     total = 1_000_000 + 2 * sum(_WORTH + math.prod(shape) for shape, _ in held.values())
-    # timm builds whole models; what lies behind the last stage is dropped
-    return total if config.name.split('.')[0] in PVT_CONFIGS else max(4 * total, 500_000_000)
+    if config.name.split('.')[0] in PVT_CONFIGS:
+        return total
+    return max(4 * total, 500_000_000)  # timm builds whole models; what lies behind the last stage is dropped
 
 # %% ../nbs/02_decoder.ipynb #1b94c1a8
 def load_whole(
@@ -689,7 +685,7 @@ def evaluation_mode(
             module.training = True
 
 # %% ../nbs/02_decoder.ipynb #712c41ed
-# what it adds to a config.json that it saves
+# what transformers adds to a config.json that it saves
 _OF_TRANSFORMERS = {'model_type', 'architectures', 'auto_map', 'dtype', 'torch_dtype', 'transformers_version'}
 
 
@@ -703,6 +699,7 @@ class Captioner(nn.Module):
     ):
         "Raises ValueError where tokenizer and decoder disagree about positions or words."
         super().__init__()
+        # prompt and words, on which the decoder must agree
         self.config = config
         self.tokenizer = CaptionTokenizer(tokenizer, prompt=config.prompt, max_length=config.max_length)
         if config.max_length > config.decoder.max_position_embeddings:
@@ -715,6 +712,7 @@ class Captioner(nn.Module):
                 f'the tokenizer has {self.tokenizer.vocab_size} tokens, the decoder '
                 f'{config.decoder.vocab_size}; they must agree'
             )
+        # image tokens as wide as the decoder, which has to compare them with its words
         self.encoder = ImageEncoder(config.encoder, config.decoder.hidden_size)
         self.decoder = BertDecoder(config.decoder)
         self.set_output_vocabulary(config.output_vocabulary)
@@ -726,24 +724,23 @@ class Captioner(nn.Module):
         """Choose which tokens may be said; [SEP] is always among them; raises ValueError for ids outside the
         vocabulary.
         """
-        ids = None if ids is None else sorted({*map(int, ids), self.tokenizer.sep_token_id})
-        size = self.config.decoder.vocab_size
-        index = None
+        output_ids = index = None
         if ids is not None:
+            ids = sorted({*map(int, ids), self.tokenizer.sep_token_id})
+            size = self.config.decoder.vocab_size
             if ids[0] < 0 or ids[-1] >= size:
                 raise ValueError(
                     f'output_vocabulary has ids from {ids[0]} to {ids[-1]}; they go from 0 to {size - 1}'
                 )
-            index = torch.full((size,), -1)
-            index[ids] = torch.arange(len(ids))
-        device = self.decoder.word_embedding.device
+            # both ways: the id of each output, and the output of each id, -1 where it has none
+            device = self.decoder.word_embedding.device
+            output_ids = torch.tensor(ids, device=device)  # (V',)
+            index = torch.full((size,), -1, device=device)  # (V,)
+            index[output_ids] = torch.arange(len(ids), device=device)
+        # the config keeps them, so they need not be among the saved weights
         self.config = replace(self.config, output_vocabulary=ids)
-        # (V',)
-        self.register_buffer(
-            'output_ids', None if ids is None else torch.tensor(ids, device=device), persistent=False
-        )
-        # (V,)
-        self.register_buffer('output_index', None if ids is None else index.to(device), persistent=False)
+        self.register_buffer('output_ids', output_ids, persistent=False)
+        self.register_buffer('output_index', index, persistent=False)
 
     def encode_image(
         self,
@@ -763,7 +760,8 @@ class Captioner(nn.Module):
         """One training step's loss: each image is encoded once, logits are computed only where there is a
         label; raises ValueError where there is none.
         """
-        if weights is not None and self.training:  # as they were drawn: nothing dropped or hidden
+        # captions that the model drew are judged as they were drawn: nothing dropped or hidden
+        if weights is not None and self.training:
             with evaluation_mode(self):
                 return self.forward(pixel_values, input_ids, labels, weights)
         if input_ids.shape[0] % pixel_values.shape[0]:
@@ -771,17 +769,17 @@ class Captioner(nn.Module):
                 f'{input_ids.shape[0]} rows of text for {pixel_values.shape[0]} images; every image '
                 'needs the same number of captions'
             )
+        # every word looks at the image and at the words before it
         cache = self.decoder.new_cache(self.encode_image(pixel_values))
         if self.training and self.config.word_dropout:
             input_ids = self._hide_words(input_ids, labels)
         hidden, _ = self.decoder.hidden_states(input_ids[:, :-1], cache)  # (N, T-1, D)
-        targets = labels[:, 1:]  # the shift: after seeing token t, say token t+1
+        # the shift: after seeing token t, say token t+1
+        targets = labels[:, 1:]
         labelled = targets != -100  # (N, T-1)
-        # (M, V), (M,)
-        logits, targets = (
-            self.decoder.logits(hidden[labelled], self.output_ids),
-            self._as_outputs(targets[labelled]),
-        )
+        logits = self.decoder.logits(hidden[labelled], self.output_ids)  # (M, V')
+        targets = self._as_outputs(targets[labelled])  # (M,)
+        # people's captions all count as one; those that the model drew by their weights
         if weights is None:
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
         else:
@@ -806,9 +804,8 @@ class Captioner(nn.Module):
         """Put [MASK] in the place of some caption words that are read; what must be said stays the same
         (arXiv:1511.06349).
         """
-        hide = (torch.rand(input_ids.shape, device=input_ids.device) < self.config.word_dropout) & (
-            labels != -100
-        )
+        drawn = torch.rand(input_ids.shape, device=input_ids.device) < self.config.word_dropout
+        hide = drawn & (labels != -100)
         return input_ids.masked_fill(hide, self.tokenizer.tokenizer.mask_token_id)
 
     def save_pretrained(
@@ -835,7 +832,7 @@ class Captioner(nn.Module):
 
     def _write(self, folder):
         "The files of a model."
-        # all weights are in the folder
+        # all weights are in the folder, so the config names no others
         config = replace(self.config, encoder=replace(self.config.encoder, weights=None))
         save_file(
             {k: v.contiguous() for k, v in self.state_dict().items()},

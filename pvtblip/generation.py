@@ -9,8 +9,9 @@ __all__ = ['GenerationConfig', 'text_ids', 'keep_top_k', 'keep_top_p', 'keep_min
            'settled', 'stream_caption']
 
 # %% ../nbs/04_generation.ipynb #ea91c18e
-import re
+import itertools, re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -74,55 +75,54 @@ class GenerationConfig:
         model: Captioner,  # its prompt, positions and vocabulary set the limits
     ) -> 'GenerationConfig':
         "A copy with max_length filled in; raises ValueError where a value makes no sense for this captioner."
-        prompt = len(self.prompt_ids(model))
-        own = model.tokenizer.prompt_length
-        positions = model.config.decoder.max_position_embeddings
-        most = (model.config.decoder.vocab_size if model.output_ids is None else len(model.output_ids)) // 2
-        new = replace(
-            self, max_length=model.config.max_length if self.max_length is None else self.max_length
-        )
-
-        def need(ok, name, want):
-            if not ok:
-                raise ValueError(f'{name} is {getattr(new, name)!r}; it must be {want}')
-
-        most = min(most * new.num_beam_groups, 1000)
-        need(new.num_beams <= most, 'num_beams', f'a whole number from 1 to {most}')
-        need(
-            new.num_beams % new.num_beam_groups == 0,
-            'num_beams',
-            f'a multiple of num_beam_groups ({new.num_beam_groups})',
-        )
-        need(
-            new.num_beam_groups == 1 or not new.force_words_ids, 'num_beam_groups', '1 when words are forced'
-        )
-        need(
-            new.num_beam_groups > 1 or new.diversity_penalty == 0,
-            'diversity_penalty',
-            '0 for a single group; set num_beam_groups too',
-        )
-        need(
-            own < new.max_length <= positions,
-            'max_length',
-            f"more than the prompt's {own} tokens and at most {positions}",
-        )
-        if prompt >= new.max_length:
-            raise ValueError(
-                f'prefix {short(new.prefix)} has {prompt - own} tokens, and there is room for '
-                f'{new.max_length - own - 1}; shorten it'
-                + (f', or raise max_length ({new.max_length})' if new.max_length < positions else '')
-            )
-        need(new.min_length <= new.max_length, 'min_length', f'from 0 to max_length ({new.max_length})')
-        need(
-            new.do_sample or new.num_return_sequences <= new.num_beams,
-            'num_return_sequences',
-            f'from 1 to num_beams ({new.num_beams})',
-        )
-        need(new.num_beams == 1 or not new.do_sample, 'num_beams', '1 when do_sample is on')
-        need(new.num_beams > 1 or not new.force_words_ids, 'num_beams', '2 or more when words are forced')
+        most = model.config.max_length if self.max_length is None else self.max_length
+        new = replace(self, max_length=most)
+        new._check_groups(model)
+        new._check_lengths(model)
+        new._check_strategy()
         if new.prefix or new.force_words_ids or new.bad_words_ids:
             check_words(new, model)
         return new
+
+    def _need(self, ok, name, want):
+        "ValueError that says what the setting `name` must be, where it is not `ok`."
+        if not ok:
+            raise ValueError(f'{name} is {getattr(self, name)!r}; it must be {want}')
+
+    def _check_groups(self, model):
+        "Beams make even groups, and each group has two words to choose from for every beam."
+        groups = self.num_beam_groups
+        words = model.config.decoder.vocab_size if model.output_ids is None else len(model.output_ids)
+        most = min(words // 2 * groups, 1000)
+        self._need(self.num_beams <= most, 'num_beams', f'a whole number from 1 to {most}')
+        self._need(self.num_beams % groups == 0, 'num_beams', f'a multiple of num_beam_groups ({groups})')
+        self._need(groups == 1 or not self.force_words_ids, 'num_beam_groups', '1 when words are forced')
+        want = '0 for a single group; set num_beam_groups too'
+        self._need(groups > 1 or self.diversity_penalty == 0, 'diversity_penalty', want)
+
+    def _check_lengths(self, model):
+        "There are positions for the prompt, the prefix and a token behind them."
+        own = model.tokenizer.prompt_length
+        prompt = len(self.prompt_ids(model))
+        most = self.max_length
+        positions = model.config.decoder.max_position_embeddings
+        want = f"more than the prompt's {own} tokens and at most {positions}"
+        self._need(own < most <= positions, 'max_length', want)
+        if prompt >= most:
+            remedy = f'shorten it, or raise max_length ({most})' if most < positions else 'shorten it'
+            raise ValueError(
+                f'prefix {short(self.prefix)} has {prompt - own} tokens, and there is room for '
+                f'{most - own - 1}; {remedy}'
+            )
+        self._need(self.min_length <= most, 'min_length', f'from 0 to max_length ({most})')
+
+    def _check_strategy(self):
+        "As many captions as the search finds, and no search where words are drawn."
+        beams = self.num_beams
+        enough = self.do_sample or self.num_return_sequences <= beams
+        self._need(enough, 'num_return_sequences', f'from 1 to num_beams ({beams})')
+        self._need(beams == 1 or not self.do_sample, 'num_beams', '1 when do_sample is on')
+        self._need(beams > 1 or not self.force_words_ids, 'num_beams', '2 or more when words are forced')
 
 # %% ../nbs/04_generation.ipynb #e15c76fd
 def text_ids(
@@ -207,7 +207,8 @@ class Rules:
         ids,  # (V',) token ids of the columns
         sep: int,  # column of [SEP]
     ):
-        self.config, self.sep = config, sep
+        self.config = config
+        self.sep = sep
         # [SEP] alone stays allowed
         self.bad = [list(word) for word in config.bad_words_ids or [] if list(word) != [int(ids[sep])]]
         # token id -> column; -1: cannot be said
@@ -247,12 +248,9 @@ class Rules:
 
     def _without(self, values, banned):  # (N, V'), a list of token ids for each row
         "-inf for the banned tokens."
-        row = torch.tensor(
-            [i for i, ids in enumerate(banned) for _ in ids], dtype=torch.long, device=values.device
-        )
-        column = self.columns(
-            torch.tensor([i for ids in banned for i in ids], dtype=torch.long, device=values.device)
-        )
+        numbers = partial(torch.tensor, dtype=torch.long, device=values.device)
+        row = numbers([i for i, ids in enumerate(banned) for _ in ids])
+        column = self.columns(numbers([i for ids in banned for i in ids]))
         return values.index_put((row[column >= 0], column[column >= 0]), values.new_tensor(-torch.inf))
 
 # %% ../nbs/04_generation.ipynb #9dcff808
@@ -262,16 +260,20 @@ def output_layer(
     """The head's last product for the words that may be said, their rows gathered once and not at every step;
     the packed one where `20_fast` has made one.
     """
-    weight, bias = model.decoder.word_embedding, model.decoder.cls['predictions'].bias
-    # (V',)
-    ids = torch.arange(len(bias), device=bias.device) if model.output_ids is None else model.output_ids
+    weight = model.decoder.word_embedding  # (V, D)
+    bias = model.decoder.cls['predictions'].bias  # (V,)
+    ids = model.output_ids  # (V',)
+    if ids is None:
+        ids = torch.arange(len(bias), device=bias.device)
     packed = getattr(model, 'packed_output_layer', None)
     if packed is not None and torch.equal(packed.ids, ids):
         return packed
     if model.output_ids is not None:
         weight, bias = (nn.Parameter(x[ids], requires_grad=False) for x in (weight, bias))
     layer = nn.Linear(1, 1, device='meta')  # a shell for weights that are there already
-    layer.weight, layer.bias, layer.ids = weight, bias, ids
+    layer.weight = weight
+    layer.bias = bias
+    layer.ids = ids
     return layer
 
 
@@ -287,7 +289,8 @@ class NextToken:
         self.cache = model.decoder.new_cache(image_tokens)
         self.transform = model.decoder.cls['predictions'].transform
         self.head = output_layer(model)
-        self.ids, self.pad = self.head.ids, model.tokenizer.pad_token_id
+        self.ids = self.head.ids
+        self.pad = model.tokenizer.pad_token_id
         self.sep = int((self.ids == model.tokenizer.sep_token_id).nonzero())
         # of log-probabilities and scores
         self.dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
@@ -335,8 +338,8 @@ def pick(
     "Draw by inverse cumulative probability."
     cumulative = probability.cumsum(-1)
     reached = cumulative <= uniform[:, None] * cumulative[:, -1:]
-    # the second: where rounding runs past the end
-    return torch.minimum(reached.sum(-1), (cumulative < cumulative[:, -1:]).sum(-1))
+    last = (cumulative < cumulative[:, -1:]).sum(-1)  # rounding may run past it
+    return torch.minimum(reached.sum(-1), last)
 
 # %% ../nbs/04_generation.ipynb #79a71833
 def _uniform(generators, R, steps):  # one generator an image
@@ -390,6 +393,7 @@ def _one_by_one(step, rules, prompt, config, generator):
     """Greedy search or sampling, R rows an image; yields after each token sequences (B, R, L), scores (B, R),
     log-probabilities (B, R, L-P), nan where no token is.
     """
+    # R rows an image, all at the prompt
     (B, P) = prompt.shape
     L = config.max_length
     R = config.num_return_sequences
@@ -401,6 +405,7 @@ def _one_by_one(step, rules, prompt, config, generator):
     going = torch.ones(B * R, dtype=torch.bool, device=device)
     new_ids = prompt
     for t in range(P, L):
+        # what may come next; the prompt is read once an image, its rows part behind it
         logits = step(new_ids)  # (B, V') after the prompt, then (N, V')
         if t == P and R > 1:
             logits = logits.repeat_interleave(R, 0)
@@ -408,6 +413,7 @@ def _one_by_one(step, rules, prompt, config, generator):
         values = rules(logits, sequences[rows, :t])
         if rules.forbids:
             values = _not_stuck(values, going, rows, t)
+        # choose, and note what rows said that have not ended
         chosen = _choose(values, config, generator, None if uniform is None else uniform[rows, t - P])  # (N,)
         sequences[rows[going], t] = step.ids[chosen[going]]
         logprobs[rows[going], t - P] = logits.log_softmax(-1).gather(1, chosen[:, None])[going, 0]
@@ -416,6 +422,7 @@ def _one_by_one(step, rules, prompt, config, generator):
         yield sequences.view(B, R, L), scores.view(B, R), logprobs.view(B, R, L - P)
         if not going.any():
             break
+        # images whose rows have all ended leave
         if (stay := _stay(going.view(-1, R).any(1))) is not None:
             keep = _rows_of(stay, R)
             step.select(keep, stay)
@@ -423,9 +430,46 @@ def _one_by_one(step, rules, prompt, config, generator):
         new_ids = step.ids[chosen][:, None]
 
 # %% ../nbs/04_generation.ipynb #4db51f66
-def _pick_beams(x, index):  # (M, k, ...), (M, k') -> (M, k', ...)
-    "Choose beams of every search."
-    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+@dataclass
+class _Beams:
+    "k captions of each of M searches."
+
+    ids: torch.Tensor  # (M, k, L) with the prompt in front, padded
+    logprobs: torch.Tensor  # (M, k, L-P) of each generated token; nan: no token here
+    # (M, k) while they run sums of log-probabilities; when finished what ranks them, -inf where none is
+    scores: torch.Tensor
+
+    def each(self, change):
+        "The same captions, after one change to all three tensors."
+        return _Beams(change(self.ids), change(self.logprobs), change(self.scores))
+
+    def pick(self, index):  # (M, k')
+        "Choose beams of every search, in a new order."
+
+        def chosen(x):  # (M, k, ...) -> (M, k', ...)
+            at = index.view(*index.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+            return x.gather(1, at)
+
+        return self.each(chosen)
+
+    def of(self, searches):  # (M',)
+        "Choose searches."
+        return self.each(lambda x: x[searches])
+
+    def put(self, searches, beams):  # (M',), theirs
+        "Other beams in the place of some searches."
+        self.ids[searches] = beams.ids
+        self.logprobs[searches] = beams.logprobs
+        self.scores[searches] = beams.scores
+
+    def best_of(self, others):
+        "The k best of these and of others."
+        both = _Beams(
+            torch.cat((self.ids, others.ids), 1),
+            torch.cat((self.logprobs, others.logprobs), 1),
+            torch.cat((self.scores, others.scores), 1),
+        )
+        return both.pick(both.scores.topk(self.scores.shape[1])[1])
 
 
 def _first(good, n):  # (M, k) bool
@@ -441,12 +485,15 @@ def _candidates(values, scores, n):  # (M, j, V'), j is 1 at the first step; (M,
 
 
 def _must_stop(
-    scores, finished, t, config, P
-):  # (M, k) running sums; (M, k) finished scores, best first; position just filled
+    scores,  # (M, k) running sums
+    finished,  # (M, k) finished scores, best first
+    t,  # position just filled
+    config,
+    P,
+):
     "Which searches cannot improve or go on, or have come to the end of their positions. (M,)"
-    reach = (
-        config.max_length - P if config.early_stopping == 'never' and config.length_penalty > 0 else t + 1 - P
-    )
+    strict = config.early_stopping == 'never' and config.length_penalty > 0
+    reach = (config.max_length if strict else t + 1) - P
     best = scores.amax(1)
     full = finished[:, -1] > -torch.inf  # k captions have ended
     hopeless = best / reach**config.length_penalty <= finished[:, -1]
@@ -576,12 +623,9 @@ def _continuations(values, rows, scores, going, config, forced, sep):  # (N, V')
         return _bank_by_bank(values.view(M, -1, V), missing.view(M, -1, V), scores, forced, 2 * k)
     if G == 1:
         return _candidates(values.view(M, -1, V), scores, 2 * k)
-    # the first step has one row an image
-    values = (
-        values.view(M // G, -1, 1, V).expand(-1, G, -1, -1)
-        if len(rows) < M * k
-        else values.view(M // G, G, k, V)
-    )
+    # the first step has one row an image, which all its groups share
+    at_start = len(rows) < M * k
+    values = values.view(M // G, -1, 1, V).expand(-1, G, -1, -1) if at_start else values.view(M // G, G, k, V)
     return _group_by_group(values, scores.view(-1, G, k), going.view(-1, G), config, sep)
 
 # %% ../nbs/04_generation.ipynb #08c37788
@@ -589,65 +633,64 @@ def _beam_search(step, rules, forced, prompt, config):  # forced: ForcedWords or
     """Beam search with transformers' rules: sequences (B, K, L), scores (B, K), log-probabilities (B, K,
     L-P), best first; -inf where none was finished.
     """
+    # k beams for each search; a group is a search of its own
     (B, P) = prompt.shape
     L = config.max_length
     K = config.num_beams
     G = config.num_beam_groups
+    k = K // G
     device = prompt.device
-    k = K // G  # beams of each search; a group is a search of its own
-    running = F.pad(prompt, (0, L - P), value=step.pad).repeat_interleave(K, 0).view(B * G, k, L)
-    logprobs = torch.full((B * G, k, L - P), torch.nan, dtype=step.dtype, device=device)  # nan: no token here
-    scores = torch.zeros(B * G, k, dtype=step.dtype, device=device)  # sums of log-probabilities
-    finished = [running, torch.full_like(scores, -torch.inf), logprobs]  # the k best that have ended
-    done = [x.clone() for x in finished]  # the same, of searches that have stopped
+    running = _Beams(
+        F.pad(prompt, (0, L - P), value=step.pad).repeat_interleave(K, 0).view(B * G, k, L),
+        torch.full((B * G, k, L - P), torch.nan, dtype=step.dtype, device=device),
+        torch.zeros(B * G, k, dtype=step.dtype, device=device),
+    )
+    # the k best that have ended, and a place where searches that have stopped hand them in
+    finished = replace(running, scores=torch.full_like(running.scores, -torch.inf))
+    done = finished.each(torch.clone)
     searches = torch.arange(B * G, device=device)
     going = torch.ones(B * G, dtype=torch.bool, device=device)
-    new_ids, rows = prompt, prompt
+    new_ids = rows = prompt
     for t in range(P, L):
+        # the 2k best continuations of each search, best first: (M, 2k) each
         own = step(new_ids).log_softmax(-1)  # (N, V')
-        # (M, 2k)
-        sums, beam, token = _continuations(rules(own, rows), rows, scores, going, config, forced, step.sep)
+        values = rules(own, rows)
+        sums, beam, token = _continuations(values, rows, running.scores, going, config, forced, step.sep)
         place = torch.arange(len(searches), device=device)[:, None]
         row = (place // G if t == P else place * k) + beam  # in the cache, (M, 2k)
-        running, logprobs = _pick_beams(running, beam), _pick_beams(logprobs, beam)
-        running[:, :, t], logprobs[:, :, t - P] = step.ids[token], own[row, token]
+        longer = running.pick(beam)
+        longer.ids[:, :, t] = step.ids[token]
+        longer.logprobs[:, :, t - P] = own[row, token]
         ended = (token == step.sep) | (t + 1 == L)  # (M, 2k)
         # what has ended among the k best may be returned
-        value = (sums / (t + 1 - P) ** config.length_penalty).masked_fill(~ended, -torch.inf)[:, :k]
-        value, place = torch.cat((finished[1], value), 1).topk(k)
-        finished = [
-            _pick_beams(torch.cat((finished[0], running[:, :k]), 1), place),
-            value,
-            _pick_beams(torch.cat((finished[2], logprobs[:, :k]), 1), place),
-        ]
+        longer.scores = (sums / (t + 1 - P) ** config.length_penalty).masked_fill(~ended, -torch.inf)
+        finished = finished.best_of(longer.each(lambda x: x[:, :k]))
         # what has not ended goes on
+        longer.scores = sums.masked_fill(ended, -torch.inf)
         place = _first(~ended, k)
-        scores = sums.masked_fill(ended, -torch.inf).gather(1, place)
-        running = _pick_beams(running, place)
-        logprobs = _pick_beams(logprobs, place)
+        running = longer.pick(place)
         row = row.gather(1, place)
         # searches that stop now hand in their best
-        stop = _must_stop(scores, value, t, config, P) & going
+        stop = _must_stop(running.scores, finished.scores, t, config, P) & going
         if stop.any():
-            for all_searches, these in zip(done, finished):
-                all_searches[searches[stop]] = these[stop]
+            done.put(searches[stop], finished.of(stop))
             going = going & ~stop
             if not going.any():
                 break
+        # images whose searches have all stopped leave
         if (stay := _stay(going.view(-1, G).any(1))) is None:
             step.select(row.flatten())
         else:
-            keep = _rows_of(stay, G)  # searches of the images that stay
+            keep = _rows_of(stay, G)
             step.select(row[keep].flatten(), stay)
-            searches, going, running, scores, logprobs = (
-                x[keep] for x in (searches, going, running, scores, logprobs)
-            )
-            finished = [x[keep] for x in finished]
-        rows = running[:, :, : t + 1].flatten(0, 1)  # (N, t+1)
+            searches, going = searches[keep], going[keep]
+            running, finished = running.of(keep), finished.of(keep)
+        rows = running.ids[:, :, : t + 1].flatten(0, 1)  # (N, t+1)
         new_ids = rows[:, -1:]
-    sequences, scores, logprobs = (x.view(B, K, *x.shape[2:]) for x in done)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)  # the best of all groups first
-    return _pick_beams(sequences, order), scores, _pick_beams(logprobs, order)
+    # of each image the best of all its groups first
+    found = done.each(lambda x: x.view(B, K, *x.shape[2:]))
+    found = found.pick(found.scores.argsort(dim=1, descending=True, stable=True))
+    return found.ids, found.scores, found.logprobs
 
 # %% ../nbs/04_generation.ipynb #81277245
 def _contains(ids, part):
@@ -667,6 +710,94 @@ def _clash(a, b, n):  # token id lists; n-grams of this size come once
     )
     return n > 0 and not overlap and bool({*_ngrams(a, n)} & {*_ngrams(b, n)})
 
+# %% ../nbs/04_generation.ipynb #3f0c9d52
+def _in_words(model, ids):
+    "Token ids as errors name them: in words, in quotes."
+    tokens = model.tokenizer.tokenizer.convert_ids_to_tokens(list(ids))
+    return repr(' '.join(tokens).replace(' ##', ''))
+
+
+def _silent(model, ids):
+    "Which of these token ids this model cannot say."
+    special = model.tokenizer.tokenizer.all_special_ids
+    return [i for i in ids if i in special or model.output_ids is not None and model.output_index[i] < 0]
+
+
+def _check_prefix(model, prefix):  # text
+    "Every word of the prefix can be said."
+    for word in collapse_whitespace(prefix).split():
+        if _silent(model, text_ids(model.tokenizer, word)):
+            raise ValueError(
+                f'prefix {short(prefix)}: {short(word)} is not among the words that this model '
+                'can say; choose another word'
+            )
+
+
+def _ways(words):
+    "Every way to say the forced words, whatever stands there: as `alternatives`, before anything was checked."
+    nested = lambda word: (
+        isinstance(word, (list, tuple)) and bool(word) and isinstance(word[0], (list, tuple))
+    )
+    return [one for word in words for one in (word if nested(word) else [word])]
+
+
+def _check_ids(option, words, size):  # size of the vocabulary
+    "Words are lists of token ids."
+    for ids in words:
+        is_list = isinstance(ids, (list, tuple)) and bool(ids)
+        if not is_list or not all(isinstance(i, int) and 0 <= i < size for i in ids):
+            raise ValueError(
+                f'{option} has {short(ids)}; it must hold lists of token ids from 0 to '
+                f'{size - 1}, at least one each; `word_ids`, --bad-word and --force-word make '
+                'them from words'
+            )
+
+
+def _check_said(model, option, ids, bad):
+    "What a caption must say can be said, and is not forbidden."
+    if silent := _silent(model, ids):
+        raise ValueError(
+            f'{option} {_in_words(model, ids)}: {_in_words(model, silent[:1])} is not among the words that '
+            'this model can say; choose another word'
+        )
+    for word in bad:
+        if _contains(ids, word):
+            raise ValueError(
+                f'{option} {_in_words(model, ids)} says {_in_words(model, word)}, which bad_words_ids '
+                'forbids; drop one of them'
+            )
+
+
+def _check_repeats(model, one, prompt, prefix, n):
+    "A forced word says no n tokens twice, and none that the prompt has said."
+    # with the tokens that the prefix ends with it may begin: only n-grams behind them are new
+    begun = len(one) - tokens_missing(prefix, [[one]])
+    new = _ngrams(one, n)[max(0, begun - n + 1) :]
+    if len({*new}) < len(new) or {*new} & {*_ngrams(prompt, n)}:
+        raise ValueError(
+            f'force_words_ids {_in_words(model, one)} repeats {n} tokens in itself or of the prompt, which '
+            f'no_repeat_ngram_size={n} forbids; drop one of them'
+        )
+
+
+def _check_together(model, forced, n):
+    "Any two forced words can be said in one caption, in some way."
+    for word, other in ((word, other) for i, word in enumerate(forced) for other in forced[:i]):
+        if all(_clash(a, b, n) for a in word for b in other):
+            raise ValueError(
+                f'force_words_ids {_in_words(model, other[0])} and {_in_words(model, word[0])} share {n} '
+                f'tokens, which no_repeat_ngram_size={n} lets be said once; drop one of them'
+            )
+
+
+def _check_room(config, missing, room):  # numbers of tokens
+    "Behind prompt and prefix there are positions for all forced words."
+    if missing > room:
+        raise ValueError(
+            f'force_words_ids need {missing} tokens, behind prompt and prefix there is room for '
+            f'{room}; raise max_length ({config.max_length}) or force fewer words'
+        )
+
 # %% ../nbs/04_generation.ipynb #1cb7cf29
 def check_words(
     config: GenerationConfig,  # max_length filled in
@@ -675,83 +806,26 @@ def check_words(
     """Raises ValueError where prefix, forced and forbidden words contradict each other or the n-gram rule,
     cannot be said, or do not fit.
     """
-    tokenizer, size, n = model.tokenizer, model.config.decoder.vocab_size, config.no_repeat_ngram_size
-    name = lambda ids: repr(' '.join(tokenizer.tokenizer.convert_ids_to_tokens(list(ids))).replace(' ##', ''))
-
-    def stop(what):
-        raise ValueError(what)
-
-    prompt = config.prompt_ids(model)
-    prefix = text_ids(tokenizer, config.prefix)
-    can_say = lambda ids: (
-        not any(
-            i in tokenizer.tokenizer.all_special_ids
-            or model.output_ids is not None
-            and model.output_index[i] < 0
-            for i in ids
-        )
-    )
-    for word in collapse_whitespace(config.prefix).split():
-        if not can_say(text_ids(tokenizer, word)):
-            stop(
-                f'prefix {short(config.prefix)}: {short(word)} is not among the words that this model '
-                'can say; choose another word'
-            )
-    for option, lists in (
-        ('bad_words_ids', config.bad_words_ids or []),
-        ('force_words_ids', config.force_words_ids or []),
-    ):
-        nested = lambda word: (
-            isinstance(word, (list, tuple)) and bool(word) and isinstance(word[0], (list, tuple))
-        )
-        for ids in (
-            one for word in lists for one in (word if nested(word) and option != 'bad_words_ids' else [word])
-        ):
-            if (
-                not isinstance(ids, (list, tuple))
-                or not ids
-                or not all(isinstance(i, int) and 0 <= i < size for i in ids)
-            ):
-                stop(
-                    f'{option} has {short(ids)}; it must hold lists of token ids from 0 to '
-                    f'{size - 1}, at least one each; `word_ids`, --bad-word and --force-word make '
-                    'them from words'
-                )
+    # are they words that this model can say?
+    size = model.config.decoder.vocab_size
+    _check_prefix(model, config.prefix)
+    _check_ids('bad_words_ids', config.bad_words_ids or [], size)
+    _check_ids('force_words_ids', _ways(config.force_words_ids or []), size)
+    # does one of them contradict another?
+    prefix = text_ids(model.tokenizer, config.prefix)
     forced = alternatives(config.force_words_ids or [])
     bad = list(map(list, config.bad_words_ids or []))
-    for option, ids in (('prefix', prefix), *(('force_words_ids', one) for word in forced for one in word)):
-        silent = [i for i in ids if not can_say([i])]
-        if silent:
-            stop(
-                f'{option} {name(ids)}: {name(silent[:1])} is not among the words that this model can '
-                'say; choose another word'
-            )
-        for word in bad:
-            if _contains(ids, word):
-                stop(f'{option} {name(ids)} says {name(word)}, which bad_words_ids forbids; drop one of them')
-    forced = [word for word in forced if tokens_missing(prefix, [word])]  # the others are said by the prefix
-    for one in (one for word in forced for one in word if n):
-        begun = len(one) - tokens_missing(prefix, [[one]])
-        new = _ngrams(one, n)[max(0, begun - n + 1) :]
-        if len({*new}) < len(new) or {*new} & {*_ngrams(prompt, n)}:
-            stop(
-                f'force_words_ids {name(one)} repeats {n} tokens in itself or of the prompt, which '
-                f'no_repeat_ngram_size={n} forbids; drop one of them'
-            )
-    for i, word in enumerate(forced):
-        for other in forced[:i]:
-            if all(_clash(a, b, n) for a in word for b in other):
-                stop(
-                    f'force_words_ids {name(other[0])} and {name(word[0])} share {n} tokens, which '
-                    f'no_repeat_ngram_size={n} lets be said once; drop one of them'
-                )
-    missing = tokens_missing(prefix, forced)
-    room = config.max_length - len(prompt)
-    if missing > room:
-        stop(
-            f'force_words_ids need {missing} tokens, behind prompt and prefix there is room for '
-            f'{room}; raise max_length ({config.max_length}) or force fewer words'
-        )
+    _check_said(model, 'prefix', prefix, bad)
+    for ids in itertools.chain(*forced):
+        _check_said(model, 'force_words_ids', ids, bad)
+    # may those that the prefix does not say come once more, and is there room for them?
+    prompt = config.prompt_ids(model)
+    forced = [word for word in forced if tokens_missing(prefix, [word])]
+    if n := config.no_repeat_ngram_size:
+        for one in itertools.chain(*forced):
+            _check_repeats(model, one, prompt, prefix, n)
+        _check_together(model, forced, n)
+    _check_room(config, tokens_missing(prefix, forced), config.max_length - len(prompt))
 
 # %% ../nbs/04_generation.ipynb #baaa9844
 def _search(model, image_tokens, config, generator):  # config: checked
@@ -760,19 +834,12 @@ def _search(model, image_tokens, config, generator):  # config: checked
     """
     step = NextToken(model, image_tokens)
     rules = Rules(config, step.ids, step.sep)
-    # (B, P)
-    prompt = torch.tensor([config.prompt_ids(model)] * len(image_tokens), device=image_tokens.device)
+    ids = config.prompt_ids(model)
+    prompt = torch.tensor([ids] * len(image_tokens), device=image_tokens.device)  # (B, P)
     if config.num_beams == 1:
         yield from _one_by_one(step, rules, prompt, config, generator)
     else:
-        forced = config.force_words_ids and ForcedWords(
-            config.force_words_ids,
-            step.ids,
-            step.sep,
-            _is_piece(model, step.ids),
-            model.tokenizer.prompt_length,
-        )
-        yield _beam_search(step, rules, forced, prompt, config)
+        yield _beam_search(step, rules, _forced_words(model, config, step), prompt, config)
 
 # %% ../nbs/04_generation.ipynb #7c9c54f3
 def _is_piece(model, ids):  # (V',) -> (V',) bool
@@ -781,6 +848,14 @@ def _is_piece(model, ids):  # (V',) -> (V',) bool
         [token.startswith('##') for token in model.tokenizer.tokenizer.convert_ids_to_tokens(ids.tolist())],
         device=ids.device,
     )
+
+
+def _forced_words(model, config, step):
+    "What counts the forced words that are missing; None where none is forced."
+    if not config.force_words_ids:
+        return None
+    start = model.tokenizer.prompt_length
+    return ForcedWords(config.force_words_ids, step.ids, step.sep, _is_piece(model, step.ids), start)
 
 # %% ../nbs/04_generation.ipynb #76a18ddb
 @torch.inference_mode()
@@ -797,6 +872,7 @@ def generate(
     """Caption a batch of images, each encoded once however many captions hang on it; raises ValueError for
     settings that make no sense and where words rule out every caption.
     """
+    # whatever is wrong with the request is said before anything is computed
     if config is not None and options:
         raise ValueError(f'give config or options, not both: {sorted(options)}')
     if (pixel_values is None) == (image_tokens is None):
@@ -808,10 +884,12 @@ def generate(
     with evaluation_mode(model):
         if image_tokens is None:
             image_tokens = model.encode_image(pixel_values)
+        # a search says where it stands after every token; only the end counts here
         for found in _search(model, image_tokens, config, generator):
             pass
         sequences, scores, logprobs = (x[:, : config.num_return_sequences] for x in found)
         _all_finished(scores, config)
+        # no longer than the longest caption of the batch
         longest = int((~logprobs.isnan()).sum(-1).max())
         sequences = sequences[..., : sequences.shape[-1] - logprobs.shape[-1] + longest]
         looked = None
@@ -956,7 +1034,8 @@ def stream_caption(
 
 def _stream(model, pixel_values, config, generator):
     "The words; between two of them the model is in its own mode."
-    search, text, shown = None, '', ''
+    search = None
+    text = shown = ''
     while True:
         with torch.inference_mode(), evaluation_mode(model):
             if search is None:

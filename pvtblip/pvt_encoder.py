@@ -82,7 +82,9 @@ class ReducedAttention(nn.Module):
         linear: bool,  # the linear variant: pool every map to 7 x 7 whatever its size
     ):
         super().__init__()
-        self.heads, self.reduction, self.linear = heads, reduction, linear
+        self.heads = heads
+        self.reduction = reduction
+        self.linear = linear
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
@@ -243,6 +245,7 @@ class PyramidVisionTransformerV2(nn.Module):
         drop_path_rate: Share = 0.0,  # stochastic depth, rising from 0 to this rate at the last block
     ):
         super().__init__()
+        # one entry a stage in every list, or the lists describe no pyramid
         per_stage = (depths, embed_dims, num_heads, sr_ratios, mlp_ratios)
         if len({len(values) for values in per_stage}) != 1:
             raise ValueError(
@@ -251,10 +254,13 @@ class PyramidVisionTransformerV2(nn.Module):
             )
         if any(width % heads for width, heads in zip(embed_dims, num_heads)):
             raise ValueError(f'every width must be a multiple of its heads: {embed_dims} by {num_heads}')
+        # what `grids` and the encoder ask for
         self.channels = list(embed_dims)
         self.sr_ratios = tuple(sr_ratios)
         self.linear = linear
+        # deeper blocks are skipped more often: early ones make what all others need
         rates = [float(r) for r in np.linspace(0, drop_path_rate, sum(depths))]
+        # a quarter of the image's side first, then each stage halves it
         self.patch_embed = OverlapPatchEmbed(3, embed_dims[0], kernel=7, stride=4)
         self.stages = nn.ModuleList(
             Stage(
@@ -324,6 +330,7 @@ _OPENS = (
 
 def _check_kwargs(value, name='backbone_kwargs'):
     "ValueError for what would make timm open a file or an address, and for numbers beyond every backbone."
+    # containers: all that is in them, under its own name
     if isinstance(value, dict):
         for key, part in value.items():
             if not isinstance(key, str) or key.startswith(_OPENS):
@@ -335,6 +342,7 @@ def _check_kwargs(value, name='backbone_kwargs'):
     elif isinstance(value, (list, tuple)):
         for part in value:
             _check_kwargs(part, name)
+    # plain values: a word that is no address, a number that some backbone has
     elif isinstance(value, str):
         if not re.fullmatch(r'[\w.,-]*', value):
             raise ValueError(f'{name} is {short(value)}; it must be a plain word, no address and no folder')
@@ -449,8 +457,9 @@ class TimmBackbone(nn.Module):
         super().__init__()
         import timm
 
+        # a ViT of one size has to be told ours; a name that timm does not know is None here, and
+        # create_model says so
         kwargs = dict(config.backbone_kwargs)
-        # None for a name that timm does not know: create_model says so
         known = timm.get_pretrained_cfg(config.name)
         if known is not None and known.fixed_input_size:
             kwargs.setdefault('img_size', config.image_size)
@@ -459,6 +468,7 @@ class TimmBackbone(nn.Module):
             raise ValueError(
                 f"{config.name}: timm cannot give this model's feature maps; choose another backbone"
             )
+        # drop what lies behind the last chosen map; only a pass through it tells how wide the maps are
         try:
             self.indices = self.model.prune_intermediate_layers(
                 list(config.stages), prune_norm=False, prune_head=True
@@ -567,24 +577,28 @@ def make_backbone(config: EncoderConfig) -> tuple:
     or a timm model.
     """
     name = config.name.split('.')[0]  # "pvt_v2_b2.in1k" names weights of pvt_v2_b2
-    if name not in PVT_CONFIGS:
+    if name in PVT_CONFIGS:
+        backbone, chosen = _our_pvt(config, PVT_CONFIGS[name] | config.backbone_kwargs)
+    else:
         backbone = TimmBackbone(config)
         chosen = list(range(len(backbone.channels)))
-    else:
-        settings = PVT_CONFIGS[name] | config.backbone_kwargs
-        count = len(settings['depths'])
-        if not all(-count <= stage < count for stage in config.stages):
-            raise ValueError(f'{config.name} has the stages 0 to {count - 1}, not {config.stages}')
-        chosen = sorted({stage % count for stage in config.stages})
-        cut = {
-            key: value[: chosen[-1] + 1] if isinstance(value, list) else value
-            for key, value in settings.items()
-        }
-        backbone = PyramidVisionTransformerV2(**cut)
-        if config.weights is True:
-            backbone.load_state_dict(_timm_model(config).state_dict())  # timm only for its downloads
     if isinstance(config.weights, (str, Path)):
         load_weights(getattr(backbone, 'model', backbone), config.weights)
+    return backbone, chosen
+
+
+def _our_pvt(config, settings):  # settings: of the whole pyramid
+    "(our PVT, the stages that are read); what lies behind the last of them is not built."
+    count = len(settings['depths'])
+    if not all(-count <= stage < count for stage in config.stages):
+        raise ValueError(f'{config.name} has the stages 0 to {count - 1}, not {config.stages}')
+    chosen = sorted({stage % count for stage in config.stages})
+    cut = {
+        key: value[: chosen[-1] + 1] if isinstance(value, list) else value for key, value in settings.items()
+    }
+    backbone = PyramidVisionTransformerV2(**cut)
+    if config.weights is True:
+        backbone.load_state_dict(_timm_model(config).state_dict())  # timm only for its downloads
     return backbone, chosen
 
 # %% ../nbs/01_pvt_encoder.ipynb #f446175d
@@ -603,12 +617,14 @@ class ImageEncoder(nn.Module):
             raise ValueError(
                 f'the width must be a multiple of 4 (sine and cosine, for y and for x), not {width}'
             )
-        self.config, self.width = config, width
+        self.config = config
+        self.width = width
+        # the backbone, and which of its maps are read
         self.backbone, self.chosen = make_backbone(config)
         channels = [self.backbone.channels[i] for i in self.chosen]
+        # one way in for each map; the bias of its projection is the stage's own mark
         plain = config.normaliser == 'none'
         self.norms = nn.ModuleList(nn.Identity() if plain else nn.LayerNorm(c, eps=1e-12) for c in channels)
-        # each bias is its stage's own mark
         self.projections = nn.ModuleList(nn.Linear(c, width) for c in channels)
         if config.position == 'sincos':
             self.position_scale = nn.Parameter(torch.ones(len(channels)))
@@ -644,7 +660,7 @@ class ImageEncoder(nn.Module):
                 'pixel_values must be floats (B, 3, H, W) from image_transform, not '
                 f'{pixel_values.dtype} {tuple(pixel_values.shape)}'
             )
-        # convolutions are faster so, MobileNetV2's by two thirds on a processor
+        # convolutions are faster with channels last, MobileNetV2's by two thirds on a processor
         maps = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))
         return [maps[i] for i in self.chosen]
 
@@ -684,20 +700,15 @@ def token_places(
 # %% ../nbs/01_pvt_encoder.ipynb #83f1b7aa
 PHOTO_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')  # no EPS: opening one starts Ghostscript
 
-_TURNS = dict(
-    enumerate(
-        (
-            Image.Transpose.FLIP_LEFT_RIGHT,
-            Image.Transpose.ROTATE_180,
-            Image.Transpose.FLIP_TOP_BOTTOM,
-            Image.Transpose.TRANSPOSE,
-            Image.Transpose.ROTATE_270,
-            Image.Transpose.TRANSVERSE,
-            Image.Transpose.ROTATE_90,
-        ),
-        2,
-    )
-)
+_TURNS = {  # how a photo lies, as EXIF counts, and what sets it upright; 1 lies as it should
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def orientation(image: Image.Image) -> int:
@@ -788,6 +799,17 @@ def _opened(stream, read):
         return read(image)
 
 
+def _opened_without_notes(stream, read):
+    "As `_opened`; a PNG with more than the 1 MB of text or profile that Pillow unpacks is read without them."
+    try:
+        return _opened(stream, read)
+    except ValueError:
+        plain = _without_notes(stream)
+        if plain is None:
+            raise
+        return _opened(io.BytesIO(plain), read)
+
+
 def read_photo(
     source,  # a file, or the bytes of one
     read,  # function of the opened PIL image, whose pixels are not yet decoded
@@ -796,20 +818,17 @@ def read_photo(
     """What `read` makes of a photo; raises FileNotFoundError, or ValueError naming the file and what is wrong
     with it.
     """
-    path, held = (name, source) if isinstance(source, bytes) else (Path(source), None)
-    if held is None and not path.is_file():
+    # a file that is not there or empty is no damaged photo, and errors say so
+    in_memory = isinstance(source, bytes)
+    path = name if in_memory else Path(source)
+    if not in_memory and not path.is_file():
         raise FileNotFoundError(f'{path}: no such image file')
-    if (path.stat().st_size if held is None else len(held)) == 0:
+    if (len(source) if in_memory else path.stat().st_size) == 0:
         raise ValueError(f'{path}: the file is empty (0 bytes)')
-    with open(path, 'rb') if held is None else io.BytesIO(held) as stream:
+    # whatever goes wrong inside, one line says which file it was and what to do
+    with io.BytesIO(source) if in_memory else open(path, 'rb') as stream:
         try:
-            try:
-                return _opened(stream, read)
-            except ValueError:  # Pillow unpacks at most 1 MB of text or profile
-                plain = _without_notes(stream)
-                if plain is None:
-                    raise
-                return _opened(io.BytesIO(plain), read)
+            return _opened_without_notes(stream, read)
         except UnidentifiedImageError:
             stream.seek(0)
             raise ValueError(f'{path}: not an image that can be read{_what_it_is(stream.read(64))}') from None
@@ -849,7 +868,7 @@ def _square_pixels(image, size):
 
 
 def _bytes(image):
-    # RGB to (3, h, w) uint8, channels last in memory: so torch resizes it twice as fast
+    "RGB to (3, h, w) uint8, channels last in memory: so torch resizes it twice as fast."
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

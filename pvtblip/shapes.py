@@ -84,7 +84,8 @@ def _star(x, y):
     for k in ((c, -s), (-c, -s)):
         fold = 2 * np.maximum(k[0] * x + k[1] * y, 0)
         x, y = x - fold * k[0], y - fold * k[1]
-    x, y, ex, ey = np.abs(x), y - 1, dent * s, dent * c - 1  # (ex, ey): the edge from the tip to the dent
+    x, y = np.abs(x), y - 1
+    ex, ey = dent * s, dent * c - 1  # the edge from the tip to the dent
     along = np.clip((x * ex + y * ey) / (ex * ex + ey * ey), 0, 1)
     return np.hypot(x - ex * along, y - ey * along) * np.sign(y * ex - x * ey)
 
@@ -130,9 +131,11 @@ _OUTLINES = {
 # %% ../nbs/05_shapes.ipynb #df4ddd48
 def _ground(background, image_size):
     "The background without noise: (H, W, 3) float32"
+    # the middles of the pixels, and how far along the pattern's direction they lie
     at = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
     across, down = at * math.cos(background.angle), at[:, None] * math.sin(background.angle)
     wave = lambda t: np.clip(3 * np.sin(t * np.float32(2 * math.pi / background.period)), -1, 1)
+    # how much of the contrast each pixel gets, -1 to 1
     if background.pattern == 'gradient':
         pattern = (across + down - (across.mean() + down.mean())) * 1.4
     elif background.pattern == 'stripes':
@@ -159,10 +162,9 @@ def _paint(image, shape):
     right, bottom = min(math.ceil(x1 * side) + 1, side), min(math.ceil(y1 * side) + 1, side)
     x = (np.arange(left, right, dtype=np.float32) + 0.5 - (x0 + x1) * side / 2) / radius  # (w,)
     y = (np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - (y0 + y1) * side / 2) / radius  # (h, 1)
-    # (h, w, 1): share of the pixel inside the outline
-    cover = np.clip(0.5 - outline(x, y) * radius, 0, 1)[..., None]
+    cover = np.clip(0.5 - outline(x, y) * radius, 0, 1)  # (h, w) share of the pixel inside the outline
     crop = image[top:bottom, left:right]
-    crop += cover * (np.add(COLOURS[shape.colour], shape.tint, dtype=np.float32) - crop)
+    crop += cover[..., None] * (np.add(COLOURS[shape.colour], shape.tint, dtype=np.float32) - crop)
 
 
 def draw(
@@ -191,10 +193,16 @@ def relation(
     """Where `box` lies seen from `other`: clear of it along one axis, with centres 1.5 times as far apart
     there as on the other axis
     """
-    dx, dy = (box[0] + box[2] - other[0] - other[2]) / 2, (box[1] + box[3] - other[1] - other[3]) / 2
-    first, far, near, names = (0, dx, dy, RELATIONS[:2]) if abs(dx) > abs(dy) else (1, dy, dx, RELATIONS[2:])
-    apart = max(other[first] - box[first + 2], box[first] - other[first + 2])
-    return names[int(far > 0)] if apart >= 0 and abs(far) >= 1.5 * abs(near) else None
+    dx = (box[0] + box[2] - other[0] - other[2]) / 2
+    dy = (box[1] + box[3] - other[1] - other[3]) / 2
+    beside = abs(dx) > abs(dy)
+    far, near = (dx, dy) if beside else (dy, dx)
+    axis = 0 if beside else 1
+    apart = max(other[axis] - box[axis + 2], box[axis] - other[axis + 2])
+    if apart < 0 or abs(far) < 1.5 * abs(near):
+        return None
+    before, behind = RELATIONS[:2] if beside else RELATIONS[2:]
+    return behind if far > 0 else before
 
 # %% ../nbs/05_shapes.ipynb #a91dc890
 def _pick(rng, options):
@@ -237,18 +245,17 @@ def _names(number, split, rng):
 
 def _objects(number, split, rng):
     "Shapes with names, sizes, places and tints"
+    # names and sizes; three large ones do not fit
     names = _names(number, split, rng)
     sizes = [_pick(rng, SIZES) for _ in range(number)]
     while sizes.count('large') > 2:
-        sizes = [_pick(rng, SIZES) for _ in range(number)]  # three large ones do not fit
+        sizes = [_pick(rng, SIZES) for _ in range(number)]
+    # places, for which the box of each must be known
     radii = [_between(rng, *RADII[size]) for size in sizes]
-    boxes = _place(
-        [
-            (radius * _OUTLINES[kind][0], radius * _OUTLINES[kind][1])
-            for radius, (_, kind) in zip(radii, names)
-        ],
-        rng,
-    )
+    outlines = [_OUTLINES[kind] for _, kind in names]
+    halves = [(radius * width, radius * height) for radius, (width, height, _) in zip(radii, outlines)]
+    boxes = _place(halves, rng)
+    # tints: lighter or darker as a whole, and each colour a little by itself
     light = [_between(rng, -14, 14) for _ in names]
     return tuple(
         ShapeObject(kind, colour, size, box, tuple(lightness + _between(rng, -8, 8) for _ in 'rgb'))
@@ -333,12 +340,12 @@ def _phrase(shape, shared, rng):
 
 def _all(objects, shared, rng):
     "All shapes counted, with the attribute that they share: 'two red shapes'"
-    number, first = NUMBERS[len(objects)], objects[0]
+    number = NUMBERS[len(objects)]
+    first = objects[0]
     if shared == 'kind':
         return f'{number} {plural(first.kind)}'
-    adjective = {'colour': first.colour + ' ', 'size': _pick(rng, SIZE_WORDS[first.size]) + ' ', None: ''}[
-        shared
-    ]
+    adjectives = {'colour': first.colour + ' ', 'size': _pick(rng, SIZE_WORDS[first.size]) + ' ', None: ''}
+    adjective = adjectives[shared]
     return f'{number} {adjective}shapes'
 
 
@@ -349,11 +356,14 @@ def write_caption(
     "One true sentence about the shapes; raises ValueError where there are none or more than three"
     if len(objects) not in TEMPLATES:
         raise ValueError(f'{len(objects)} shapes; the grammar can speak of one to three')
+    # who comes first, and which sentence
     order = sorted(objects, key=lambda _: rng.random())
     template = _pick(rng, TEMPLATES[len(order)])
     named = dict(zip('abc', order))
+    # what all have in common may be said once, of all
     sharing = [what for what in ('kind', 'colour', 'size') if len({getattr(o, what) for o in order}) == 1]
     shared = _pick(rng, [None, *sharing]) if '{all}' in template else None
+    # words for every slot: all shapes, one shape, or how one lies from another
     words = {}
     for slot in re.findall(r'{(\w+)}', template):
         if slot == 'all':
@@ -548,10 +558,15 @@ class CaptionReader:
         self.relations = []
         self.counts = []
         self.unknown = []
-        # of the phrase being read; said of all shapes
-        self.attributes, self.number, self.group = ([], None, [])
-        # after "in"; after "and"; what "it" stands for
-        self.inside, self.joined, self.anchor = (False, False, None)
+        # of the phrase that is being read
+        self.attributes = []
+        self.number = None
+        # of the words before it
+        self.group = []  # said of all shapes
+        self.inside = False  # just after "in"
+        self.joined = False  # after "and"
+        self.anchor = None  # what "it" stands for
+        # each word has its own method; at the end the last phrase closes
         for role, value in _split(caption):
             getattr(self, f'_{role}')(value)
             self.inside = role == 'in'
@@ -569,9 +584,8 @@ class CaptionReader:
             self.attributes + [(about, value) for about, value in self.group if about not in said]
         )
         here = len(self.mentions) - 1
-        for (
-            place
-        ) in self.relations:  # [value, subject, reference]: fill the first gap, reference before subject
+        # [value, subject, reference]: fill the first gap, reference before subject
+        for place in self.relations:
             if place[2] is None:
                 place[2] = here
             elif place[1] is None:
@@ -637,13 +651,9 @@ class CaptionReader:
 
     def _relation(self, value):
         self._gap()
-        subject = (
-            self.relations[-1][1]
-            if self.joined and self.relations
-            else len(self.mentions) - 1
-            if self.mentions
-            else None
-        )
+        subject = len(self.mentions) - 1 if self.mentions else None
+        if self.joined and self.relations:
+            subject = self.relations[-1][1]
         self.relations.append([value, subject, None])
 
     def _relation_it(self, value):
@@ -690,47 +700,50 @@ def _match(reader, objects, most=8):
     "For each mention the object it speaks of, or None: the one-to-one choice that makes most statements true"
     considered = min(len(reader.mentions), most)
     best = (-1, -1)
-    for choice in product([None, *range(considered)], repeat=len(objects)):  # for each object its mention
-        # a mention speaks of one object
-        used = {mention: i for i, mention in enumerate(choice) if mention is not None}
+    # for each object its mention or none, in every way
+    for choice in product([None, *range(considered)], repeat=len(objects)):
+        used = {mention: i for i, mention in enumerate(choice) if mention is not None}  # one object a mention
         good = sum(_fits(reader.mentions[mention], objects[i]) for mention, i in used.items())
         good += sum(
             relation(objects[used[a]].box, objects[used[b]].box) == value
             for value, a, b in reader.relations
             if a in used and b in used
         )
+        # of equally true ways the one that finds an object for most mentions
         if (good, len(used)) > best:
             best = (good, len(used))
             answer = used
     return [answer.get(mention) for mention in range(len(reader.mentions))]
 
 
+def _as_words(mention):
+    "A mention as one says it: size, colour, kind."
+    order = ('size', 'colour', 'kind')
+    return ' '.join(value for _, value in sorted(mention, key=lambda said: order.index(said[0]))) or 'shape'
+
+
 def _statements(reader, objects):
     "Every statement of a caption, with whether it is true"
     who = _match(reader, objects)
-    text = [
-        ' '.join(
-            value for _, value in sorted(mention, key=lambda said: ('size', 'colour', 'kind').index(said[0]))
-        )
-        or 'shape'
-        for mention in reader.mentions
-    ]
+    text = [_as_words(mention) for mention in reader.mentions]
+    # what each mention says of its object
     for mention, i, words in zip(reader.mentions, who, text):
         for about, value in mention:
             yield (
                 Statement(about, value, () if i is None else (i,), words),
                 i is not None and getattr(objects[i], about) == value,
             )
+    # how two of them lie; an end may be no mention, or one without an object
     for value, *ends in reader.relations:
         known = all(end is not None and 0 <= end < len(who) for end in ends)
         pair = tuple(who[end] for end in ends) if known and all(who[end] is not None for end in ends) else ()
-        words = ' '.join(
-            [text[ends[0]] if known else 'nothing', value, text[ends[1]] if known else 'nothing']
-        )
+        subject, reference = [text[end] if known else 'nothing' for end in ends]
+        words = f'{subject} {value} {reference}'
         yield (
             Statement('relation', value, pair, words),
             bool(pair) and relation(*(objects[i].box for i in pair)) == value,
         )
+    # how many there are, of all shapes or of those with some attributes
     for number, attributes in reader.counts:
         counted = tuple(i for i, shape in enumerate(objects) if _fits(attributes, shape) == len(attributes))
         words = _count_words(number, attributes)
@@ -768,6 +781,7 @@ def score_captions(
             f'{len(captions)} captions for {len(scenes)} scenes; give one caption for each scene, and '
             'at least one'
         )
+    # sort what each caption says, then count over all of them
     checks = [check_caption(caption, scene) for caption, scene in zip(captions, scenes)]
     about = lambda part: [s.about for check in checks for s in getattr(check, part)]
     true = about('true')
@@ -784,7 +798,7 @@ def score_captions(
         },
         missing=len(missing) / facts,  # share of the facts left out, each relation counted once
         captions_true=sum(check.fully_true for check in checks) / len(checks),
-        unknown_words=sum(len(check.unknown) for check in checks) / len(checks),
+        unknown_words=sum(len(check.unknown) for check in checks) / len(checks),  # a caption
     )
 
 
