@@ -35,7 +35,7 @@ from pvtblip.decoder import (
     evaluation_mode,
     load_bert_weights,
 )
-from .evaluation import cider_score, diversity, has_coco_code, shuffled_gap
+from .evaluation import cider_score, diversity, gap_of, has_coco_code, shuffled_losses
 from .generation import GenerationConfig, text_ids
 from .pvt_encoder import EncoderConfig, ImageEncoder, image_transform
 from .shapes import ShapesDataset, make_scene, score_captions
@@ -122,7 +122,7 @@ def look(
     batch = model.tokenizer([scene.captions[0] for scene in scenes])
     try:
         with evaluation_mode(model):
-            gap = shuffled_gap(model, pixel_values, batch['input_ids'], batch['labels'])
+            gap = gap_of(shuffled_losses(model, pixel_values, batch['input_ids'], batch['labels']))
     except ValueError:  # it refuses: the true words are not among those that it can say
         gap = dict(real=torch.inf, gap=0.0)
     said = say(model, scenes)[: len(scenes)]
@@ -230,7 +230,8 @@ SPECIMENS['untrained_language_model'] = Specimen(
     'untrained_language_model',
     'training',
     'gibberish, or a start that needs many more steps',
-    "A config holds sizes and no weights. A decoder that is built from it, or whose weights were not loaded, has BERT's shape and no words.",
+    'A config holds sizes and no weights. A decoder that is built from it, or whose weights were '
+    "not loaded, has BERT's shape and no words.",
     'load the weights, and look at what was loaded',
     '02_decoder',
     ((BertDecoder, 'load_state_dict', _loads_nothing),),
@@ -272,7 +273,8 @@ SPECIMENS['rebuilt_vocabulary'] = Specimen(
     'rebuilt_vocabulary',
     'use',
     'word salad from a model that was good; or an index out of range',
-    'Weights know words by their row numbers only. A vocabulary file that was built again, or that belongs to another data set, has other words at the same numbers.',
+    'Weights know words by their row numbers only. A vocabulary file that was built again, or '
+    'that belongs to another data set, has other words at the same numbers.',
     'keep the vocabulary with the weights; never build it at the time of use',
     '00_tokenizer',
     ((decoder, 'load_tokenizer', _loads_the_rebuilt_file),),
@@ -297,7 +299,8 @@ SPECIMENS['prompt_mismatch'] = Specimen(
     'prompt_mismatch',
     'use',
     'good in validation, bad in use',
-    'The tokens before the first word are part of the input. With others, or with a different number of them, every word stands in a place and behind words that training never showed.',
+    'The tokens before the first word are part of the input. With others, or with a different '
+    'number of them, every word stands in a place and behind words that training never showed.',
     'one prompt, kept in the config with the weights, used by training and generation alike',
     '00_tokenizer',
     ((GenerationConfig, 'prompt_ids', _cls_alone),),
@@ -328,7 +331,8 @@ SPECIMENS['cut_by_characters'] = Specimen(
     'cut_by_characters',
     'training',
     'captions that begin with garbage, or are empty; a loss that falls all the same',
-    'len(prompt) counts characters and a row has tokens. What lies between the two is taken out of the loss, or out of the caption.',
+    'len(prompt) counts characters and a row has tokens. What lies between the two is taken out '
+    'of the loss, or out of the caption.',
     'count the prompt in tokens, [CLS] included',
     '00_tokenizer',
     ((CaptionTokenizer, '__call__', _by_characters),),
@@ -393,7 +397,8 @@ SPECIMENS['features_scale'] = Specimen(
     'features_scale',
     'training',
     'captions that hardly depend on the photo; a loss that stays where a blind model ends',
-    'Features of a foreign backbone come at any size. Small ones drown in the position codes that are added to them.',
+    'Features of a foreign backbone come at any size. Small ones drown in the position codes '
+    'that are added to them.',
     'a LayerNorm with its own gain between backbone and projection',
     '01_pvt_encoder',
     ((ImageEncoder, '__init__', _no_normaliser), (ImageEncoder, 'features', _small_features)),
@@ -485,7 +490,8 @@ _specimen(
     [(BertDecoder, '_mask', _sees_all)],
     check_future,
     'a loss near zero, and captions that are nonsense',
-    'A plain BERT reads in both directions. "Say the next word" becomes "copy it from the input", which generation cannot do.',
+    'A plain BERT reads in both directions. "Say the next word" becomes "copy it from the '
+    'input", which generation cannot do.',
     'a causal mask; is_decoder=True in transformers',
 )
 _specimen(
@@ -542,7 +548,8 @@ _specimen(
     [(Captioner, 'forward', _same_word)],
     check_shift,
     'the loss falls to 0.0000; captions repeat one word',
-    'After word t the label is word t, so the task is to repeat the input. A decoder solves it in a few steps.',
+    'After word t the label is word t, so the task is to repeat the input. A decoder solves it '
+    'in a few steps.',
     'shift once: logits at t against the label at t + 1',
 )
 _specimen(
@@ -591,7 +598,8 @@ _specimen(
     [(CaptionTokenizer, '__call__', _learns_of)],
     check_labels,
     'nothing that one would notice',
-    'The prompt has three words and [CLS] stands before them. Masking three positions leaves the last word of the prompt among the labels.',
+    'The prompt has three words and [CLS] stands before them. Masking three positions leaves the '
+    'last word of the prompt among the labels.',
     'prompt_length counts every token before the first word',
 )
 _specimen(
@@ -602,7 +610,8 @@ _specimen(
     [(CaptionTokenizer, '__call__', _never_the_end)],
     check_labels,
     'captions never end: they run on to the limit',
-    'The mask that keeps padding out of the loss took [SEP] with it, often because padding and end are the same token.',
+    'The mask that keeps padding out of the loss took [SEP] with it, often because padding and '
+    'end are the same token.',
     '[SEP] is a word that must be said: mask by position, not by id',
 )
 _specimen(
@@ -644,7 +653,8 @@ _specimen(
     [(LMHead, '__init__', _with_a_fresh_head), (BertDecoder, 'word_embedding', _fresh_rows)],
     check_head,
     'a pretrained decoder that learns no faster than one from nothing',
-    'AutoModel returns a BERT without its head, and a new nn.Linear starts from noise. What BERT knew about saying words is gone.',
+    'AutoModel returns a BERT without its head, and a new nn.Linear starts from noise. What BERT '
+    'knew about saying words is gone.',
     'the pretrained head, tied to the word embedding',
 )
 
@@ -686,7 +696,8 @@ _specimen(
     [(decoder, 'save_file', lambda original, tensors, file, metadata=None: torch.save(tensors, file))],
     lambda model: _opens(model),
     'the checkpoint does not open on another machine',
-    'What was saved is a pickle: it needs the same classes, in the same modules, and may run anything when it is opened.',
+    'What was saved is a pickle: it needs the same classes, in the same modules, and may run '
+    'anything when it is opened.',
     'safetensors for weights, JSON for the rest',
 )
 
@@ -743,7 +754,8 @@ _specimen(
     [(generation, '_search', _repeats_the_image)],
     check_rows,
     'the size of tensor a (3) must match the size of tensor b (9)',
-    'Caller and library both repeat the image once per beam. Where shapes happen to fit, photo 2 gets a caption of photo 1.',
+    'Caller and library both repeat the image once per beam. Where shapes happen to fit, photo 2 '
+    'gets a caption of photo 1.',
     'beams are rows of text: the image is not repeated at all',
 )
 
@@ -850,7 +862,8 @@ _specimen(
     [(GenerationConfig, 'prompt_ids', _from_pad)],
     check_prompt,
     'the first words are wrong, or the prompt comes back',
-    'Generation starts with another token than training did, as documentation and code of TrOCR once said different ones.',
+    'Generation starts with another token than training did, as documentation and code of TrOCR '
+    'once said different ones.',
     'one start token, kept with the weights',
 )
 _specimen(
@@ -861,7 +874,8 @@ _specimen(
     [(CaptionTokenizer, '__init__', _another_end)],
     check_end,
     'captions go on after their end, to the limit',
-    'The model says its end token, and the search waits for another one. It is the commoner half of all reports about the end.',
+    'The model says its end token, and the search waits for another one. It is the commoner half '
+    'of all reports about the end.',
     'one end token in tokenizer, config and generation config',
 )
 
@@ -920,7 +934,8 @@ _specimen(
     [(ImageEncoder, 'features', _in_half)],
     check_finite,
     'the loss is NaN; captions are one token, repeated',
-    'float16 ends at 65,504. Large backbones have single channels beyond that, which become infinite and then NaN.',
+    'float16 ends at 65,504. Large backbones have single channels beyond that, which become '
+    'infinite and then NaN.',
     'bfloat16, which has the range of float32; or float32 for that part',
 )
 
@@ -969,7 +984,8 @@ _specimen(
     [(Collate, '__call__', _flips)],
     check_pairs,
     'left and right come out at random',
-    'The picture and the sentence are one example. A mirror changes what "left" means, and the caption does not know.',
+    'The picture and the sentence are one example. A mirror changes what "left" means, and the '
+    'caption does not know.',
     'mirror only where no caption says left or right, or change the caption too',
 )
 
@@ -994,7 +1010,8 @@ _specimen(
     [(training, 'learning_rate_factor', _starts_at_nothing)],
     check_schedule,
     'nothing that one would notice; a noisier end',
-    'The warm-up counts from 0, so the first batch is multiplied by nothing; and what never comes down ends in noise.',
+    'The warm-up counts from 0, so the first batch is multiplied by nothing; and what never '
+    'comes down ends in noise.',
     'count from 1, and let the rate fall',
 )
 
@@ -1122,19 +1139,21 @@ SIX = (
 )
 
 # %% ../nbs/08_six_bugs.ipynb #1dd61021
+# {bug: what it costs, in words}
 NOT_MEASURED = {
     'pickled_checkpoint': 'nothing, until it is opened elsewhere',
     'resume_forgets': 'nothing measurable in quality (`03_training`); the run is another one',
     'flag_that_stays_on': 'whatever the flag does',
     'top_p_drops_the_crossing_word': 'only where captions are drawn',
     'ignores_min_length': 'only where a least length is asked for',
-}  # {bug: what it costs, in words}
+}
+# the faults of each row
 TABLE = [
     (),
     *((name,) for name in SIX),
     SIX,
     *((name,) for name in SPECIMENS if name not in SIX and name not in NOT_MEASURED),
-]  # the faults of each row
+]
 
 
 def measure(

@@ -17,7 +17,7 @@ import copy, math, random, re, tempfile, time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,6 @@ from .data import read_captions
 from .decoder import Captioner, evaluation_mode
 from .evaluation import words_said
 from .files import read_json, reason, write_json
-from .generation import text_ids
 from .pvt_encoder import IMAGENET_MEAN, IMAGENET_STD, load_image
 from .shapes import make_scene
 from .tokenizer import CaptionTokenizer, load_tokenizer
@@ -45,9 +44,8 @@ class Patient:
     logits: Callable  # (pixel_values (B, 3, H, W), input_ids (B, T)) -> (B, T, V)
     module: nn.Module | None = None  # its weights
     all_logits: Callable | None = None  # the same over all words, where `logits` has fewer
-    loss: Callable | None = (
-        None  # its own: (pixel_values, input_ids, labels) -> (), aligned as transformers means
-    )
+    # its own: (pixel_values, input_ids, labels) -> (), aligned as transformers means
+    loss: Callable | None = None
     generate: Callable | None = None  # (pixel_values, **options) -> id lists from the first token to the end
     collate: Callable | None = None  # (captions, prompt=None) -> dict(input_ids, labels), as in training
     tokenizer: object = None  # a Hugging Face tokenizer
@@ -289,6 +287,7 @@ class Finding:
     lesson: str = ''  # the notebook that teaches the right way
 
 
+# {check, in the order in which they explain most: notebook}
 LESSONS = dict(
     end='00_tokenizer',
     looks='02_decoder',
@@ -310,7 +309,7 @@ LESSONS = dict(
     batch='04_generation',
     causal='02_decoder',
     pairs='06_data',
-)  # {check, in the order in which they explain most: notebook}
+)
 CHECKS = {}  # {name: (what it needs, function of an Examination that yields findings)}
 
 
@@ -324,6 +323,7 @@ def _check(*needs):
     return register
 
 # %% ../nbs/09_doctor.ipynb #4c757420
+# {what a check can need: how to say that it is missing}
 NEEDED = dict(
     captions='captions of the photos',
     photos='photos',
@@ -338,7 +338,7 @@ NEEDED = dict(
     kept='a kept answer: `keep_answer`',
     time='more time: leave out fast',
     numbers='logits that are numbers',
-)  # {what a check can need: how to say that it is missing}
+)
 
 
 class Examination:
@@ -1329,6 +1329,7 @@ def check_pairs(x):
         yield finding('pairs', 'error', what, f'{len(wrong)} of {len(items)}', 'none')
 
 # %% ../nbs/09_doctor.ipynb #ab1f7324
+# {check: those that it makes unsurprising}, the ones that explain most first
 EXPLAINS = dict(
     finite=set(LESSONS),
     mode={'decode', 'batch', 'text', 'end', 'causal', 'file'},
@@ -1343,7 +1344,7 @@ EXPLAINS = dict(
     weights={'looks', 'text', 'end', 'start', 'overfit', 'pixels'},
     looks={'text', 'pixels', 'overfit'},
     decode={'text', 'end'},
-)  # {check: those that it makes unsurprising}, the ones that explain most first
+)
 
 
 def verdict_of(
