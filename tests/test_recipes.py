@@ -9,12 +9,14 @@ import torch
 from house import ROOT
 from torch import nn
 
+from pvtblip.bugs import SPECIMENS, Specimen, bug, fails
 from pvtblip.data import Row, gather_records
 from pvtblip.decoder import Captioner, CaptionerConfig
 from pvtblip.generation import Rules, generate
 from pvtblip.practice import HeldOutCaptions
 from pvtblip.pvt_encoder import EncoderConfig, ImageEncoder, image_transform
 from pvtblip.shapes import ShapesDataset
+from pvtblip.tokenizer import CaptionTokenizer
 from pvtblip.training import Callback, TrainingConfig, train
 
 TEXT = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8').partition('## Recipes')[2]
@@ -37,7 +39,7 @@ def names(tmp_path):
 
 
 def test_there_are_six_and_each_is_short():
-    assert len(RECIPES) == 5
+    assert len(RECIPES) == 6
     assert all(code.count('\n') < 15 for code in RECIPES.values())
 
 
@@ -75,3 +77,11 @@ def test_a_decoding_rule(names):
     assert set(digits) & set(generate(model, names['pixel_values']).sequences.flatten().tolist())
     run('decoding rule', names)
     assert not set(digits) & set(names['output'].sequences.flatten().tolist())
+
+
+def test_a_bug(names):
+    with patch.dict(SPECIMENS):
+        run('bug', names)
+        assert fails('said_twice', names['model']) == ''
+        with bug('said_twice'):
+            assert "'a ring a ring'" in fails('said_twice', names['model'])
