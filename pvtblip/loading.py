@@ -7,7 +7,7 @@ __all__ = ['swap_sides', 'AugmentationConfig', 'speaks_of_place', 'speaks_of_col
            'PhotoCache', 'caption_lengths', 'LengthBatchSampler']
 
 # %% ../nbs/12_loading.ipynb #2976b584
-import hashlib, json, math, os, random, re, shutil
+import hashlib, json, math, os, random, re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +16,14 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from .data import Record
 from .training import BrokenImage, SeededBatchSampler
-from .files import Share, Within, check_settings
+from .files import Share, Within, check_settings, delete, read_json, whole_folder, write_whole
 from .pvt_encoder import EncoderConfig, load_pixels, normalise_pixels
 from .tokenizer import CaptionTokenizer
 
@@ -246,10 +246,9 @@ class PhotoCache:
         if not self.folder.is_dir():
             with FileLock(f'{self.folder}.lock'):
                 if not self.folder.is_dir():
+                    self._remove_left()
                     self._build(num_threads, progress)
-        self.broken = json.loads(
-            (self.folder / 'broken.json').read_text(encoding='utf-8')
-        )  # file -> what is wrong with it
+        self.broken = read_json(self.folder / 'broken.json', dict)  # file -> what is wrong with it
         self._pixels = None
 
     def _fingerprint(self):
@@ -262,25 +261,25 @@ class PhotoCache:
             )
         return digest.hexdigest()[:24]
 
+    def _remove_left(self):
+        "Delete what killed processes left of other caches; nobody holds their lock."
+        for path in self.folder.parent.glob('.photos-*.tmp'):
+            name = path.name.removeprefix('.').removesuffix('.tmp')
+            if name == self.folder.name:
+                continue
+            try:
+                with FileLock(path.with_name(f'{name}.lock'), timeout=0):
+                    delete(path)
+            except Timeout:
+                pass  # it is being built
+
     def _build(self, num_threads, progress):
-        "Write all photos under a temporary name, then give the folder its own; whole or not at all"
-        partial_folder = Path(f'{self.folder}.partial')
+        "Write all photos; whole or not at all"
         needed = len(self.rows) * 3 * self.size**2
-        shutil.rmtree(partial_folder, ignore_errors=True)  # what a killed process left; the lock is ours
-        try:
-            if (free := shutil.disk_usage(self.folder.parent).free) < needed:
-                raise OSError(f'{free / 1e9:.1f} GB are free')
-            partial_folder.mkdir()
-            broken = self._write(partial_folder / 'pixels.npy', num_threads, progress)
-            (partial_folder / 'broken.json').write_text(json.dumps(broken), encoding='utf-8')
-            os.rename(partial_folder, self.folder)
-        except OSError as error:
-            raise OSError(
-                f'{self.folder.parent}: the photo cache could not be written ({error}); it needs '
-                f'{needed / 1e9:.1f} GB: free some space, or give another folder'
-            ) from error
-        finally:
-            shutil.rmtree(partial_folder, ignore_errors=True)
+        remedy = f'it needs {needed / 1e9:.1f} GB: free some space, or give another folder'
+        with whole_folder(self.folder, needed=needed, remedy=remedy) as temporary:
+            broken = self._write(temporary / 'pixels.npy', num_threads, progress)
+            write_whole(temporary / 'broken.json', json.dumps(broken))
 
     def _write(self, path, num_threads, progress):
         """Write the photos one behind the other (never through a memory map: a full disk would kill the
@@ -304,8 +303,6 @@ class PhotoCache:
                         broken[file], pixels = pixels, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
                     out.write(pixels.numpy().tobytes())
                     bar.update()
-            out.flush()
-            os.fsync(out.fileno())
         if len(broken) == len(files):
             raise ValueError(f'not one of {len(files)} photos can be read; the first: {broken[files[0]]}')
         return broken

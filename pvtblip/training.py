@@ -10,7 +10,7 @@ __all__ = ['Steps', 'Positive', 'TrainingConfig', 'learning_rate_factor', 'param
            'plot_history']
 
 # %% ../nbs/03_training.ipynb #9996e93d
-import hashlib, itertools, json, math, os, platform, random, re, shutil, tempfile, time, warnings
+import hashlib, itertools, json, math, os, platform, random, re, tempfile, time, warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -23,20 +23,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import TorchDynamoPlugin, broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from .decoder import evaluation_mode
+from .decoder import evaluation_mode, save_tensors
 from pvtblip.files import (
     Count,
     Share,
     Size,
     Within,
     check_settings,
+    delete,
     only_writer,
     outlive_signals,
     read_json,
+    whole_folder,
     write_json,
 )
 from .tokenizer import CaptionTokenizer
@@ -374,17 +376,6 @@ def seed_step(
     set_seed(random.Random(f'step {seed} {step} {process}').getrandbits(32))
 
 # %% ../nbs/03_training.ipynb #341dc3d3
-def _flush(path):
-    "Push a file, or the names in a folder, out to the disk."
-    if os.name == 'nt' and path.is_dir():
-        return  # Windows does not open folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 _FILES = ('state.safetensors', 'state.json')  # of a state; what else lies there is not ours
 
 
@@ -399,46 +390,13 @@ def _checksums(folder):
     return sums
 
 
-def _delete(path):
-    "Remove a folder, a file, or a link (not what it leads to); or nothing."
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _remove(state):
     "Take a state away: its name first, so that a half-removed one is not taken for a state."
     hidden = state.with_name(f'.{state.name}.old.tmp')
-    _delete(hidden)
+    delete(hidden)
     if os.path.lexists(state):
         os.replace(state, hidden)
-    _delete(hidden)
-
-
-@contextmanager
-def _whole_folder(final):
-    """A folder to write into, which gets its name when all of it is on the disk; OSError in one line where it
-    cannot be written.
-    """
-    temporary = final.with_name(f'.{final.name}.tmp')
-    try:
-        _delete(temporary)
-        temporary.mkdir(parents=True)
-        yield temporary
-        (temporary / 'checksums.json').write_text(json.dumps(_checksums(temporary)))
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        _remove(final)
-        os.replace(temporary, final)  # one name, one moment
-        _flush(final.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        why = getattr(error, 'strerror', None) or error
-        raise OSError(
-            f'{final}: the training state cannot be written ({why}); '
-            'make room, then resume: the states before it are whole'
-        ) from error
+    delete(hidden)
 
 # %% ../nbs/03_training.ipynb #faea5350
 def save_state(
@@ -478,13 +436,11 @@ def save_state(
     final = Path(folder) / f'checkpoint-{step}'
     if not write:
         return final
-    with _whole_folder(final) as temporary:
-        needed = sum(v.nbytes for v in tensors.values())
-        free = shutil.disk_usage(temporary).free
-        if needed > free:
-            raise OSError(f'{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free')
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / 'state.safetensors')
+    remedy = 'make room, then resume: the states before it are whole'
+    with whole_folder(final, needed=sum(v.nbytes for v in tensors.values()), remedy=remedy) as temporary:
+        save_tensors(tensors, temporary / 'state.safetensors')
         (temporary / 'state.json').write_text(json.dumps(facts))
+        (temporary / 'checksums.json').write_text(json.dumps(_checksums(temporary)))
     _prune(final.parent, keep, log)
     return final
 
@@ -501,7 +457,7 @@ def _prune(folder, keep, log):
     states = saved_states(folder)
     best = [_best_of(state) for state in states[-keep:]]
     old = [(_remove, state) for state in states[:-keep] if _step_of(state) not in best]
-    left = [(_delete, path) for path in folder.glob('.checkpoint-*.tmp')]
+    left = [(delete, path) for path in folder.glob('.checkpoint-*.tmp')]
     for remove, path in old + left:
         try:
             remove(path)
@@ -555,7 +511,7 @@ def _damaged(state, why):
 def _put_aside(state):
     "Out of the way, for somebody to look at."
     aside = state.with_name(f'damaged-{state.name}')
-    _delete(aside)
+    delete(aside)
     os.replace(state, aside)
 
 
