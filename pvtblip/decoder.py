@@ -41,6 +41,7 @@ from pvtblip.pvt_encoder import (
     EncoderConfig,
     ImageEncoder,
     attend,
+    call_block,
     check_weights,
     read_weights,
     token_places,
@@ -455,6 +456,7 @@ class BertDecoder(nn.Module):
             dict(embeddings=Embeddings(config), encoder=nn.ModuleDict(dict(layer=layers)))
         )
         self.cls = nn.ModuleDict(dict(predictions=LMHead(config)))
+        self.grad_checkpointing = False  # True: see `call_block`
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
@@ -505,7 +507,8 @@ class BertDecoder(nn.Module):
         weights = []
         for i, layer in enumerate(self.layers):
             words = cache.append(i, *layer.attention.keys_values(x))
-            x, w = layer(x, words, cache.image[i], mask, is_causal, return_weights)
+            inputs = x, words, cache.image[i], mask, is_causal, return_weights
+            x, w = call_block(layer, self.grad_checkpointing, *inputs)
             weights.append(w)
         cache.length = past + T
         return x, weights

@@ -6,14 +6,15 @@
 __all__ = ['Steps', 'Positive', 'TrainingConfig', 'learning_rate_factor', 'parameter_groups', 'BrokenImage', 'SeededBatchSampler',
            'Collate', 'whole_tensor', 'split_like', 'training_step', 'Meter', 'seed_step', 'save_state', 'saved_states',
            'check_state', 'newest_state', 'refuse_damaged', 'read_facts', 'read_tensors', 'load_state', 'Run',
-           'Callback', 'StopAtNonFiniteLoss', 'processes', 'by_first', 'only_run', 'make_accelerator', 'train',
-           'plot_history']
+           'Callback', 'StopAtNonFiniteLoss', 'processes', 'by_first', 'only_run', 'make_accelerator',
+           'training_loader', 'train', 'plot_history']
 
 # %% ../nbs/03_training.ipynb #9996e93d
 import hashlib, itertools, json, math, os, platform, random, re, tempfile, time, warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -827,26 +828,37 @@ def make_accelerator(
     return accelerator
 
 # %% ../nbs/03_training.ipynb #e3b7a3aa
-def _loader(dataset, tokenizer, config, step, num_processes):
+def training_loader(
+    dataset,  # map-style, addressed by (epoch, index), as `CaptionDataset`
+    tokenizer: CaptionTokenizer,
+    config: TrainingConfig,
+    step: int,  # optimizer steps done
+    accelerator: Accelerator,
+    # function of (batch_size, seed, start_batch=, num_batches=) that gives a sampler; None: `SeededBatchSampler`
+    sampler=None,
+):  # batches on the device
     """Batches from the position that `step` optimizer steps have reached; the order is a pure function of
     seed and step.
     """
-    per_step = config.gradient_accumulation_steps * num_processes
-    sampler = SeededBatchSampler(
-        len(dataset),
+    per_step = config.gradient_accumulation_steps * accelerator.num_processes
+    sampler = (sampler or partial(SeededBatchSampler, len(dataset)))(
         config.batch_size,
         config.seed,
         start_batch=step * per_step,
         num_batches=(config.max_steps - step) * per_step,
     )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=Collate(tokenizer),
-        num_workers=config.dataloader_num_workers,
-        worker_init_fn=outlive_signals,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(config.seed),
+    workers = config.dataloader_num_workers
+    return accelerator.prepare(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=Collate(tokenizer),
+            num_workers=workers,
+            worker_init_fn=outlive_signals,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(config.seed),
+            prefetch_factor=4 if workers else None,
+        )
     )
 
 # %% ../nbs/03_training.ipynb #f5008131
@@ -907,7 +919,7 @@ def train(
     accelerator=None,  # None: `make_accelerator(config)`
     settings=None,  # {part: dict} of what else must be the same at a resume
     log=warnings.warn,  # told of damaged states and the like, a line each
-    # function (steps done, accelerator) -> batches on the device, from there on; None: as `_loader` orders
+    # function (steps done, accelerator) -> batches on the device, from there on; None: `training_loader`
     # them
     loader=None,
 ) -> list[dict]:  # history: readings of `Meter` and what `evaluate` returned, each with its step
@@ -944,11 +956,7 @@ def train(
                 getattr(callback, event)(run, *what)
 
         due = lambda every: every and (run.step % every == 0 or run.step == config.max_steps)
-        loader = loader or (
-            lambda step, accelerator: accelerator.prepare(
-                _loader(dataset, model.tokenizer, config, step, accelerator.num_processes)
-            )
-        )
+        loader = loader or partial(training_loader, dataset, model.tokenizer, config)
         batches = iter(loader(run.step, accelerator))
         tell('on_train_begin')
         with tqdm(
