@@ -6,8 +6,8 @@
 __all__ = ['photo_problem', 'caption_statistics', 'DataReport', 'contact_sheet', 'check_data']
 
 # %% ../nbs/14_data_check.ipynb #61ca4c9a
-import bisect, errno, hashlib, io, itertools, os, random, re, stat
-import sys, textwrap
+import bisect, errno, hashlib, io, itertools, json, os, random, re, stat
+import tempfile, textwrap
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -224,7 +224,7 @@ class DataReport:
             lines.append(f'    and {len(self.broken) - 10:,} more; they all stand in the JSON report')
         for kind, groups in self.duplicates.items():
             lines.append(
-                f'{kind}: {len(groups):,} group{"s"[: len(groups) != 1]} of photos, '
+                f'{kind}: {len(groups):,} {"group" if len(groups) == 1 else "groups"} of photos, '
                 f'{len(self.across_splits[kind]):,} in more than one split'
             )
             lines += [
@@ -468,26 +468,12 @@ class _Doubles:
         cuts = np.flatnonzero(np.diff(hashes[order])) + 1
         return sorted(places[group].tolist() for group in np.split(order, cuts) if len(group) > 1)
 
-
-def _sample_names(shards: list[str], firsts: list[int], wanted: set[int]) -> dict[int, str]:
-    "Number of a sample -> its file, read again from the shards that hold them"
-    names = {}
-    for shard, first, end in zip(shards, firsts, [*firsts[1:], sys.maxsize]):
-        if not any(first <= number < end for number in wanted):
-            continue
-        samples = (sample for sample in read_shard(shard) if not isinstance(sample, BrokenImage))
-        names |= {
-            number: _check_sample(sample, False)[0]
-            for number, sample in enumerate(samples, first)
-            if number in wanted
-        }
-    return names
-
 # %% ../nbs/14_data_check.ipynb #75cd2f25
 class _ShardLook:
     "What is known of shards after so many samples: numbers and hashes, and twelve photos for a contact sheet"
 
-    def __init__(self, tokenizer: CaptionTokenizer):
+    def __init__(self, tokenizer: CaptionTokenizer, names):
+        self.names = names  # a file that takes a line a photo: a million of them would fill the memory
         self.text = _CaptionCounts(tokenizer)
         self.per_photo = Counter()
         self.broken = {}
@@ -508,6 +494,7 @@ class _ShardLook:
         words = '\n'.join(sorted({caption.lower() for caption in captions}))
         for doubles, content in zip(self.doubles.values(), (key.encode(), photo, words.encode())):
             doubles.add(self.sizes.total(), content)
+        self.names.write(json.dumps(file) + '\n')
         self.sizes[shard] += 1
         self.per_photo[len(captions)] += 1
         self.text.add(captions)
@@ -526,9 +513,14 @@ def _check_shards(
     source: str, shards: list[str], tokenizer: CaptionTokenizer, full: bool, progress: bool
 ) -> tuple[DataReport, list]:
     "(the report, photos for a contact sheet) of shards; ValueError where there is not one caption"
-    look = _ShardLook(tokenizer)
-    for shard, found in _check_samples(shards, full, progress):
-        look.add(shard, *found)
+    with tempfile.TemporaryFile('w+') as names:
+        look = _ShardLook(tokenizer, names)
+        for shard, found in _check_samples(shards, full, progress):
+            look.add(shard, *found)
+        duplicates = {kind: doubles.groups() for kind, doubles in look.doubles.items()}
+        wanted = {place for groups in duplicates.values() for group in groups for place in group}
+        names.seek(0)
+        names = {place: json.loads(name) for place, name in enumerate(names) if place in wanted}
     look.broken |= {
         shard: 'no photos in this shard'
         for shard in shards
@@ -541,16 +533,10 @@ def _check_shards(
         )
     number = look.sizes.total()
     held = look.sizes[shards[-1]] if len(shards) > 1 else 0
-    duplicates = {kind: doubles.groups() for kind, doubles in look.doubles.items()}
     across = {
         kind: [group for group in groups if group[0] < number - held <= group[-1]]
         for kind, groups in duplicates.items()
     }
-    names = _sample_names(
-        shards,
-        list(itertools.accumulate((look.sizes[shard] for shard in shards[:-1]), initial=0)),
-        {place for groups in duplicates.values() for group in groups for place in group},
-    )
 
     def named(kinds):
         return {

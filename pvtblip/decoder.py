@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DecoderConfig', 'Embeddings', 'QueryKeyValue', 'AddAndNorm', 'Attention', 'DecoderCache', 'FeedForwardIn',
            'DecoderLayer', 'LMHead', 'BertDecoder', 'load_bert_weights', 'CaptionerConfig', 'CaptionerOutput',
-           'load_whole', 'evaluation_mode', 'Captioner', 'AttentionWeights', 'attention_weights', 'photo_map']
+           'save_tensors', 'load_whole', 'evaluation_mode', 'Captioner', 'AttentionWeights', 'attention_weights',
+           'photo_map']
 
 # %% ../nbs/02_decoder.ipynb #aa71ec46
-import json, math, os, re, shutil, tempfile
+import json, math, re, tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, asdict, fields, replace
 from pathlib import Path
@@ -21,13 +22,26 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .files import Share, Size, Within, check_settings, from_plain, printable, read_json, reason, short
+from pvtblip.files import (
+    Share,
+    Size,
+    Within,
+    check_settings,
+    from_plain,
+    printable,
+    read_json,
+    reason,
+    short,
+    whole_folder,
+    write_whole,
+)
 from .tokenizer import CaptionTokenizer, load_tokenizer
 from pvtblip.pvt_encoder import (
     PVT_CONFIGS,
     EncoderConfig,
     ImageEncoder,
     attend,
+    call_block,
     check_weights,
     read_weights,
     token_places,
@@ -430,6 +444,7 @@ class BertDecoder(nn.Module):
             dict(embeddings=Embeddings(config), encoder=nn.ModuleDict(dict(layer=layers)))
         )
         self.cls = nn.ModuleDict(dict(predictions=LMHead(config)))
+        self.grad_checkpointing = False  # True: see `call_block`
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
@@ -482,7 +497,8 @@ class BertDecoder(nn.Module):
         weights = []
         for i, layer in enumerate(self.layers):
             words = cache.append(i, *layer.attention.keys_values(x))
-            x, w = layer(x, words, cache.image[i], mask, is_causal, return_weights)
+            inputs = x, words, cache.image[i], mask, is_causal, return_weights
+            x, w = call_block(layer, self.grad_checkpointing, *inputs)
             weights.append(w)
         cache.length = past + T
         return x, weights
@@ -647,6 +663,19 @@ def _most_numbers(config, held):
     return max(4 * total, 500_000_000)  # timm builds whole models; what lies behind the last stage is dropped
 
 # %% ../nbs/02_decoder.ipynb #1b94c1a8
+def save_tensors(
+    tensors: dict,  # name -> tensor
+    file: Path,  # a .safetensors file
+):
+    "OSError where there is no room."
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {'format': 'pt'})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    # it writes for the owner alone; as the folder allows
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
 def load_whole(
     model: nn.Module,  # gets the weights
     file,  # a .safetensors file with exactly its weights
@@ -815,34 +844,14 @@ class Captioner(nn.Module):
         """Write config.json, the vocabulary and, last, model.safetensors: where that is, all is there.
         OSError in one line where there is no room.
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                self._write(Path(temporary))
-                for file in sorted(
-                    Path(temporary).iterdir(), key=lambda file: file.name == 'model.safetensors'
-                ):
-                    os.replace(file, folder / file.name)
-        except (OSError, SafetensorError) as error:
-            why = getattr(error, 'strerror', None) or error
-            raise OSError(
-                f'{folder}: the model cannot be written ({why}); make room, or choose another folder'
-            ) from error
-
-    def _write(self, folder):
-        "The files of a model."
-        # all weights are in the folder, so the config names no others
+        # all weights are in the folder
         config = replace(self.config, encoder=replace(self.config.encoder, weights=None))
-        save_file(
-            {k: v.contiguous() for k, v in self.state_dict().items()},
-            folder / 'model.safetensors',
-            metadata={'format': 'pt'},
-        )
-        (folder / 'config.json').write_text(json.dumps(dict(library='pvtblip', **asdict(config)), indent=2))
-        # safetensors writes for the owner alone
-        shutil.copymode(folder / 'config.json', folder / 'model.safetensors')
-        self.tokenizer.save_pretrained(folder)
+        with whole_folder(folder, last='model.safetensors') as temporary:
+            save_tensors(self.state_dict(), temporary / 'model.safetensors')
+            write_whole(
+                temporary / 'config.json', json.dumps(dict(library='pvtblip', **asdict(config)), indent=2)
+            )
+            self.tokenizer.save_pretrained(temporary)
 
     @classmethod
     def from_pretrained(

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'MARK', 'Size', 'Count', 'Share', 'decode_text', 'read_text', 'not_text', 'parse_json', 'read_json',
-           'read_toml', 'printable', 'tolerant', 'whole_file', 'write_whole', 'is_ours', 'write_json', 'save_figure',
-           'refuse_outputs', 'only_writer', 'Within', 'short', 'check_value', 'settings_of', 'check_settings',
-           'part_of', 'setting_names', 'meant', 'from_plain', 'reason', 'StopAtSignal', 'outlive_signals']
+           'read_toml', 'printable', 'tolerant', 'flush', 'whole_file', 'write_whole', 'delete', 'whole_folder',
+           'is_ours', 'write_json', 'save_figure', 'refuse_outputs', 'only_writer', 'Within', 'short', 'check_value',
+           'settings_of', 'check_settings', 'part_of', 'setting_names', 'meant', 'from_plain', 'reason', 'StopAtSignal',
+           'outlive_signals']
 
 # %% ../nbs/000_files.ipynb #616798b7
-import codecs, difflib, json, os, re, reprlib, signal, sys, textwrap, threading
+import codecs, difflib, filecmp, json, os, re, reprlib, shutil, signal, sys, textwrap, threading
 import tomllib, types, typing, unicodedata, warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -187,6 +188,19 @@ def tolerant(
         stream.reconfigure(errors='pvtblip')
 
 # %% ../nbs/000_files.ipynb #56a3a543
+def flush(
+    path: str | Path,  # a file or a folder
+):
+    "Push a file, or the names in a folder, out to the disk."
+    if os.name == 'nt' and os.path.isdir(path):
+        return  # Windows does not open folders
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def whole_file(
     file: str | Path,  # its folder is made where it lacks
@@ -199,8 +213,7 @@ def whole_file(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, 'r+b') as written:
-            os.fsync(written.fileno())
+        flush(temporary)
         os.replace(temporary, file)
     except OSError as error:
         if error.strerror is None:
@@ -221,6 +234,75 @@ def write_whole(
     with whole_file(file) as temporary:
         # half a character: \\ud83d, as JSON writes it
         temporary.write_bytes(text.encode('utf-8', 'backslashreplace'))
+
+# %% ../nbs/000_files.ipynb #2518b3ce
+def delete(path: Path):
+    "Remove a folder, a file, or a link (not what it leads to); or nothing."
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(
+    folder: str | Path,  # made where it lacks
+    last: str | None = None,  # in a folder of several owners: the file that is there when all are
+    needed: int = 0,  # bytes that must be free
+    remedy: str = 'make room, or give another place',  # how the error ends
+):
+    """Gives an empty folder to write to; at the end it takes the place of `folder` (with `last`, its files
+    take the places of theirs), or nothing does. OSError names the folder.
+    """
+    folder = Path(folder)
+    temporary = folder / f'.{last}.tmp' if last else folder.with_name(f'.{folder.name}.tmp')
+    before = folder.with_name(f'.{folder.name}.before.tmp')
+    try:
+        # what a killed writer left
+        delete(temporary)
+        if before.exists() and not os.path.lexists(folder):
+            os.replace(before, folder)
+        # write
+        temporary.mkdir(parents=True)
+        if needed > (free := shutil.disk_usage(temporary).free):
+            raise OSError(f'{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free')
+        yield temporary
+        for path in (*temporary.rglob('*'), temporary):
+            flush(path)
+        # move in
+        if last:
+            _move_in(temporary, folder, last)
+        else:
+            _change_places(temporary, folder, before)
+        flush(folder if last else folder.parent)
+    except OSError as error:
+        raise OSError(f'{folder}: cannot be written ({error.strerror or error}); {remedy}') from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_in(temporary, folder, last):
+    "One file after the other, `last` behind the others; while they change it is not there."
+    names = [file.name for file in temporary.iterdir() if file.name != last]
+    same = lambda name: (folder / name).is_file() and filecmp.cmp(temporary / name, folder / name, False)
+    if not all(map(same, names)):
+        (folder / last).unlink(missing_ok=True)
+    for name in (*names, last):
+        os.replace(temporary / name, folder / name)
+
+
+def _change_places(temporary, folder, before):
+    "One name, one moment; the old folder goes when the new one is there, and comes back where that fails."
+    delete(before)
+    if os.path.lexists(folder):
+        os.replace(folder, before)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        if os.path.lexists(before):
+            os.replace(before, folder)
+        raise
+    delete(before)
 
 # %% ../nbs/000_files.ipynb #e5dadd22
 MARK = 'pvtblip'  # in every file that this package writes and may write again

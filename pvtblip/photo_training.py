@@ -9,9 +9,10 @@ __all__ = ['refuse_model', 'captioner_config', 'words_of', 'DataConfig', 'PhotoR
            'put_together', 'finish_run', 'refuse_run', 'look_at_folder', 'begin_run']
 
 # %% ../nbs/17_photo_training.ipynb #fc0f9804
-import itertools, os, random
+import itertools, os
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,7 @@ from pvtblip.loading import (
     AugmentedDataset,
     LengthBatchSampler,
     PhotoCache,
+    Variation,
     caption_lengths,
     pixel_loader,
 )
@@ -57,6 +59,7 @@ from pvtblip.training import (
     processes,
     refuse_damaged,
     saved_states,
+    training_loader,
     whole_tensor,
 )
 
@@ -255,29 +258,10 @@ def photo_loader(
     lengths = caption_lengths(dataset.records, tokenizer) if run.data.like_lengths else [0] * len(dataset)
 
     def loader(step, accelerator):
-        config = run.training
         together = run.training.gradient_accumulation_steps * accelerator.num_processes
-        sampler = LengthBatchSampler(
-            lengths,
-            config.batch_size,
-            config.seed,
-            start_batch=step * together,
-            num_batches=(config.max_steps - step) * together,
-            window=50 if run.data.like_lengths else 1,
-            together=together,
-        )
-        return accelerator.prepare(
-            DataLoader(
-                dataset,
-                batch_sampler=sampler,
-                collate_fn=Collate(tokenizer),
-                num_workers=config.dataloader_num_workers,
-                worker_init_fn=outlive_signals,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator().manual_seed(config.seed),
-                prefetch_factor=4 if config.dataloader_num_workers else None,
-            )
-        )
+        window = 50 if run.data.like_lengths else 1
+        sampler = partial(LengthBatchSampler, lengths, window=window, together=together)
+        return training_loader(dataset, tokenizer, run.training, step, accelerator, sampler)
 
     return loader
 
@@ -319,15 +303,15 @@ class ShardSet:
         self.run = run
         self.captions_per_image = run.data.captions_per_image or 'all'
         self.load = pixel_loader(encoder, augmentation)
-        self.vary = AugmentedDataset(self, encoder, augmentation)
-        self.held = self._held_out(shards[-1], AugmentedDataset(self, encoder))
+        self.vary = Variation(encoder, augmentation, run.training.seed)
+        self.held = self._held_out(shards[-1], Variation(encoder))
 
     def _held_out(self, shard, plain):
         "The first 256 photos of a shard as they are."
         reading = ShardReading(batch_size=32, captions_per_image=5, passes=1)
         batches = ShardDataset([shard], self.load, reading, process_index=0, num_processes=1)
         return [
-            item | dict(pixel_values=plain.normalise(plain.resize(item['pixel_values'])))
+            plain(item)
             for batch in itertools.islice(batches, 8)
             for item in batch
             if not isinstance(item, BrokenImage)
@@ -360,18 +344,8 @@ class ShardSet:
         )
         collate = Collate(self.run.tokenizer())
         for number, items in enumerate(batches, step * together):
-            yield send_to_device(
-                collate([self._varied(item, number, i) for i, item in enumerate(items)]), accelerator.device
-            )
-
-    def _varied(self, item, number, i):
-        "Photo `i` of batch `number`, varied as these two say."
-        if isinstance(item, BrokenImage):
-            return item
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random.Random(f'augment {self.run.training.seed} {number} {i}').getrandbits(63))
-            pixels, captions = self.vary.vary(item['pixel_values'], item['captions'])
-        return item | dict(pixel_values=self.vary.normalise(pixels.contiguous()), captions=captions)
+            varied = [self.vary(item, number, i) for i, item in enumerate(items)]
+            yield send_to_device(collate(varied), accelerator.device)
 
 # %% ../nbs/17_photo_training.ipynb #eda6c08e
 def held_out_measures(
@@ -480,7 +454,7 @@ def own_captions(run, model, dataset, loader):
 # %% ../nbs/17_photo_training.ipynb #56afffb9
 def describe_run(run, model, dataset, held_set) -> str:
     "How much there is to learn from, for how long, and by how many weights, in a line."
-    what = 'photos' if hasattr(dataset, 'records') else 'shards'
+    what = 'shards' if isinstance(dataset, ShardSet) else 'photos'
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     words = len(run.captioner.output_vocabulary or range(model.tokenizer.vocab_size))
     return (
@@ -495,7 +469,7 @@ def dry_figures(run, model, dataset, pieces) -> dict:
     can count.
     """
     figures = dry_run(model, dataset, run.training, run.practice, pieces=pieces)
-    if hasattr(dataset, 'records'):
+    if not isinstance(dataset, ShardSet):
         return figures
     return dict(shards=len(dataset)) | {
         name: value for name, value in figures.items() if name not in ('images', 'epochs')
@@ -512,7 +486,7 @@ def fixed_settings(run, dataset) -> dict:
         start_from=run.start_from,
         self_critical=run.self_critical,
         freeze_encoder=run.freeze_encoder,
-        workers=None if hasattr(dataset, 'records') else run.training.dataloader_num_workers,
+        workers=run.training.dataloader_num_workers if isinstance(dataset, ShardSet) else None,
         **(dict(bleu_weight=run.bleu_weight) if run.self_critical else {}),
     )
 

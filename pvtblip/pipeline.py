@@ -887,7 +887,8 @@ def caption_files(
                 results.append(result)
         seen += len(batch.photos)
         if look and batch.read:
-            look = look(model, batch)  # once: it returns nothing
+            look(model, batch)
+            look = None  # once
     if not seen:
         raise _nothing(inputs)
     if as_json:

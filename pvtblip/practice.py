@@ -8,7 +8,7 @@ __all__ = ['SaveEvery', 'StopOnSignal', 'KeepBest', 'WeightAverage', 'load_best'
            'practice_callbacks', 'prepare_model', 'run_training', 'dry_run']
 
 # %% ../nbs/15_practice.ipynb #f005ae0a
-import copy, functools, json, math, random, signal, statistics, sys, time, warnings
+import copy, json, math, random, signal, statistics, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,14 +19,13 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import gather_object, reduce
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
 from .training import Collate
 from .files import Count, StopAtSignal, Within, check_settings
-from .decoder import DecoderLayer
+from .decoder import BertDecoder
 from .evaluation import gap_of, shuffled_losses
-from .pvt_encoder import Block
+from .pvt_encoder import Stage
 from pvtblip.training import (
     Callback,
     TrainingConfig,
@@ -386,20 +385,6 @@ class Tracker(Callback):
             tracker.finish()
 
 # %% ../nbs/15_practice.ipynb #2a0918fc
-@functools.cache
-def _checkpointed(kind):
-    "The same module class, with a forward pass that is computed again in the backward pass."
-
-    class Checkpointed(kind):
-        def forward(self, *args, **kwargs):
-            if not torch.is_grad_enabled():
-                return super().forward(*args, **kwargs)
-            return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
-
-    Checkpointed.__name__ = Checkpointed.__qualname__ = kind.__name__
-    return Checkpointed
-
-
 def checkpoint_gradients(
     model,  # a Captioner, changed in place: weights and their names stay
 ):
@@ -409,8 +394,8 @@ def checkpoint_gradients(
     if hasattr(model.encoder.backbone, 'model'):
         model.encoder.backbone.model.set_grad_checkpointing()  # timm
     for module in model.modules():
-        if type(module) in (Block, DecoderLayer):
-            module.__class__ = _checkpointed(type(module))
+        if isinstance(module, (Stage, BertDecoder)):
+            module.grad_checkpointing = True
     return model
 
 # %% ../nbs/15_practice.ipynb #f5e14405

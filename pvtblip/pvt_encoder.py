@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PVT_CONFIGS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PHOTO_FORMATS', 'DRAFT_MARGIN', 'OverlapPatchEmbed', 'to_map',
-           'attend', 'ReducedAttention', 'ConvFeedForward', 'Block', 'Stage', 'initialise_pvt',
+           'attend', 'ReducedAttention', 'ConvFeedForward', 'Block', 'call_block', 'Stage', 'initialise_pvt',
            'PyramidVisionTransformerV2', 'EncoderConfig', 'sincos_positions', 'TimmBackbone', 'weights_in',
            'read_weights', 'check_weights', 'load_weights', 'make_backbone', 'ImageEncoder', 'token_places',
            'orientation', 'upright', 'to_rgb', 'read_photo', 'load_image', 'load_pixels', 'normalise_pixels',
@@ -24,6 +24,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .files import Share, Size, Within, check_settings, check_value, reason, short
 
@@ -168,6 +169,17 @@ class Block(nn.Module):
         return tokens + self.skip(self.mlp(self.norm2(tokens), grid))
 
 # %% ../nbs/01_pvt_encoder.ipynb #fb62edbc
+def call_block(
+    block: nn.Module,
+    again: bool,  # compute its inside again in the backward pass instead of keeping it (arXiv:1604.06174)
+    *inputs,
+):
+    "What the block makes of its inputs."
+    if again and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
 class Stage(nn.Module):
     "Shrink the map (not in the first stage), run the blocks, normalise."
 
@@ -183,12 +195,13 @@ class Stage(nn.Module):
         self.downsample = OverlapPatchEmbed(in_channels, width, kernel=3, stride=2) if downsample else None
         self.blocks = nn.ModuleList(Block(width, drop_path=rate, **block) for rate in drop_paths)
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.grad_checkpointing = False  # as timm's stages
 
     def forward(self, tokens, grid):
         if self.downsample is not None:
             tokens, grid = self.downsample(to_map(tokens, grid))
         for block in self.blocks:
-            tokens = block(tokens, grid)
+            tokens = call_block(block, self.grad_checkpointing, tokens, grid)
         return self.norm(tokens), grid
 
 # %% ../nbs/01_pvt_encoder.ipynb #bd86cf99

@@ -6,14 +6,15 @@
 __all__ = ['Steps', 'Positive', 'TrainingConfig', 'learning_rate_factor', 'parameter_groups', 'BrokenImage', 'SeededBatchSampler',
            'Collate', 'whole_tensor', 'split_like', 'training_step', 'Meter', 'seed_step', 'save_state', 'saved_states',
            'check_state', 'newest_state', 'refuse_damaged', 'read_facts', 'read_tensors', 'load_state', 'Run',
-           'Callback', 'StopAtNonFiniteLoss', 'processes', 'by_first', 'only_run', 'make_accelerator', 'train',
-           'plot_history']
+           'Callback', 'StopAtNonFiniteLoss', 'processes', 'by_first', 'only_run', 'make_accelerator',
+           'training_loader', 'train', 'plot_history']
 
 # %% ../nbs/03_training.ipynb #9996e93d
-import hashlib, itertools, json, math, os, platform, random, re, shutil, tempfile, time, warnings
+import hashlib, itertools, json, math, os, platform, random, re, tempfile, time, warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,20 +24,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import TorchDynamoPlugin, broadcast_object_list, gather_object, set_seed
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from .decoder import evaluation_mode
+from .decoder import evaluation_mode, save_tensors
 from pvtblip.files import (
     Count,
     Share,
     Size,
     Within,
     check_settings,
+    delete,
     only_writer,
     outlive_signals,
     read_json,
+    whole_folder,
     write_json,
 )
 from .tokenizer import CaptionTokenizer
@@ -369,17 +372,6 @@ def seed_step(
     set_seed(random.Random(f'step {seed} {step} {process}').getrandbits(32))
 
 # %% ../nbs/03_training.ipynb #341dc3d3
-def _flush(path):
-    "Push a file, or the names in a folder, out to the disk."
-    if os.name == 'nt' and path.is_dir():
-        return  # Windows does not open folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 _FILES = ('state.safetensors', 'state.json')  # of a state; what else lies there is not ours
 
 
@@ -394,46 +386,13 @@ def _checksums(folder):
     return sums
 
 
-def _delete(path):
-    "Remove a folder, a file, or a link (not what it leads to); or nothing."
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _remove(state):
     "Take a state away: its name first, so that a half-removed one is not taken for a state."
     hidden = state.with_name(f'.{state.name}.old.tmp')
-    _delete(hidden)
+    delete(hidden)
     if os.path.lexists(state):
         os.replace(state, hidden)
-    _delete(hidden)
-
-
-@contextmanager
-def _whole_folder(final):
-    """A folder to write into, which gets its name when all of it is on the disk; OSError in one line where it
-    cannot be written.
-    """
-    temporary = final.with_name(f'.{final.name}.tmp')
-    try:
-        _delete(temporary)
-        temporary.mkdir(parents=True)
-        yield temporary
-        (temporary / 'checksums.json').write_text(json.dumps(_checksums(temporary)))
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        _remove(final)
-        os.replace(temporary, final)  # one name, one moment
-        _flush(final.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        why = getattr(error, 'strerror', None) or error
-        raise OSError(
-            f'{final}: the training state cannot be written ({why}); '
-            'make room, then resume: the states before it are whole'
-        ) from error
+    delete(hidden)
 
 # %% ../nbs/03_training.ipynb #faea5350
 def save_state(
@@ -473,13 +432,11 @@ def save_state(
     if folder is None:
         return None
     final = Path(folder) / f'checkpoint-{step}'
-    with _whole_folder(final) as temporary:
-        needed = sum(v.nbytes for v in tensors.values())
-        free = shutil.disk_usage(temporary).free
-        if needed > free:
-            raise OSError(f'{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free')
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / 'state.safetensors')
+    remedy = 'make room, then resume: the states before it are whole'
+    with whole_folder(final, needed=sum(v.nbytes for v in tensors.values()), remedy=remedy) as temporary:
+        save_tensors(tensors, temporary / 'state.safetensors')
         (temporary / 'state.json').write_text(json.dumps(facts))
+        (temporary / 'checksums.json').write_text(json.dumps(_checksums(temporary)))
     _prune(final.parent, keep, log)
     return final
 
@@ -496,7 +453,7 @@ def _prune(folder, keep, log):
     states = saved_states(folder)
     best = [_best_of(state) for state in states[-keep:]]
     old = [(_remove, state) for state in states[:-keep] if _step_of(state) not in best]
-    left = [(_delete, path) for path in folder.glob('.checkpoint-*.tmp')]
+    left = [(delete, path) for path in folder.glob('.checkpoint-*.tmp')]
     for remove, path in old + left:
         try:
             remove(path)
@@ -550,7 +507,7 @@ def _damaged(state, why):
 def _put_aside(state):
     "Out of the way, for somebody to look at."
     aside = state.with_name(f'damaged-{state.name}')
-    _delete(aside)
+    delete(aside)
     os.replace(state, aside)
 
 
@@ -863,26 +820,37 @@ def make_accelerator(
     return accelerator
 
 # %% ../nbs/03_training.ipynb #e3b7a3aa
-def _loader(dataset, tokenizer, config, step, num_processes):
+def training_loader(
+    dataset,  # map-style, addressed by (epoch, index), as `CaptionDataset`
+    tokenizer: CaptionTokenizer,
+    config: TrainingConfig,
+    step: int,  # optimizer steps done
+    accelerator: Accelerator,
+    # function of (batch_size, seed, start_batch=, num_batches=) that gives a sampler; None: `SeededBatchSampler`
+    sampler=None,
+):  # batches on the device
     """Batches from the position that `step` optimizer steps have reached; the order is a pure function of
     seed and step.
     """
-    per_step = config.gradient_accumulation_steps * num_processes
-    sampler = SeededBatchSampler(
-        len(dataset),
+    per_step = config.gradient_accumulation_steps * accelerator.num_processes
+    sampler = (sampler or partial(SeededBatchSampler, len(dataset)))(
         config.batch_size,
         config.seed,
         start_batch=step * per_step,
         num_batches=(config.max_steps - step) * per_step,
     )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=Collate(tokenizer),
-        num_workers=config.dataloader_num_workers,
-        worker_init_fn=outlive_signals,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(config.seed),
+    workers = config.dataloader_num_workers
+    return accelerator.prepare(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=Collate(tokenizer),
+            num_workers=workers,
+            worker_init_fn=outlive_signals,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(config.seed),
+            prefetch_factor=4 if workers else None,
+        )
     )
 
 # %% ../nbs/03_training.ipynb #f5008131
@@ -942,7 +910,7 @@ def train(
     accelerator=None,  # None: `make_accelerator(config)`
     settings=None,  # {part: dict} of what else must be the same at a resume
     log=warnings.warn,  # told of damaged states and the like, a line each
-    # function (steps done, accelerator) -> batches on the device, from there on; None: as `_loader` orders
+    # function (steps done, accelerator) -> batches on the device, from there on; None: `training_loader`
     # them
     loader=None,
 ) -> list[dict]:  # history: readings of `Meter` and what `evaluate` returned, each with its step
@@ -979,11 +947,7 @@ def train(
                 getattr(callback, event)(run, *what)
 
         due = lambda every: every and (run.step % every == 0 or run.step == config.max_steps)
-        loader = loader or (
-            lambda step, accelerator: accelerator.prepare(
-                _loader(dataset, model.tokenizer, config, step, accelerator.num_processes)
-            )
-        )
+        loader = loader or partial(training_loader, dataset, model.tokenizer, config)
         batches = iter(loader(run.step, accelerator))
         tell('on_train_begin')
         with tqdm(

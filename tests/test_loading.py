@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -410,11 +411,29 @@ def test_a_killed_builder_leaves_nothing_that_is_read(folder, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
-    assert [path.suffix for path in (tmp_path / 'cache').iterdir() if path.is_dir()] == ['.partial']
+    assert [path.suffix for path in (tmp_path / 'cache').iterdir() if path.is_dir()] == ['.tmp']
     cache = PhotoCache(files(folder), 48, tmp_path / 'cache')
     for file in files(folder):
         assert torch.equal(cache(file), load_pixels(file, 48))
     assert [path for path in (tmp_path / 'cache').iterdir() if path.is_dir()] == [cache.folder]
+
+
+def test_what_killed_builders_of_other_caches_left_goes_and_what_is_being_built_stays(folder, tmp_path):
+    (tmp_path / 'cache').mkdir()
+    for name in ('dead', 'alive'):
+        (tmp_path / 'cache' / f'.photos-{name}.tmp').mkdir()
+    with FileLock(tmp_path / 'cache' / 'photos-alive.lock'):
+        cache = PhotoCache(files(folder), 48, tmp_path / 'cache')
+    left = {path.name for path in (tmp_path / 'cache').iterdir() if path.is_dir()}
+    assert left == {cache.folder.name, '.photos-alive.tmp'}
+
+
+def test_a_damaged_note_of_a_cache_is_named(folder, tmp_path):
+    cache = PhotoCache(files(folder), 48, tmp_path / 'cache')
+    for text in ('{', '[]', '[' * 100_000):
+        (cache.folder / 'broken.json').write_text(text)
+        with pytest.raises(ValueError, match='broken.json'):
+            PhotoCache(files(folder), 48, tmp_path / 'cache')
 
 
 def test_too_small_a_disk_is_said_before_the_work(folder, tmp_path, monkeypatch):
@@ -422,7 +441,7 @@ def test_too_small_a_disk_is_said_before_the_work(folder, tmp_path, monkeypatch)
         shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
     )
     monkeypatch.setattr('pvtblip.loading.load_pixels', lambda *a: pytest.fail('work began'))
-    with pytest.raises(OSError, match='cache: the photo cache could not be written .*free some space'):
+    with pytest.raises(OSError, match=r'photos-\w+: cannot be written .*it needs .*free some space'):
         PhotoCache(files(folder), 48, tmp_path / 'cache')
     assert not [path for path in (tmp_path / 'cache').iterdir() if path.is_dir()]
 
@@ -436,9 +455,7 @@ def test_a_disk_that_fills_up_leaves_nothing(folder, tmp_path):
         text=True,
     )
     assert (
-        done.returncode == 1
-        and 'the photo cache could not be written' in done.stderr
-        and 'free some space' in done.stderr
+        done.returncode == 1 and ': cannot be written (' in done.stderr and 'free some space' in done.stderr
     )
     assert not [path for path in (tmp_path / 'cache').iterdir() if path.is_dir()]
 

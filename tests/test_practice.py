@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
@@ -56,7 +57,15 @@ from pvtblip.practice import (
     run_training,
 )
 from pvtblip.pvt_encoder import EncoderConfig
-from pvtblip.training import Callback, TrainingConfig, _loader, load_state, save_state, saved_states, train
+from pvtblip.training import (
+    Callback,
+    TrainingConfig,
+    load_state,
+    save_state,
+    saved_states,
+    train,
+    training_loader,
+)
 
 CHILD = """
 import sys, time, torch
@@ -572,8 +581,8 @@ def test_a_dry_run_changes_nothing(tmp_path):
 
     def pieces(trial):
         seen.append(trial)
-        short = _loader(make_data(), trial.tokenizer, replace(CONFIG, max_steps=2), 0, 1)
-        return (lambda step, accelerator: accelerator.prepare(short)), [Watch()]
+        short = partial(training_loader, make_data(), trial.tokenizer, replace(CONFIG, max_steps=2), 0)
+        return (lambda step, accelerator: short(accelerator)), [Watch()]
 
     dry_run(model, make_data(), CONFIG, pieces=pieces)
     assert (

@@ -3,6 +3,7 @@ and a resumed run
 """
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest, torch
@@ -27,7 +28,7 @@ from pvtblip.reward import (
     sampled_batch,
 )
 from pvtblip.shapes import ShapesDataset
-from pvtblip.training import TrainingConfig, _loader, make_accelerator, train, training_step
+from pvtblip.training import TrainingConfig, make_accelerator, train, training_loader, training_step
 
 SENTENCE = st.lists(st.sampled_from('a red dog and two men on the grass'.split()), max_size=12)
 
@@ -127,9 +128,7 @@ def test_killed_and_resumed_it_draws_the_same(world, tmp_path):
         if not resume:
             model.load_state_dict(weights)
 
-        def loader(step, accelerator):
-            return accelerator.prepare(_loader(shapes, model.tokenizer, config, step, 1))
-
+        loader = partial(training_loader, shapes, model.tokenizer, config)
         rewarded = reward_loader(model, loader, reward, accumulate=2, seed=1)
 
         def killed(step, accelerator):

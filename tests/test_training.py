@@ -517,9 +517,7 @@ def test_a_write_that_fails_leaves_the_last_state(tmp_path):
     )
     last = child.stderr.strip().splitlines()[-1]
     assert (
-        child.returncode == 1
-        and last.startswith('OSError: ')
-        and 'checkpoint-2: the training state cannot be written' in last
+        child.returncode == 1 and last.startswith('OSError: ') and 'checkpoint-2: cannot be written' in last
     ), child.stderr
     assert 'make room, then resume' in last and listed(tmp_path) == ['checkpoint-1']
     whole, _ = fit(CONFIG, tmp_path / 'whole')
@@ -530,11 +528,11 @@ def test_a_write_that_fails_leaves_the_last_state(tmp_path):
 
 @pytest.mark.parametrize('file', ['state.safetensors', 'state.json', 'checksums.json'])
 def test_a_full_disk_leaves_no_half_of_a_state(three_steps, tmp_path, monkeypatch, file):
-    import pvtblip.training
+    import pvtblip.decoder
 
     folder = shutil.copytree(three_steps[0], tmp_path / 'states')
     write = Path.write_text
-    save = pvtblip.training.save_file
+    save = pvtblip.decoder.save_file
     shutil.rmtree(folder / 'checkpoint-3')
 
     def full(path, text, *args, **kwargs):
@@ -543,17 +541,17 @@ def test_a_full_disk_leaves_no_half_of_a_state(three_steps, tmp_path, monkeypatc
         write(path, text[:9])
         raise OSError(errno.ENOSPC, 'No space left on device')
 
-    def full_save(tensors, path):
+    def full_save(tensors, path, metadata):
         save(tensors, path)
         if path.name == file:
             raise SafetensorError('I/O error: No space left on device (os error 28)')
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, 'write_text', full)
-        patch.setattr(pvtblip.training, 'save_file', full_save)
+        patch.setattr(pvtblip.decoder, 'save_file', full_save)
         with pytest.raises(
             OSError,
-            match=r'checkpoint-3: the training state cannot be written \(.*No space left on device.*\); '
+            match=r'checkpoint-3: cannot be written \(.*No space left on device.*\); '
             r'make room',
         ):
             resume_three(folder)
