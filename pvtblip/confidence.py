@@ -128,6 +128,7 @@ def plot_kept_share(
     """
     import matplotlib.pyplot as plt
 
+    # ours lies between a judge who knows the scores and a coin
     if ax is None:
         ax = plt.subplots(figsize=(4, 2.4), layout='constrained', dpi=80)[1]
     confidences, scores = _paired(confidences, scores)
@@ -136,6 +137,7 @@ def plot_kept_share(
     ax.axhline(scores.mean().item(), color='k', lw=0.8, ls='--', label='coin')
     if threshold is not None:
         ax.axvline((confidences >= threshold).double().mean().item(), color='C1', lw=1, label='threshold')
+    # names of metrics may hold a $, which would begin a formula
     ax.set_ylabel(name, parse_math=False)
     ax.set(
         xlabel='share of captions kept',
@@ -192,6 +194,7 @@ def plot_reliability(
         layout='constrained',
         dpi=80,
     )
+    # who states what is right lies on the dotted line
     for (name, probabilities), ax in zip(stated.items(), axes[0]):
         x, y, number = _bins(probabilities, correct, bins)
         ax.plot([0, 1], [0, 1], 'k:', lw=1)
@@ -205,9 +208,11 @@ def plot_reliability(
 # %% ../nbs/22_confidence.ipynb #2e05b744
 def _fit_platt(confidences, correct):  # double, bool
     "Slope and intercept of the logistic curve of greatest likelihood for Platt's targets."
+    # targets a little inside 0 and 1, so that few captions make no certainty
     right, wrong = int(correct.sum()), int((~correct).sum())
     targets = torch.where(correct, (right + 1) / (right + 2), 1 / (wrong + 2)).double()
-    middle, width = confidences.mean(), confidences.std().clamp(min=1e-12)  # of order 1, or the search crawls
+    # confidences brought to order 1, or the search crawls
+    middle, width = confidences.mean(), confidences.std().clamp(min=1e-12)
     curve = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS(
         [curve], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn='strong_wolfe'
@@ -221,6 +226,7 @@ def _fit_platt(confidences, correct):  # double, bool
         value.backward()
         return value
 
+    # the curve over confidences as they were
     search.step(loss)
     slope, intercept = curve.detach()
     return (slope / width).item(), (intercept - slope * middle / width).item()
@@ -286,6 +292,7 @@ class Calibration:
             raise ValueError(f'precision is {precision}; it is a share above 0 and below 1')
         if sure is not None and not 0 < sure < 1:
             raise ValueError(f'sure is {sure}; it is a probability above 0 and below 1, or None')
+        # of every candidate: is the promise kept, and as surely as many candidates together ask for?
         holds = lambda kept, right: (
             right >= precision * kept
             if sure is None
@@ -345,8 +352,9 @@ def load_confidence(
             f"{file}: no such file; this model's confidence has not been calibrated; pvtblip evaluate "
             '--json REPORT and then pvtblip calibrate REPORT make the file'
         )
+    # is it ours, whole and sound? Its own mark, or that of earlier versions, says so
     saved = read_json(file, dict)
-    marks = [saved.pop(name, None) for name in ('written_by', 'library')]  # now; earlier versions
+    marks = [saved.pop(name, None) for name in ('written_by', 'library')]
     if MARK not in marks:
         raise ValueError(f'{file}: not a calibration of pvtblip; remove it, and calibrate anew')
     if saved.keys() | {'model'} != {f.name for f in fields(Calibration)}:
@@ -438,12 +446,14 @@ class Judge:
 # %% ../nbs/22_confidence.ipynb #3b1554ca
 def _said(file):
     "Entries of `pvtblip caption --json`, or lines of JSON; broken photos left out."
+    # entries, one a photo
     remedy = 'give what pvtblip caption --json wrote'
     (entries, _) = read_entries(file)
     if isinstance(entries, dict):
         entries = [entries]  # a file of one line
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f'{file}: no list of captions; {remedy}')
+    # each with what is asked of it
     good = [entry for entry in entries if 'error' not in entry]
     for entry in good:
         if not {'image', 'caption', 'tokens'} <= entry.keys():
@@ -466,6 +476,7 @@ def _confidences_of(file, report, captions, measure):
     "{id: confidence} of the report's photos from the tokens of a caption file."
     found = {}
     for entry in _said(captions):
+        # the report knows a photo by its path, its name, or its name without the ending
         name = next(
             (
                 name
@@ -476,6 +487,7 @@ def _confidences_of(file, report, captions, measure):
         )
         if name is None:
             continue
+        # one caption a photo, and the one that was scored
         if name in found:
             raise ValueError(f'{captions}: {name} is captioned twice; keep one of them')
         if entry['caption'] != report['captions'].get(name):
@@ -499,6 +511,7 @@ def confidences_and_scores(
     """Confidence and score of every photo, for `plot_kept_share` and `fit_confidence`; raises ValueError
     where the two files do not belong together.
     """
+    # a confidence for every photo
     read = _read_report(report)
     found = read.get('confidences') if captions is None else _confidences_of(report, read, captions, measure)
     if found is None:
@@ -515,6 +528,7 @@ def confidences_and_scores(
             f'{captions or report}: no confidence for {len(missing)} of {len(read["images"])} photos, '
             f'{missing[0]!r:.60} the first'
         )
+    # a score for every photo
     ids = list(read['images'])
     images = read['images']
     known = {name for scores in images.values() for name in scores}
@@ -522,6 +536,7 @@ def confidences_and_scores(
         raise ValueError(
             f'{report}: has no {printable(metric)}; it has {", ".join(map(printable, images[ids[0]])):.120}'
         )
+    # and both are numbers
     for name in ids:
         for file, what, value in (
             (report, metric, images[name].get(metric)),
@@ -617,6 +632,7 @@ def calibrate(
     """Calibrate a model's confidence on the scores of its captions; raises ValueError and FileNotFoundError,
     before anything is written, where that cannot be.
     """
+    # nothing may be lost by writing
     confidence = Path(model) / 'confidence.json'
     refuse_outputs({'--plot': plot}, [report, *model_files(model)], {'--plot': '.png'})
     metric, least = _good(good)
@@ -626,6 +642,7 @@ def calibrate(
         )
     if confidence.exists() and not is_ours(confidence):
         load_confidence(model)  # an earlier version's has no mark; what is none is left alone
+    # captions and model belong together, as far as the report says
     _, confidences, scores = confidences_and_scores(report, metric=metric)
     correct = _right(report, scores, metric, least)
     mark = fingerprint(load_model(model, 'cpu'))
@@ -634,6 +651,7 @@ def calibrate(
         raise ValueError(
             f'{report}: is about another model than {model}, or about other weights; evaluate this one'
         )
+    # fit, and say what it is worth
     calibration = replace(fit_confidence(confidences, correct), model=mark)
     calibration.save(model)
     out(calibration_table(calibration, confidences, correct, scores, metric))
