@@ -47,9 +47,8 @@ def build(sizes, num_tokens, batch, device, seed=0):
         BertConfig(**asdict(config), is_decoder=True, add_cross_attention=True, attn_implementation='sdpa')
     )
     for weight in theirs.parameters():
-        weight.data += (
-            torch.randn_like(weight) * 0.03
-        )  # further apart than at the start: captions differ from image to image
+        # further apart than at the start: captions differ from image to image
+        weight.data += torch.randn_like(weight) * 0.03
     ours = Captioner(CaptionerConfig.tiny(decoder=config))
     ours.decoder.load_state_dict(
         {k: v for k, v in theirs.state_dict().items() if not k.startswith('cls.predictions.decoder')}
@@ -88,10 +87,8 @@ def best_seconds(function, device, rounds=7):
 
 def machine(dtype, device):
     "Bytes a second that are read, and floating-point operations a second of a large matrix product."
-    block, matrix = (
-        torch.ones(2**26, device=device),
-        torch.ones(2048, 2048, dtype=dtype, device=device),
-    )  # 268 MB: no cache holds it
+    # 268 MB: no cache holds it
+    block, matrix = (torch.ones(2**26, device=device), torch.ones(2048, 2048, dtype=dtype, device=device))
     return 4 * 2**26 / best_seconds(block.sum, device), 2 * 2048**3 / best_seconds(
         lambda: matrix @ matrix, device
     )
@@ -102,10 +99,8 @@ def least_seconds(config, image_tokens, lengths, beams, prompt, dtype, rates):
     memory or by multiplications.
     """
     D, layers, size = config.hidden_size, config.num_hidden_layers, dtype.itemsize
-    layer, head = (
-        6 * D * D + 2 * D * config.intermediate_size,
-        D * D + config.vocab_size * D,
-    )  # self 4 D^2, cross-attention's query and output 2 D^2
+    # self 4 D^2, cross-attention's query and output 2 D^2
+    layer, head = (6 * D * D + 2 * D * config.intermediate_size, D * D + config.vocab_size * D)
     keys = len(lengths) * image_tokens * layers * 2 * D  # of the images, computed once
     seconds = max((layers * 2 * D * D + keys) * size / rates[0], 2 * keys * D / rates[1])
     for step in range(max(lengths)):
@@ -239,9 +234,8 @@ def main():
                         )
                         rows.append(row)
                         if args.json:
-                            Path(args.json).write_text(
-                                json.dumps(rows, indent=1)
-                            )  # after each row: a run that is stopped keeps what it has
+                            # after each row: a run that is stopped keeps what it has
+                            Path(args.json).write_text(json.dumps(rows, indent=1))
                         print(
                             f'{name:36}{ending:>8}{row["dtype"]:>10}{batch:6}{beams:6}'
                             f'{row["ratio"]:7.2f}{row["ms"]:9.1f}{row["floor_ms"]:8.1f}'

@@ -152,9 +152,8 @@ def work(way, dtype, size, flickr):
     before = peak(device)
     model, inputs, images = build(way, size, flickr, device)
     step = make_step(model, inputs, getattr(torch, dtype), device)
-    print(
-        json.dumps(dict(loss=step(), images=images)), flush=True
-    )  # the first step is the warm-up, and has untrained weights
+    # the first step is the warm-up, and has untrained weights
+    print(json.dumps(dict(loss=step(), images=images)), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()

@@ -706,9 +706,8 @@ def _stdout():
     except BrokenPipeError:
         raise
     except OSError as error:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python would try again at its end, and complain
+        # or Python would try again at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OSError(
             f'standard output: cannot be written ({error.strerror}); make room, or give another place'
         ) from error

@@ -44,9 +44,8 @@ def caption_confidence(
     """How sure the captioner was of each caption, whatever else was in the batch; raises ValueError for an
     unknown measure.
     """
-    words = output.sequences[
-        ..., output.sequences.shape[-1] - output.token_logprobs.shape[-1] :
-    ]  # (B, R, T-P)
+    # (B, R, T-P)
+    words = output.sequences[..., output.sequences.shape[-1] - output.token_logprobs.shape[-1] :]
     ended = (words == tokenizer.sep_token_id).cumsum(-1)
     real = (ended == 0) | ((ended == 1) & (words == tokenizer.sep_token_id))
     return _confidence(output.token_logprobs, real, measure)

@@ -69,9 +69,8 @@ def photo_problem(
         if full or not _looks_whole(name, photo):
             load_image(photo if isinstance(photo, Path) else open_photo(name, photo))
     except Exception as error:
-        return str(error).removeprefix(
-            f'{photo if isinstance(photo, Path) else name}: '
-        )  # decoders fail in many ways
+        # decoders fail in many ways
+        return str(error).removeprefix(f'{photo if isinstance(photo, Path) else name}: ')
     return None
 
 # %% ../nbs/14_data_check.ipynb #2fc11634
@@ -142,9 +141,8 @@ class _CaptionCounts:
                 )
 
     def result(self) -> dict:
-        room = (
-            self.tokenizer.max_length - self.tokenizer.prompt_length - 1
-        )  # [CLS] and the prompt in front, [SEP] behind
+        # [CLS] and the prompt in front, [SEP] behind
+        room = self.tokenizer.max_length - self.tokenizer.prompt_length - 1
         words, tokens = (
             sum(length * count for length, count in lengths.items()) for lengths in (self.words, self.tokens)
         )
@@ -238,10 +236,11 @@ class DataReport:
 # %% ../nbs/14_data_check.ipynb #f20a47e1
 def _remarks(report: DataReport) -> list[str]:
     "What deserves a second look, in words"
+    # shards may count anew
     text, across = (
         report.text,
         sum(len(groups) for kind, groups in report.across_splits.items() if kind != 'same key'),
-    )  # shards may count anew
+    )
     return [
         words
         for said, words in (
@@ -594,9 +593,8 @@ def check_data(
     a_file = Path(captions).is_file()
     tokenizer = tokenizer or CaptionTokenizer()
     left_out = []
-    source = open_source(
-        captions, None if a_file else images, split, columns, left_out.append
-    )  # a caption file: missing photos go into the report
+    # a caption file: missing photos go into the report
+    source = open_source(captions, None if a_file else images, split, columns, left_out.append)
     photos = Path(images) if a_file and images is not None else source.images
     if isinstance(photos, Path) and not photos.is_dir():
         raise FileNotFoundError(f'{photos}: no such folder; give the folder of the photos')

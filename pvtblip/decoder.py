@@ -288,9 +288,8 @@ class Attention(nn.Module):
         q = self._heads(self.self.query(x).reshape(k.shape[0], -1, D))  # (B, H, C*T, d)
         if return_weights:
             out, weights = _attend_eagerly(q, k, v, mask, is_causal)
-            weights = (
-                weights.transpose(1, 2).reshape(N, T, self.num_heads, -1).transpose(1, 2)
-            )  # (N, H, T, S)
+            # (N, H, T, S)
+            weights = weights.transpose(1, 2).reshape(N, T, self.num_heads, -1).transpose(1, 2)
         else:
             drop = self.dropout if self.training else 0.0
             weights = None

@@ -38,6 +38,7 @@ def demo_config() -> CaptionerConfig:
             depths=[2, 2], embed_dims=[48, 96], num_heads=[1, 2], sr_ratios=[2, 1], mlp_ratios=[4, 4]
         ),
     )
+    # BERT's 0.02 is for a width of 768
     decoder = DecoderConfig(
         hidden_size=128,
         num_hidden_layers=2,
@@ -47,7 +48,7 @@ def demo_config() -> CaptionerConfig:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.06,
-    )  # BERT's 0.02 is for a width of 768
+    )
     config = CaptionerConfig(encoder=encoder, decoder=decoder, max_length=32, word_dropout=0.1)
     captions = [caption for i in range(2000) for caption in make_scene(1, i).captions]
     tokenizer = CaptionTokenizer(prompt=config.prompt, max_length=config.max_length)
@@ -59,9 +60,10 @@ def fast_precision() -> str:
     device = best_device()
     if device == 'cuda':
         return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'no'
+    # older torch lacks them
     tests = [
         getattr(torch.cpu, name, None) for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')
-    ]  # older torch lacks them
+    ]
     return 'bf16' if device == 'cpu' and any(test() for test in tests if test) else 'no'
 
 # %% ../nbs/25_demo.ipynb #a4dae131

@@ -78,9 +78,8 @@ def ptb_tokenize(
     folder = coco_code()[1] / 'tokenizer'
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 
-    lines = [collapse_whitespace(caption) for caption in captions] + [
-        'the end of the captions'
-    ]  # must come out last, or something was shifted
+    # must come out last, or something was shifted
+    lines = [collapse_whitespace(caption) for caption in captions] + ['the end of the captions']
     answers = _java(
         folder,
         lines,
@@ -117,13 +116,14 @@ def _bleu_statistics(references, hypotheses):
     closest = [
         min((abs(length - one['testlen']), length) for length in one['reflen'])[1] for one in scorer.ctest
     ]
+    # (n, 10)
     return np.array(
         [
             one['correct'] + one['guess'] + [one['testlen'], length]
             for one, length in zip(scorer.ctest, closest)
         ],
         float,
-    )  # (n, 10)
+    )
 
 # %% ../nbs/07_evaluation.ipynb #b52a2805
 def _bleu(
@@ -161,9 +161,8 @@ def _meteor_sums(
 ):  # (n, 6)
     "Weigh METEOR's counts by matcher and kind of word."
     words, function_words = raw[:, 0:2], raw[:, 2:4]  # of hypothesis and reference
-    matches = raw[:, 4:20].reshape(
-        -1, 4, 2, 2
-    )  # (n, matcher, content or function word, hypothesis or reference)
+    # (n, matcher, content or function word, hypothesis or reference)
+    matches = raw[:, 4:20].reshape(-1, 4, 2, 2)
     weighted = np.einsum('nmws,m->nws', matches, [1, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
     mix = lambda content, function: 0.75 * content + 0.25 * function
     pieces = raw[:, 20]
@@ -323,9 +322,10 @@ def _resampled(statistics, samples, seed):
     one seed.
     """
     images = len(statistics['Bleu'])
+    # (samples, images): how often each
     drawn = (
         np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), samples).astype(float)
-    )  # (samples, images): how often each
+    )
     return _from_sums({part: drawn @ rows for part, rows in statistics.items()})  # each (samples,)
 
 # %% ../nbs/07_evaluation.ipynb #f1751ecb
@@ -398,9 +398,8 @@ def read_entries(
                 seen[key] = value
         return seen
 
-    lines = [
-        (number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()
-    ]  # splitlines would break at U+2028
+    # splitlines would break at U+2028
+    lines = [(number, line) for number, line in enumerate(text.split('\n'), 1) if line.strip()]
     if len(lines) < 2 or not _is_json(lines[0][1]):
         return parse_json(text, file, pairs=first_counts), doubled
     return [
@@ -746,9 +745,8 @@ def pointing_test(
     """
     tokens = model.tokenizer([scene.captions[0] for scene in scenes])['input_ids'].to(pixel_values.device)
     with torch.inference_mode():
-        weights = (
-            cross_attention(model, tokens, model.encode_image(pixel_values)).float().cpu()
-        )  # (B, layers, H, T, S)
+        # (B, layers, H, T, S)
+        weights = cross_attention(model, tokens, model.encode_image(pixel_values)).float().cpu()
     weights = weights[:, slice(None) if layer is None else [layer]][
         :, :, slice(None) if head is None else [head]
     ].mean((1, 2))  # (B, T, S)
@@ -888,7 +886,6 @@ def plot_best_and_worst(
                 parse_math=False,
             )
             text = fill(hypotheses[name], 30) + '\n' + fill(f'({references[name][0]})', 30)
-            ax.text(
-                0, -0.04, text, fontsize=7, va='top', transform=ax.transAxes, parse_math=False
-            )  # $\\foo$ is no formula
+            # $\\foo$ is no formula
+            ax.text(0, -0.04, text, fontsize=7, va='top', transform=ax.transAxes, parse_math=False)
     return figure

@@ -326,11 +326,9 @@ class GenerationOutput:
     # (B, R, T-P) log-probability of each generated token, [SEP] included, 0 on padding; in every strategy the
     # model's own, before temperature, filters and penalties
     token_logprobs: torch.Tensor
-    cross_attentions: torch.Tensor | None = (
-        # (B, R, layers, H, T-1, S) with output_attentions: row t is where the decoder looked when it chose
-        # token t+1
-        None
-    )
+    # (B, R, layers, H, T-1, S) with output_attentions: row t is where the decoder looked when it chose
+    # token t+1
+    cross_attentions: torch.Tensor | None = None
 
 # %% ../nbs/04_generation.ipynb #00eed6f9
 def pick(

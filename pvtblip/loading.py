@@ -80,20 +80,15 @@ class AugmentationConfig:
     # chance of a mirrored photo; its captions exchange left and right, or it stays as it is. English captions
     # only
     flip: Share = 0.0
-    crop_scale: Annotated[float, Within(0.01, 1)] = (
-        # smallest share of the area that a random crop keeps; 1: whole photos, since captions count and a
-        # crop cuts things off
-        1.0
-    )
-    colour_jitter: Share = (
-        0.0  # brightness, contrast and saturation change by up to this share; colour names suffer slowly
-    )
-    hue: Annotated[float, Within(0, 0.5)] = (
-        0.0  # shift of the hue, in turns of the colour wheel, up to 0.5; colour names suffer at once
-    )
-    regardless_of_captions: bool = (
-        False  # True: crop photos whose captions name places, recolour those whose captions name colours
-    )
+    # smallest share of the area that a random crop keeps; 1: whole photos, since captions count and a crop
+    # cuts things off
+    crop_scale: Annotated[float, Within(0.01, 1)] = 1.0
+    # brightness, contrast and saturation change by up to this share; colour names suffer slowly
+    colour_jitter: Share = 0.0
+    # shift of the hue, in turns of the colour wheel, up to 0.5; colour names suffer at once
+    hue: Annotated[float, Within(0, 0.5)] = 0.0
+    # True: crop photos whose captions name places, recolour those whose captions name colours
+    regardless_of_captions: bool = False
 
     def __post_init__(self):
         check_settings(self)
@@ -247,9 +242,8 @@ class PhotoCache:
             with FileLock(f'{self.folder}.lock'):
                 if not self.folder.is_dir():
                     self._build(num_threads, progress)
-        self.broken = json.loads(
-            (self.folder / 'broken.json').read_text(encoding='utf-8')
-        )  # file -> what is wrong with it
+        # file -> what is wrong with it
+        self.broken = json.loads((self.folder / 'broken.json').read_text(encoding='utf-8'))
         self._pixels = None
 
     def _fingerprint(self):

@@ -24,9 +24,8 @@ from .shapes import SIZE_WORDS
 class AttentionWeights:
     "What every position looked at, in every layer and head; the names are transformers'."
 
-    attentions: (
-        torch.Tensor
-    )  # (B, layers, H, T, T) at the words so far; rows sum to 1, nothing above the diagonal
+    # (B, layers, H, T, T) at the words so far; rows sum to 1, nothing above the diagonal
+    attentions: torch.Tensor
     cross_attentions: torch.Tensor  # (B, layers, H, T, S) at the image tokens; rows sum to 1
 
 
@@ -77,10 +76,8 @@ def _reach(
     pixels,  # length of the photo
 ):  # (pixels, n), rows sum to 1
     "How much of each token's value a photo's row or column takes: linear between tokens, constant outside."
-    n, parts = (
-        len(places),
-        math.ceil(len(places) / pixels),
-    )  # a photo smaller than the grid: several samples a pixel
+    # a photo smaller than the grid: several samples a pixel
+    n, parts = (len(places), math.ceil(len(places) / pixels))
     at = (torch.arange(pixels * parts) + 0.5) * side / (pixels * parts)
     where = ((at - places[0]) / (places[1] - places[0])).clamp(0, n - 1) if n > 1 else torch.zeros_like(at)
     return (1 - (where[:, None] - torch.arange(n)).abs()).clamp(min=0).view(pixels, parts, n).mean(1)
@@ -233,9 +230,10 @@ def plot_attention(
 
     start = model.tokenizer.prompt_length
     with torch.inference_mode():
+        # (B, T, S)
         weights = (
             cross_attention(model, sequences, model.encode_image(pixel_values)).mean((1, 2)).float().cpu()
-        )  # (B, T, S)
+        )
     rows = [
         [
             int(i)
@@ -269,9 +267,8 @@ def plot_attention(
         ).numpy()  # (T-P+1, H, W); row t chose word t
         for token, seen, ax in zip(model.tokenizer.tokenizer.convert_ids_to_tokens(ids), maps, line[1:]):
             ax.imshow(image)
-            ax.imshow(
-                seen, cmap='magma', alpha=0.6, vmin=0, vmax=maps[: len(ids)].max(initial=1e-9)
-            )  # one scale a caption
+            # one scale a caption
+            ax.imshow(seen, cmap='magma', alpha=0.6, vmin=0, vmax=maps[: len(ids)].max(initial=1e-9))
             ax.text(
                 0.5, -0.03, token, fontsize=7, ha='center', va='top', transform=ax.transAxes, parse_math=False
             )
@@ -293,9 +290,10 @@ def plot_heads(
     words, start, weights = _read(model, photo, caption)
     if word not in words:
         raise ValueError(f'{word!r} is none of the tokens {", ".join(words)}; choose one of them')
+    # (layers, H, height, width)
     maps = photo_map(
         weights.cross_attentions[0, :, :, start + words.index(word)], model.encoder, photo.size[::-1]
-    )  # (layers, H, height, width)
+    )
     rows, columns = maps.shape[:2]
     figure, axes = plt.subplots(
         rows, columns, figsize=(1.1 * columns, 1.25 * rows), squeeze=False, layout='constrained', dpi=60

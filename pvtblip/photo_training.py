@@ -109,21 +109,16 @@ def words_of(
 class DataConfig:
     "What a run reads."
 
-    captions: str = (
-        'captions.json'  # a caption file, a dataset of the `datasets` library: whatever `open_source` opens
-    )
+    # a caption file, a dataset of the `datasets` library: whatever `open_source` opens
+    captions: str = 'captions.json'
     images: str | None = None  # folder of the photos, where the captions are in a file
-    split: str | None = (
-        # trained on; not set: train (and restval) where the source has splits, else all but a few photos
-        None
-    )
-    validation_split: str | None = (
-        None  # held out; not set: val where the source has splits, else 2 % by a hash of the file name
-    )
+    # trained on; not set: train (and restval) where the source has splits, else all but a few photos
+    split: str | None = None
+    # held out; not set: val where the source has splits, else 2 % by a hash of the file name
+    validation_split: str | None = None
     limit: Steps | None = None  # use this many photos only
-    captions_per_image: Annotated[int, Within(1, 1000)] | None = (
-        None  # not set: the most frequent number, at most 5
-    )
+    # not set: the most frequent number, at most 5
+    captions_per_image: Annotated[int, Within(1, 1000)] | None = None
     strict: bool = False  # stop at the first broken photo instead of skipping it
     like_lengths: bool = True  # captions of like length in one batch: less padding
     cache: str | None = None  # folder for decoded photos: each is decoded once, for all epochs and runs
@@ -140,17 +135,17 @@ class PhotoRun:
     text_model: str | None = None  # BERT whose weights and vocabulary the decoder starts from
     start_from: str | None = None  # a model folder: go on from its weights and words
     self_critical: bool = False  # learn from the model's own captions, rewarded by CIDEr, instead of people's
-    bleu_weight: Annotated[float, Within(0, 1000)] = (
-        0.0  # with self_critical: the reward is CIDEr (0 to 10) plus so many times BLEU-4 (0 to 1)
-    )
+    # with self_critical: the reward is CIDEr (0 to 10) plus so many times BLEU-4 (0 to 1)
+    bleu_weight: Annotated[float, Within(0, 1000)] = 0.0
     freeze_encoder: bool = False  # leave the backbone's weights as they are
     all_words: bool = False  # let the model say all tokens instead of those of the captions
     epochs: Annotated[float, Within(0, 1e6)] = 5.0  # passes over the photos; 0: training.max_steps counts
     data: DataConfig = field(default_factory=DataConfig)  # what is read
     captioner: CaptionerConfig = field(default_factory=captioner_config)  # what is trained
+    # how
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(save_steps=100, eval_steps=100, dataloader_num_workers=1)
-    )  # how
+    )
     practice: PracticeConfig = field(default_factory=PracticeConfig)  # what goes around the loop
 
     def __post_init__(self):

@@ -259,9 +259,8 @@ class CaptionedBatch:
     problems: (
         list  # B times None, or what is wrong with the photo, or why no caption of it keeps to the rules
     )
-    pixel_values: (
-        torch.Tensor | None
-    )  # (B', 3, H, W) of the B' photos that were captioned; None: none of them
+    # (B', 3, H, W) of the B' photos that were captioned; None: none of them
+    pixel_values: torch.Tensor | None
     output: GenerationOutput | None  # of `generate`, for the same B' photos
 
     @property
@@ -381,9 +380,8 @@ def caption_batches(
     )
     try:
         for photos, problems, pixels in loader:
-            pixel_values = (
-                None if pixels is None else normalise(pixels.to(device, non_blocking=True))
-            )  # (B', 3, H, W)
+            # (B', 3, H, W)
+            pixel_values = None if pixels is None else normalise(pixels.to(device, non_blocking=True))
             yield _captioned(model, photos, problems, pixel_values, options, seed)
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error):

@@ -284,10 +284,8 @@ class HeldOutLoss:
         model.eval()
         weight = next(model.parameters())
         state = PartialState()
-        device, share = (
-            weight.device,
-            1 if hasattr(weight, 'full_tensor') else state.num_processes,
-        )  # FSDP: all see all, in step
+        # FSDP: all see all, in step
+        device, share = (weight.device, 1 if hasattr(weight, 'full_tensor') else state.num_processes)
         sums = torch.zeros(3, device=device)  # of the losses, of those with exchanged images, of labels
         for i, batch in enumerate(self.batches):
             if i % share != state.process_index % share or 'labels' not in batch:
@@ -481,24 +479,19 @@ def merge_lora(
 class PracticeConfig:
     "Which pieces go around the loop."
 
-    save_minutes: Annotated[float, Within(0, 1e6)] = (
-        10.0  # a state every so many minutes: what a kill costs at most; 0: only by `save_steps`
-    )
+    # a state every so many minutes: what a kill costs at most; 0: only by `save_steps`
+    save_minutes: Annotated[float, Within(0, 1e6)] = 10.0
     stop_on_signal: bool = True  # at SIGTERM or Ctrl-C finish the step, write a state, exit
-    metric_for_best_model: str | None = (
-        None  # a measure of `evaluate`: its best state is kept and is the model in the end; not set: the last
-    )
+    # a measure of `evaluate`: its best state is kept and is the model in the end; not set: the last
+    metric_for_best_model: str | None = None
     greater_is_better: bool = False  # True for scores such as CIDEr, False for losses
     # evaluations without a better one that end the run; 0: never, as the rate's descent often still helps
     early_stopping_patience: Count = 0
-    ema_decay: Annotated[float, Within(0, 0.999999999)] = (
-        # average of the weights, evaluated and saved in their place; 0: none; 0.999 suits runs of thousands
-        # of steps
-        0.0
-    )
-    gradient_checkpointing: bool = (
-        False  # less memory for a second forward pass: for batches that do not fit otherwise
-    )
+    # average of the weights, evaluated and saved in their place; 0: none; 0.999 suits runs of thousands of
+    # steps
+    ema_decay: Annotated[float, Within(0, 0.999999999)] = 0.0
+    # less memory for a second forward pass: for batches that do not fit otherwise
+    gradient_checkpointing: bool = False
     lora: LoraSettings = field(default_factory=LoraSettings)  # adapters instead of the decoder's own weights
     log_with: str | None = None  # 'tensorboard', 'wandb', ...: any tracker of Accelerate; not set: none
 
@@ -667,10 +660,8 @@ def dry_run(
             loader=loader and _without_end(loader),
         )
     seconds = statistics.median(b - a for a, b in zip(clock.times[1:], clock.times[2:]))
-    processes, copies = (
-        PartialState().num_processes,
-        3 + bool(practice.ema_decay),
-    )  # weights, two moments, averages
+    # weights, two moments, averages
+    processes, copies = (PartialState().num_processes, 3 + bool(practice.ema_decay))
     trained = sum(p.numel() for p in trial.parameters() if p.requires_grad)
     whole = sum(t.nbytes for t in trial.state_dict().values())
     return dict(

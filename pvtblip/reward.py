@@ -123,9 +123,10 @@ def bleu(
             min(count, max(rows[ngram] for rows in given)) for ngram, count in said.items() if len(ngram) == n
         )
         shares.append((shared + (n > 1)) / (max(0, len(row) - n + 1) + (n > 1)))
+    # the length that is nearest
     like = min(
         (len(reference) for reference in references), key=lambda length: (abs(length - len(row)), length)
-    )  # the length that is nearest
+    )
     return math.prod(shares) ** 0.25 * min(1.0, math.exp(1 - like / len(row)))
 
 
@@ -158,9 +159,10 @@ def sampled_batch(
     input_ids = drawn.sequences.flatten(0, 1).clone()  # (N, T)
     # pay for each caption
     said, given = caption_rows(input_ids, tokenizer), caption_rows(batch['input_ids'], tokenizer)
+    # (B, C)
     rewards = torch.tensor(
         [[reward(said[i], given[b * C : b * C + C]) for i in range(b * C, b * C + C)] for b in range(B)]
-    )  # (B, C)
+    )
     # learnt is what was drawn: all behind the prompt, up to the first [SEP] or to max_length
     ends = input_ids == tokenizer.sep_token_id  # (N, T)
     ends[:, :P] = False

@@ -164,9 +164,8 @@ def evaluate_photos(
     learnt = read_training_captions(training_captions)
     if clip:
         check_clip(clip)
-    pair_captions(
-        references, {name: own[0] for name, own in references.items()}, go_on
-    )  # what is wrong with them shows before work starts
+    # what is wrong with them shows before work starts
+    pair_captions(references, {name: own[0] for name, own in references.items()}, go_on)
     model = load_model(model, dtype=dtype)
     options = GenerationConfig(num_beams=num_beams, max_length=max_length, min_length=min_length).check(model)
     said, sure, broken, losses = _caption_all(model, photos, options, batch_size, progress)

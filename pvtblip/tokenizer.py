@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from transformers import AutoTokenizer, BertTokenizerFast
 
 from .files import Size, check_value, read_json, reason, short
@@ -20,66 +21,74 @@ from .files import Size, check_value, read_json, reason, short
 def check_wordpiece(
     tokenizer,  # any Hugging Face tokenizer
 ):  # the same tokenizer, padding and truncation switched off
-    """Return `tokenizer` if it is a fast WordPiece tokenizer with words and all special tokens; raise
-    ValueError if not.
-    """
-    # its kind: only WordPiece marks the pieces that continue a word
+    "Return a fast WordPiece tokenizer that has words and all special tokens; else ValueError."
+    # of the right kind
     backend = getattr(tokenizer, 'backend_tokenizer', None)
     if type(getattr(backend, 'model', None)).__name__ != 'WordPiece':
-        raise ValueError(
-            f'{type(tokenizer).__name__} is not a fast WordPiece tokenizer; use one of the BERT family'
-        )
-    # its vocabulary: every row needs the special tokens, and words between them
+        kind = type(tokenizer).__name__
+        raise ValueError(f'{kind} is not a fast WordPiece tokenizer; use one of the BERT family')
+    # with what a row needs
     names = 'cls_token', 'sep_token', 'pad_token', 'unk_token'
     vocabulary = tokenizer.get_vocab()
-    missing = [name for name in names if getattr(tokenizer, name) not in vocabulary]
-    if missing:
+    if missing := [name for name in names if getattr(tokenizer, name) not in vocabulary]:
         raise ValueError(f'the vocabulary lacks {", ".join(missing)}; use a BERT vocabulary')
     if len(vocabulary) <= len(tokenizer.all_special_ids):
         raise ValueError(
-            f'the vocabulary has {len(vocabulary)} tokens and no words: its vocab.txt was not read; '
-            'use BertTokenizerFast.from_pretrained(folder)'
+            f'the vocabulary has {len(vocabulary)} tokens and no words: its vocab.txt was not '
+            'read; use BertTokenizerFast.from_pretrained(folder)'
         )
-    # a saved tokenizer may bring padding and cutting along: both are ours to do
+    # rows are padded and cut by us
     backend.no_padding()
     backend.no_truncation()
     return tokenizer
 
-# %% ../nbs/00_tokenizer.ipynb #34f77858
+# %% ../nbs/00_tokenizer.ipynb #e9fea8a1
 # what transformers reads beside vocab.txt
 _JSON_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
 
 
-def load_tokenizer(
-    # Hugging Face name or folder; None: the bundled vocabulary of bert-base-uncased, no network needed
-    name_or_path=None,
-):  # Hugging Face tokenizer, checked by `check_wordpiece`
-    """Load a WordPiece tokenizer, never code that lies beside it; raises OSError if there is none, ValueError
-    if it is damaged or of another kind (vocabulary: BERT, arXiv:1810.04805).
-    """
-    if name_or_path is None:
-        return check_wordpiece(BertTokenizerFast.from_pretrained((files('pvtblip') / 'vocab.txt').parent))
-    # the files by themselves first, so that an error names the file and the line
-    folder = Path(name_or_path)
+def _tokenizer_files(folder):
+    "Names of the files that make a tokenizer; ValueError with file and line for one that is no JSON."
     present = [name for name in (*_JSON_FILES, 'vocab.txt') if (folder / name).is_file()]
     for name in present:
         if name in _JSON_FILES:
             read_json(folder / name, dict)
-    # then load, and tokenize once: some settings are looked at only there
+    return present
+
+
+def _not_loaded(name_or_path, present, error):
+    "The error to raise where no tokenizer came of `present` files."
+    if present:
+        return ValueError(
+            f'{Path(name_or_path)}: no tokenizer can be made of {" and ".join(present)} ({reason(error)}); '
+            'copy or download them again'
+        )
+    return OSError(
+        f"no tokenizer at '{name_or_path}': give a folder or a Hugging Face name; "
+        'without network leave the name out and take the bundled vocabulary'
+    )
+
+# %% ../nbs/00_tokenizer.ipynb #34f77858
+def load_tokenizer(
+    # Hugging Face name or folder; None: the bundled vocabulary of bert-base-uncased, offline
+    name_or_path=None,
+):  # Hugging Face tokenizer, checked by `check_wordpiece`
+    """Load a WordPiece tokenizer, never code that lies beside it; raises OSError if there is none,
+    ValueError if it is damaged or of another kind (vocabulary: BERT, arXiv:1810.04805).
+    """
+    if name_or_path is None:
+        bundled = files('pvtblip') / 'vocab.txt'
+        return check_wordpiece(BertTokenizerFast.from_pretrained(bundled.parent))
+    # so that an error names the file and the line
+    present = _tokenizer_files(Path(name_or_path))
     try:
-        tokenizer = check_wordpiece(AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False))
+        loaded = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+        tokenizer = check_wordpiece(loaded)
+        # some settings are looked at only here
         tokenizer(['a dog'], add_special_tokens=False, split_special_tokens=True, verbose=False)
         return tokenizer
     except Exception as error:  # damaged files make transformers and tokenizers fail in any way
-        if present:
-            raise ValueError(
-                f'{folder}: no tokenizer can be made of {" and ".join(present)} ({reason(error)}); '
-                'copy or download them again'
-            ) from error
-        raise OSError(
-            f"no tokenizer at '{name_or_path}': give a folder or a Hugging Face name; "
-            'without network leave the name out and take the bundled vocabulary'
-        ) from error
+        raise _not_loaded(name_or_path, present, error) from error
 
 # %% ../nbs/00_tokenizer.ipynb #509b56e1
 def collapse_whitespace(
@@ -114,22 +123,17 @@ def clean_spacing(
 
 # %% ../nbs/00_tokenizer.ipynb #a597ee35
 class CaptionTokenizer:
-    """Captions to `input_ids`, `attention_mask` and `labels` behind one prompt, and token ids back to clean
-    text.
-    """
+    "Captions to input_ids, attention_mask and labels behind one prompt; token ids to clean text."
 
     def __init__(
         self,
-        tokenizer=None,  # None: bundled vocabulary; Hugging Face name or folder; or a tokenizer object
+        tokenizer=None,  # None: bundled vocabulary; Hugging Face name or folder; or an object
         prompt: str = 'a picture of',  # text before every caption, in training and in inference
         max_length: int = 40,  # most positions in a row: [CLS], prompt, caption and [SEP] together
     ):
-        """Raises ValueError for a prompt that leaves no room for a word and [SEP], or that the vocabulary
-        cannot write.
-        """
+        "ValueError for a prompt without room for a word, or that the vocabulary cannot write."
         check_value('prompt', prompt, str)
         check_value('max_length', max_length, Size)
-        # the vocabulary: a tokenizer object, or the name of one
         is_object = hasattr(tokenizer, 'get_vocab')
         self.tokenizer = check_wordpiece(tokenizer) if is_object else load_tokenizer(tokenizer)
         self.prompt = prompt
@@ -137,137 +141,169 @@ class CaptionTokenizer:
         self.vocab_size = len(self.tokenizer)
         for name in ('cls_token_id', 'sep_token_id', 'pad_token_id'):
             setattr(self, name, getattr(self.tokenizer, name))
-        # the prompt, which must leave room for a word and [SEP]
+        # the one list of ids that training and inference share
         self.prompt_ids = [self.cls_token_id, *self._encode([prompt])[0]]
         self.prompt_length = len(self.prompt_ids)
-        if self.tokenizer.unk_token_id in self.prompt_ids:
-            raise ValueError(
-                f'the prompt {short(prompt)} has words that the vocabulary cannot write; choose other words'
-            )
-        if self.prompt_length > max_length - 2:
-            raise ValueError(
-                f'the prompt takes {self.prompt_length} of max_length={max_length} positions, '
-                f'a word and [SEP] need 2 more; shorten the prompt or raise max_length'
-            )
+        self._check_prompt()
 
-    def __repr__(self):
-        return (
-            f"{type(self).__name__}(prompt='{self.prompt}', max_length={self.max_length}, "
-            f'vocab_size={self.vocab_size})'
+# %% ../nbs/00_tokenizer.ipynb #709b6375
+@patch
+def _check_prompt(self: CaptionTokenizer):
+    "ValueError for a prompt that the vocabulary cannot write or that leaves no room."
+    if self.tokenizer.unk_token_id in self.prompt_ids:
+        raise ValueError(
+            f'the prompt {short(self.prompt)} has words that the vocabulary cannot write; choose other words'
+        )
+    if self.prompt_length > self.max_length - 2:
+        raise ValueError(
+            f'the prompt takes {self.prompt_length} of max_length={self.max_length} positions, '
+            f'a word and [SEP] need 2 more; shorten the prompt or raise max_length'
         )
 
-    def _encode(self, texts):
-        "WordPiece ids of each text, no special tokens; '[SEP]' typed in a text is text."
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(
-                    f'caption {i} is {type(text).__name__}, not text: {short(text)}; drop it or write '
-                    'it as a string'
-                )
-        return self.tokenizer(
-            [collapse_whitespace(text) for text in texts],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            padding=False,
-            truncation=False,
-            verbose=False,
-        )['input_ids']
 
-    def __call__(
-        self,
-        captions: list[str] | None = None,  # N captions; None: the prompt alone, for inference
-        batch_size: int = 1,  # rows of the prompt when there are no captions
-    ) -> dict:  # input_ids (N, T), attention_mask (N, T) and, with captions, labels (N, T): -100 on prompt and padding
-        """A batch of [CLS] prompt caption [SEP], padded right; labels not shifted; a cut caption has no
-        [SEP]; ValueError for no text.
-        """
-        if captions is None:
-            return self._prompt_batch(batch_size)
-        if isinstance(captions, str) or not len(captions):
-            raise ValueError(
-                f'captions must be a list of at least one text, not {short(captions)}; put it into a list'
-            )
-        # [CLS] prompt caption [SEP], cut behind max_length
-        room = self.max_length - self.prompt_length
-        rows = [self.prompt_ids + [*ids, self.sep_token_id][:room] for ids in self._encode(list(captions))]
-        # all rows as long as the longest, padded on the right
-        lengths = torch.tensor([len(row) for row in rows])  # (N,)
-        input_ids = torch.full((len(rows), int(lengths.max())), self.pad_token_id)  # (N, T)
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row)
-        # tokens are seen, padding is not; of the tokens, those behind the prompt are learnt
-        positions = torch.arange(input_ids.shape[1])  # (T,)
-        attention_mask = (positions < lengths[:, None]).long()  # (N, T)
-        learnt = (attention_mask == 1) & (positions >= self.prompt_length)  # (N, T)
-        return dict(input_ids=input_ids, attention_mask=attention_mask, labels=input_ids.where(learnt, -100))
+@patch
+def __repr__(self: CaptionTokenizer):
+    return (
+        f"{type(self).__name__}(prompt='{self.prompt}', max_length={self.max_length}, "
+        f'vocab_size={self.vocab_size})'
+    )
 
-    def _prompt_batch(self, batch_size):
-        "The prompt in every row, for inference: the same ids that training rows begin with."
-        if batch_size < 1:
-            raise ValueError(f'batch_size is {batch_size}; it must be at least 1')
-        input_ids = torch.tensor([self.prompt_ids] * batch_size)  # (N, P)
-        return dict(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
 
-    def decode(
-        self,
-        ids,  # token ids of one row: list or LongTensor (T,); -100 is skipped
-        keep_prompt: bool = False,  # True: leave the prompt's words in the text
-    ) -> str:  # clean text
-        """Text of one row: up to the first [SEP] after the prompt, without prompt and special tokens; raises
-        ValueError for ids outside the vocabulary.
-        """
-        # plain numbers, all of them in the vocabulary
-        ids = torch.as_tensor(ids)
-        if ids.dim() != 1:
-            raise ValueError(f'ids have shape {tuple(ids.shape)}; decode takes one row, decode_batch many')
-        ids = [i for i in ids.tolist() if i != -100]
-        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
-        if wrong:
-            raise ValueError(f'id {wrong[0]} is outside the vocabulary of {self.vocab_size} tokens')
-        # the caption ends at the first [SEP]: the prompt has none
-        start = self.prompt_length if ids[: self.prompt_length] == self.prompt_ids else 0
-        end = ids.index(self.sep_token_id) if self.sep_token_id in ids else len(ids)
-        special = set(self.tokenizer.all_special_ids)
-        kept = [i for i in ids[0 if keep_prompt else start : end] if i not in special]
-        text = ' '.join(self.tokenizer.convert_ids_to_tokens(kept)).replace(' ##', '').removeprefix('##')
-        return clean_spacing(text)
-
-    def decode_batch(
-        self,
-        ids,  # (N, T)
-    ) -> list[str]:  # N texts
-        "Text of every row."
-        return [self.decode(row) for row in ids]
-
-    def save_pretrained(
-        self,
-        folder,  # created if need be
-    ):
-        """Save vocab.txt, tokenizer_config.json (with prompt and max_length) and tokenizer.json;
-        AutoTokenizer reads the folder too.
-        """
-        self.tokenizer.save_pretrained(str(folder))
-        self.tokenizer.backend_tokenizer.model.save(str(folder))
-        path = Path(folder) / 'tokenizer_config.json'
-        config = json.loads(path.read_text(encoding='utf-8')) | dict(
-            caption_prompt=self.prompt, caption_max_length=self.max_length
+def _check_texts(texts):
+    "ValueError unless `texts` are at least one text, each a string."
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError(
+            f'captions must be a list of at least one text, not {short(texts)}; put it into a list'
         )
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f'caption {i} is {type(text).__name__}, not text: {short(text)}; drop it or write '
+                'it as a string'
+            )
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        # folder written by `save_pretrained`, or any name or folder that `load_tokenizer` takes
-        name_or_path,
-    ) -> 'CaptionTokenizer':  # with the saved prompt and max_length where there are any
-        "Load a tokenizer; raises what `load_tokenizer` raises."
-        tokenizer = load_tokenizer(name_or_path)
-        saved = {
-            name: tokenizer.init_kwargs['caption_' + name]
-            for name in ('prompt', 'max_length')
-            if 'caption_' + name in tokenizer.init_kwargs
-        }
-        try:
-            return cls(tokenizer, **saved)
-        except ValueError as error:
-            raise ValueError(f'{name_or_path}/tokenizer_config.json: {error}') from error
+
+@patch
+def _prompt_batch(self: CaptionTokenizer, batch_size):
+    "The prompt in every row, for inference: the same ids that training rows begin with."
+    if batch_size < 1:
+        raise ValueError(f'batch_size is {batch_size}; it must be at least 1')
+    input_ids = torch.tensor([self.prompt_ids] * batch_size)  # (N, P)
+    return dict(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+
+
+@patch
+def _check_ids(self: CaptionTokenizer, ids):
+    "One row as a list without -100; ValueError for several rows or an id outside the vocabulary."
+    ids = torch.as_tensor(ids)
+    if ids.dim() != 1:
+        raise ValueError(f'ids have shape {tuple(ids.shape)}; decode takes one row, decode_batch many')
+    ids = [i for i in ids.tolist() if i != -100]
+    if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+        raise ValueError(f'id {wrong[0]} is outside the vocabulary of {self.vocab_size} tokens')
+    return ids
+
+
+@patch
+def decode_batch(
+    self: CaptionTokenizer,
+    ids,  # (N, T)
+) -> list[str]:  # N texts
+    "Text of every row."
+    return [self.decode(row) for row in ids]
+
+# %% ../nbs/00_tokenizer.ipynb #32300231
+@patch
+def _encode(self: CaptionTokenizer, texts):
+    "WordPiece ids of each text, no special tokens; '[SEP]' typed in a text is text."
+    _check_texts(texts)
+    # padding and cutting are ours; the library would warn of long texts
+    ours = dict(padding=False, truncation=False, verbose=False)
+    plain = [collapse_whitespace(text) for text in texts]
+    encoded = self.tokenizer(plain, add_special_tokens=False, split_special_tokens=True, **ours)
+    return encoded['input_ids']
+
+# %% ../nbs/00_tokenizer.ipynb #8c11cf57
+@patch
+def _tensors(self: CaptionTokenizer, rows):
+    "Rows of ids, padded right, with their mask and labels."
+    lengths = torch.tensor([len(row) for row in rows])  # (N,)
+    input_ids = torch.full((len(rows), int(lengths.max())), self.pad_token_id)  # (N, T)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = torch.tensor(row)
+    # real tokens, and those of them that are learnt
+    positions = torch.arange(input_ids.shape[1])  # (T,)
+    attention_mask = (positions < lengths[:, None]).long()  # (N, T)
+    learnt = (attention_mask == 1) & (positions >= self.prompt_length)  # (N, T)
+    labels = input_ids.where(learnt, -100)  # (N, T)
+    return dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+# %% ../nbs/00_tokenizer.ipynb #938df3dd
+@patch
+def __call__(
+    self: CaptionTokenizer,
+    captions: list[str] | None = None,  # N captions; None: the prompt alone, for inference
+    batch_size: int = 1,  # rows of the prompt when there are no captions
+) -> dict:  # input_ids, attention_mask, with captions labels: (N, T), -100 on prompt and padding
+    """A batch of [CLS] prompt caption [SEP], padded right; labels not shifted; a cut caption has no
+    [SEP]; ValueError for no text.
+    """
+    if captions is None:
+        return self._prompt_batch(batch_size)
+    room = self.max_length - self.prompt_length
+    encoded = self._encode(captions)
+    return self._tensors([self.prompt_ids + [*ids, self.sep_token_id][:room] for ids in encoded])
+
+# %% ../nbs/00_tokenizer.ipynb #7c39e1d2
+@patch
+def decode(
+    self: CaptionTokenizer,
+    ids,  # token ids of one row: list or LongTensor (T,); -100 is skipped
+    keep_prompt: bool = False,  # True: leave the prompt's words in the text
+) -> str:  # clean text
+    """Text of one row: up to the first [SEP] after the prompt, without prompt and special tokens;
+    raises ValueError for ids outside the vocabulary.
+    """
+    ids = self._check_ids(ids)
+    # from behind the prompt, which has no [SEP], to the end
+    start = self.prompt_length if ids[: self.prompt_length] == self.prompt_ids else 0
+    end = ids.index(self.sep_token_id) if self.sep_token_id in ids else len(ids)
+    special = set(self.tokenizer.all_special_ids)
+    kept = [i for i in ids[0 if keep_prompt else start : end] if i not in special]
+    # pieces are joined to words
+    text = ' '.join(self.tokenizer.convert_ids_to_tokens(kept))
+    return clean_spacing(text.replace(' ##', '').removeprefix('##'))
+
+# %% ../nbs/00_tokenizer.ipynb #bb6b34c3
+@patch
+def save_pretrained(
+    self: CaptionTokenizer,
+    folder,  # created if need be
+):
+    """Save vocab.txt, tokenizer_config.json (with prompt and max_length) and tokenizer.json;
+    AutoTokenizer reads the folder too.
+    """
+    self.tokenizer.save_pretrained(str(folder))
+    self.tokenizer.backend_tokenizer.model.save(str(folder))
+    # our two settings among those of the library
+    path = Path(folder) / 'tokenizer_config.json'
+    ours = dict(caption_prompt=self.prompt, caption_max_length=self.max_length)
+    config = json.loads(path.read_text(encoding='utf-8')) | ours
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+
+# %% ../nbs/00_tokenizer.ipynb #bce2a527
+@patch(cls_method=True)
+def from_pretrained(
+    cls: CaptionTokenizer,
+    # folder written by `save_pretrained`, or any name or folder that `load_tokenizer` takes
+    name_or_path,
+) -> CaptionTokenizer:  # with the saved prompt and max_length where there are any
+    "Load a tokenizer; raises what `load_tokenizer` raises."
+    tokenizer = load_tokenizer(name_or_path)
+    names = 'prompt', 'max_length'
+    settings = tokenizer.init_kwargs
+    saved = {name: settings['caption_' + name] for name in names if 'caption_' + name in settings}
+    try:
+        return cls(tokenizer, **saved)
+    except ValueError as error:
+        raise ValueError(f'{name_or_path}/tokenizer_config.json: {error}') from error

@@ -53,19 +53,15 @@ class TrainingConfig:
     max_steps: Steps = 1000  # optimizer steps, the whole run
     batch_size: Size = 32  # images a step and process; each brings all its captions
     gradient_accumulation_steps: Size = 1  # batches added up before a step, where memory is short
-    learning_rate: Annotated[float, Within(0, 10, above=True)] = (
-        3e-4  # the highest, reached after the warm-up
-    )
-    encoder_lr_scale: Positive = (
-        1.0  # the backbone's rate is this share of it: trained eyes need less than a fresh decoder
-    )
+    # the highest, reached after the warm-up
+    learning_rate: Annotated[float, Within(0, 10, above=True)] = 3e-4
+    # the backbone's rate is this share of it: trained eyes need less than a fresh decoder
+    encoder_lr_scale: Positive = 1.0
     warmup_ratio: Share = 0.05  # share of the steps in which the rate rises
-    weight_decay: Annotated[float, Within(0, 100)] = (
-        0.05  # on matrices only: biases and norms have no need of it
-    )
-    adam_beta2: Annotated[float, Within(0, 0.999999)] = (
-        0.98  # memory of the squared gradient, about 50 steps: short runs
-    )
+    # on matrices only: biases and norms have no need of it
+    weight_decay: Annotated[float, Within(0, 100)] = 0.05
+    # memory of the squared gradient, about 50 steps: short runs
+    adam_beta2: Annotated[float, Within(0, 0.999999)] = 0.98
     max_grad_norm: Positive = 1.0  # longer gradients are shortened to this
     mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no'  # 'fp16': GPU only
     # compile the model first: minutes once, then faster steps; the numbers differ in the last digits
@@ -291,9 +287,8 @@ def training_step(
         mean = mean + share.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     if accelerator.scaler is None:
-        mean = mean + 0 * whole_tensor(
-            norm
-        )  # a gradient that is no number shows in the loss; fp16's scaler skips such steps itself
+        # a gradient that is no number shows in the loss; fp16's scaler skips such steps itself
+        mean = mean + 0 * whole_tensor(norm)
     optimizer.step()
     optimizer.zero_grad()
     return accelerator.reduce(mean)
@@ -644,9 +639,8 @@ def load_state(
         scaler.load_state_dict(facts['scaler'])
     for name, piece in (pieces or {}).items():
         if name in facts['pieces']:
-            piece.load_state_dict(
-                facts['pieces'][name] | read_tensors(state, name)
-            )  # one that came later begins anew
+            # one that came later begins anew
+            piece.load_state_dict(facts['pieces'][name] | read_tensors(state, name))
     return facts
 
 # %% ../nbs/03_training.ipynb #610a54a6
@@ -666,9 +660,8 @@ class Run:
     history: list = field(default_factory=list)
     step: int = 0  # optimizer steps done
     batches: list = ()  # the micro-batches of the last step
-    loss: torch.Tensor | None = (
-        None  # () of the last step, over all processes; None where every photo was broken
-    )
+    # () of the last step, over all processes; None where every photo was broken
+    loss: torch.Tensor | None = None
     best: int | None = None  # the step whose state is never removed
     should_save: bool = False  # write a state after this step
     should_stop: bool = False  # end after this step
@@ -862,9 +855,8 @@ def make_accelerator(
     # else a process could never train in a second precision; transformers' Trainer does the same
     AcceleratorState._reset_state()
     if config.torch_compile:
-        options['dynamo_plugin'] = TorchDynamoPlugin(
-            backend='inductor', dynamic=True
-        )  # captions differ in length
+        # captions differ in length
+        options['dynamo_plugin'] = TorchDynamoPlugin(backend='inductor', dynamic=True)
     accelerator = Accelerator(mixed_precision=config.mixed_precision, **options)
     if config.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise ValueError("mixed_precision='fp16' needs a GPU and there is only a CPU; choose 'bf16' or 'no'")
@@ -908,9 +900,8 @@ def _agree(run):
 
 def _save(run, pieces):
     "The first process writes a state, the others wait."
-    states = {
-        name: piece.state_dict() for name, piece in pieces.items()
-    }  # in all processes: some pieces gather
+    # in all processes: some pieces gather
+    states = {name: piece.state_dict() for name, piece in pieces.items()}
     save_state(
         run.folder,
         run.step,

@@ -1,9 +1,9 @@
 "The whole check: `python tests/check.py`. With --fix it first exports, cleans and renders the README."
 
-import argparse, filecmp, os, shutil, subprocess, sys, sysconfig, tempfile, time, venv
+import argparse, filecmp, os, re, shutil, subprocess, sys, sysconfig, tempfile, time, venv
 from pathlib import Path
 
-import house
+import glossary, house
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +41,10 @@ def in_a_copy(command, folder, pattern, remedy):
 
 
 def readme():
-    "README.md as nbs/index.ipynb renders."
-    return MarkdownExporter().from_filename(str(ROOT / 'nbs/index.ipynb'))[0].strip() + '\n'
+    "README.md as nbs/index.ipynb renders: its text; pictures are drawn in the notebook only."
+    exporter = MarkdownExporter(exclude_input=True, exclude_output=True)
+    text, _ = exporter.from_filename(str(ROOT / 'nbs/index.ipynb'))
+    return re.sub(r'\n{3,}', '\n\n', text.strip()) + '\n'
 
 
 def exported():
@@ -173,6 +175,7 @@ def fix():
     contributing = ROOT / 'CONTRIBUTING.md'
     contributing.write_text(house.with_map(contributing.read_text(encoding='utf-8')), encoding='utf-8')
     (ROOT / 'nbs/sidebar.yml').write_text(house.sidebar(), encoding='utf-8')
+    (ROOT / 'nbs/glossary.ipynb').write_text(glossary.notebook(), encoding='utf-8')
 
 
 def main():

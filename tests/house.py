@@ -1,6 +1,7 @@
 "Which module stands on which, read from the imports: the map of CONTRIBUTING.md, and the three parts of the sidebar."
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -8,9 +9,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = {'0': 'course', '1': 'practice', '2': 'use'}
 
 
+def is_reference(notebook):
+    "Three digits: it lies below all lessons, because they stand on it, and is not read in order."
+    return re.match(r'\d{3}_', notebook) is not None
+
+
 def part(notebook):
-    "The part that a notebook belongs to. `000_files` lies below all others and is read like practice."
-    return 'practice' if notebook.startswith('000') else PARTS[notebook[0]]
+    "The part that a notebook belongs to; reference stands with practice."
+    return 'practice' if is_reference(notebook) else PARTS[notebook[0]]
 
 
 BEGIN, END = '<!-- map: made by tests/house.py -->', '<!-- end of map -->'
@@ -69,9 +75,18 @@ def with_map(text):
     return before + house_map() + rest.partition(END)[2]
 
 
+def reading_minutes(notebook):
+    "Minutes for what a learner reads: 200 words a minute, half a minute for a cell of code."
+    cells = json.loads((ROOT / f'nbs/{notebook}.ipynb').read_text(encoding='utf-8'))['cells']
+    read = [(cell['cell_type'], ''.join(cell['source'])) for cell in cells]
+    read = [(kind, text) for kind, text in read if not re.search(r'^#\| ?(hide|default_exp)\b', text, re.M)]
+    words = sum(len(re.sub(r'[`|*#]', ' ', text).split()) for kind, text in read if kind == 'markdown')
+    return words / 200 + sum(kind == 'code' for kind, _ in read) / 2
+
+
 def sidebar():
-    "nbs/sidebar.yml: the notebooks in their three parts."
-    lines = ['website:', '  sidebar:', '    contents:', '      - index.ipynb']
+    "nbs/sidebar.yml: the notebooks in their three parts, below the front page and the words of the field."
+    lines = ['website:', '  sidebar:', '    contents:', '      - index.ipynb', '      - glossary.ipynb']
     names = sorted(file.stem for file in ROOT.glob('nbs/[0-9]*.ipynb'))
     for title, name in (('The course', 'course'), ('Practice', 'practice'), ('Use', 'use')):
         lines += [f'      - section: "{title}"', '        contents:']

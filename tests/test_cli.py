@@ -375,6 +375,7 @@ def test_one_training_at_a_time_and_one_that_was_killed_is_gone_on_with(capsys, 
     process.send_signal(signal.SIGKILL)
     process.wait()
     (tmp_path / 'captions.json').write_bytes(b'')
+    # the lock is free: something else is wrong
     refused(
         capsys,
         'train',
@@ -384,7 +385,7 @@ def test_one_training_at_a_time_and_one_that_was_killed_is_gone_on_with(capsys, 
         '--captions',
         tmp_path / 'captions.json',
         says=['captions.json'],
-    )  # the lock is free: something else is wrong
+    )
 
 
 def test_a_resume_without_a_whole_state(capsys, data, tmp_path):
@@ -939,9 +940,8 @@ def test_no_input_and_no_foreign_file_is_overwritten(capsys, answers, model, tmp
     (place / 'demo2').mkdir()
     (place / 'demo2/scene.png').write_bytes(whole)
     (place / 'x.results.json').write_text('[1]')
-    cases.append(
-        ([*evaluate, '--json', place / 'x.json'], foreign)
-    )  # the default place of the captions counts, too
+    # the default place of the captions counts, too
+    cases.append(([*evaluate, '--json', place / 'x.json'], foreign))
     before |= {
         place / name: (place / name).read_bytes()
         for name in ('list1.txt', 'demo2/scene.png', 'x.results.json')
@@ -1034,11 +1034,12 @@ def test_a_full_disk_is_one_line(data, model, tmp_path, answers):
         'error: standard output: cannot be written (No space left on device); make room, or give '
         'another place'
     ], done.stderr
+    # a disk with room for 500 bytes
     limited = (
         'import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
         'resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)); '
         "from pvtblip.cli import main; sys.argv[0] = 'pvtblip'; main()"
-    )  # a disk with room for 500 bytes
+    )
     done = subprocess.run(
         [
             sys.executable,
@@ -1124,9 +1125,8 @@ def test_evaluate(capsys, answers, model, clip, tmp_path):
         and report['clip_score'].keys() == report['images'].keys()
         and 'CLIPScore' in err
     )
-    code, again, _ = pvtblip(
-        capsys, 'score', answers / 'coco.json', tmp_path / 'scores.results.json'
-    )  # the same figures from the files alone
+    # the same figures from the files alone
+    code, again, _ = pvtblip(capsys, 'score', answers / 'coco.json', tmp_path / 'scores.results.json')
     assert code == 0 and again == out
     captioned = json.loads(
         pvtblip(
@@ -1181,9 +1181,8 @@ def test_evaluate_calibrate_and_not_sure(capsys, data, answers, model, tmp_path)
     refused(capsys, 'calibrate', report, '--model', tmp_path / 'nowhere', says=['nowhere', 'config.json'])
     refused(capsys, 'calibrate', report, '--model', place, '--plot', tmp_path / 'kept.jpg', says=['--plot'])
     assert not (place / 'confidence.json').exists()
-    names = sorted(
-        read['confidences'], key=read['confidences'].get
-    )  # a world in which the surer half is right
+    # a world in which the surer half is right
+    names = sorted(read['confidences'], key=read['confidences'].get)
     report.write_text(
         json.dumps(read | dict(images={name: dict(CIDEr=i / 12) for i, name in enumerate(names)}))
     )
@@ -1515,9 +1514,8 @@ def test_no_photo_is_both_trained_on_and_held_out(data, tmp_path):
 
 
 def test_settings_that_would_go_wrong_silently(capsys, data, tmp_path):
-    (tmp_path / 'part.toml').write_text(
-        '[training]\nlearning_rate = 0.01\n[captioner]\nmax_length = 30\n'
-    )  # the rest keeps the command's defaults
+    # the rest keeps the command's defaults
+    (tmp_path / 'part.toml').write_text('[training]\nlearning_rate = 0.01\n[captioner]\nmax_length = 30\n')
     code, out, err = pvtblip(
         capsys,
         'train',

@@ -222,9 +222,8 @@ cells = st.one_of(
 )
 @settings(max_examples=300, deadline=None)
 def test_what_the_csv_module_writes_comes_back(tmp_path_factory, rows, delimiter, order, quoting, end, bom):
-    rows = [
-        (file, text.replace('\r', '\r\n'), note) for file, text, note in rows
-    ]  # the csv module writes a bare \r without quotes
+    # the csv module writes a bare \r without quotes
+    rows = [(file, text.replace('\r', '\r\n'), note) for file, text, note in rows]
     out = io.StringIO(newline='')
     lines = []  # where each row begins
     writer = csv.DictWriter(out, order, delimiter=delimiter, quoting=quoting, lineterminator=end)

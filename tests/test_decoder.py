@@ -85,9 +85,8 @@ def test_equals_transformers(sizes):
     with torch.no_grad():
         found = ours(ids, image)
         expected = theirs(input_ids=ids, encoder_hidden_states=image).logits
-        torch.testing.assert_close(
-            found, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=0
-        )  # float32 rounds by the size of the largest
+        # float32 rounds by the size of the largest
+        torch.testing.assert_close(found, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=0)
         exact = theirs.double()(input_ids=ids, encoder_hidden_states=image.double()).logits
         torch.testing.assert_close(ours.double()(ids, image.double()), exact, atol=1e-10, rtol=0)
 
@@ -616,12 +615,8 @@ WRONG = ['x', 1.5, -1, 0, 10**30, math.nan, -math.inf, True, None, [], {}, [[]],
 SETTINGS = [
     f'{part.name}.{f.name}' for part in fields(CaptionerConfig)[:2] for f in fields(part.default_factory)
 ] + [f.name for f in fields(CaptionerConfig)]
-PASSES = {
-    'encoder.weights',
-    'encoder.mean',
-    'output_vocabulary',
-    'prompt',
-}  # what may be odd, and still makes a model
+# what may be odd, and still makes a model
+PASSES = {'encoder.weights', 'encoder.mean', 'output_vocabulary', 'prompt'}
 
 
 def test_wrong_settings_are_one_value_error_that_names_them(folder):

@@ -881,13 +881,8 @@ class Table:
     """
 
     table = {(): [0.5, 0.4, 0.1, 0.0], (0,): [0.45, 0.3, 0.25, 0.0], (1,): [0.15, 0.05, 0.8, 0.0]}
-    ids, sep, pad, dtype, rows = (
-        torch.tensor([0, 1, 2, 3]),
-        2,
-        9,
-        torch.float32,
-        None,
-    )  # 3 is never said: two beams need four words
+    # 3 is never said: two beams need four words
+    ids, sep, pad, dtype, rows = (torch.tensor([0, 1, 2, 3]), 2, 9, torch.float32, None)
 
     def __call__(self, new_ids):
         self.rows = new_ids if self.rows is None else torch.cat((self.rows, new_ids), 1)

@@ -1,12 +1,16 @@
 "A module stands on modules of smaller numbers only, and no private name crosses a door."
 
+import importlib
 import json
 import re
+from dataclasses import fields, is_dataclass
 
 import pytest
+from fastcore.docments import docments
 
 import pvtblip
-from house import ROOT, arrows, imported, notebooks, sidebar, with_map
+from check import readme
+from house import ROOT, arrows, imported, is_reference, notebooks, part, reading_minutes, sidebar, with_map
 
 MODULES = notebooks()
 
@@ -47,13 +51,46 @@ def test_no_text_names_a_notebook_that_is_not_there():
         assert named <= there, f'{file.name}: {named - there}'
 
 
+def test_the_readme_is_the_text_of_the_index_without_pictures():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert text == readme(), 'run python tests/check.py --fix'
+    assert '![' not in text and 'data:image' not in text and 'draw_architecture' not in text
+
+
 def test_three_names_of_the_package():
     for name in ('load_model', 'process_image', 'generate_caption'):
         assert callable(getattr(pvtblip, name))
 
 
 def test_every_notebook_ends_with_the_name_of_the_next():
-    files = [file for file in sorted(ROOT.glob('nbs/[0-9]*.ipynb')) if file.stem != '000_files']
+    files = [file for file in sorted(ROOT.glob('nbs/[0-9]*.ipynb')) if not is_reference(file.stem)]
     for file, following in zip(files, files[1:]):
         last = ''.join(json.loads(file.read_text(encoding='utf-8'))['cells'][-1]['source'])
         assert f'**Next:** `{following.stem}`' in last, file.name
+
+
+def test_reading_times_are_measured():
+    lessons = [file.stem for file in sorted(ROOT.glob('nbs/[0-9]*.ipynb')) if not is_reference(file.stem)]
+    stated = {}
+    for name in lessons:
+        text = (ROOT / f'nbs/{name}.ipynb').read_text(encoding='utf-8')
+        if found := re.search(r'Reading time\W+(?:about )?(\d+) min', text):
+            stated[name] = int(found[1]), reading_minutes(name)
+    front = (ROOT / 'nbs/index.ipynb').read_text(encoding='utf-8').lower()
+    for title in ('course', 'practice', 'use'):
+        hours = re.search(rf'\*\*(?:the )?{title}\*\* \([^)]*about ([\d.]+) hours', front)[1]
+        stated[title] = 60 * float(hours), sum(reading_minutes(n) for n in lessons if part(n) == title)
+    wrong = {name: pair for name, pair in stated.items() if abs(pair[0] - pair[1]) > 0.2 * pair[1]}
+    assert len(stated) > 3 and not wrong, wrong
+
+
+def test_every_setting_says_what_it_is_for():
+    for module in MODULES:
+        for config in vars(importlib.import_module(f'pvtblip.{module}')).values():
+            if (
+                is_dataclass(config)
+                and config.__module__ == f'pvtblip.{module}'
+                and hasattr(config, '__post_init__')
+            ):
+                meanings = docments(config)
+                assert all(meanings.get(field.name) for field in fields(config)), (config, meanings)

@@ -428,9 +428,8 @@ def test_too_small_a_disk_is_said_before_the_work(folder, tmp_path, monkeypatch)
 
 
 def test_a_disk_that_fills_up_leaves_nothing(folder, tmp_path):
-    script = (
-        'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n' + BUILD
-    )  # 8 photos need 55,296 bytes
+    # 8 photos need 55,296 bytes
+    script = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n' + BUILD
     done = subprocess.run(
         [sys.executable, '-c', script, folder, tmp_path / 'cache', '0', tmp_path / 'log'],
         capture_output=True,

@@ -386,9 +386,8 @@ def test_dtype(folder, model, tmp_path):
     caption_many([folder], model, tmp_path / 'half.jsonl', dtype='bfloat16', **QUIET)
     assert [entry['caption'] for entry in entries(tmp_path / 'half.jsonl')] == said
     with pytest.raises(ValueError, match='model: '):
-        caption_many(
-            [folder], model, tmp_path / 'half.jsonl', **QUIET
-        )  # a file holds the captions of one type
+        # a file holds the captions of one type
+        caption_many([folder], model, tmp_path / 'half.jsonl', **QUIET)
 
 
 def test_dtypes_without_sense_are_refused_before_work_starts(folder, model, tmp_path):
@@ -415,9 +414,8 @@ def test_not_sure(folder, model, captioner, tmp_path):
     plain = entries(tmp_path / 'plain.jsonl')
     weakest = [min(token['logprob'] for token in entry['tokens']) for entry in plain]
     middle = sorted(weakest)[12]
-    Calibration(2.0, 1.0, [[middle - 1e-4, 100, 100], [-99.0, 200, 100]], 'min').save(
-        place
-    )  # another measure than the line's own confidence
+    # another measure than the line's own confidence
+    Calibration(2.0, 1.0, [[middle - 1e-4, 100, 100], [-99.0, 200, 100]], 'min').save(place)
     assert caption_many([folder], place, tmp_path / 'out.jsonl', sure=0.9, **QUIET) == 0
     for entry, before, value in zip(entries(tmp_path / 'out.jsonl'), plain, weakest):
         assert (
@@ -478,9 +476,8 @@ def test_folders_lists_shards_and_photos_in_one_go(folder, model, tmp_path, monk
     with tarfile.open('some.tar', 'w') as archive:
         for i in (1, 2):
             archive.add(folder / f'{i:02}.jpg', f'{i:02}.jpg')
-    (tmp_path / 'list.txt').write_bytes(
-        b'photos/03.jpg\r\n\n./photos//04.jpg\nphotos/gone.jpg'
-    )  # relative to where one is, not to the list
+    # relative to where one is, not to the list
+    (tmp_path / 'list.txt').write_bytes(b'photos/03.jpg\r\n\n./photos//04.jpg\nphotos/gone.jpg')
     done = run(
         'some.tar',
         tmp_path / 'list.txt',
@@ -512,9 +509,8 @@ def test_folders_lists_shards_and_photos_in_one_go(folder, model, tmp_path, monk
 
 
 def test_a_large_photo_in_a_shard_has_the_pixels_of_its_file(captioner, tmp_path):
-    Image.fromarray(make_scene(0, 3, image_size=256).image).resize((1000, 701)).save(
-        tmp_path / 'large.jpg'
-    )  # decoded at reduced scale
+    # decoded at reduced scale
+    Image.fromarray(make_scene(0, 3, image_size=256).image).resize((1000, 701)).save(tmp_path / 'large.jpg')
     options = GenerationConfig().check(captioner)
     (batch,) = caption_batches(
         [Photo('in a shard', (tmp_path / 'large.jpg').read_bytes()), tmp_path / 'large.jpg'],
@@ -801,9 +797,8 @@ def test_one_of_each_kind(model, tmp_path):
         assert ('caption' in entry) == (says is None) and (
             says is None or says in entry['error'] and str(tmp_path) not in entry['error']
         ), entry
-    text = run(
-        tmp_path / 'zoo', '--model', model
-    )  # and as text: a line of error for each, the other ones on stdout
+    # and as text: a line of error for each, the other ones on stdout
+    text = run(tmp_path / 'zoo', '--model', model)
     assert text.returncode == 1 and text.stderr.count(b'error: ') == sum(
         says is not None for says in kinds.values()
     )
@@ -1012,12 +1007,13 @@ def test_a_full_disk_is_named():
 # the end of a process ---------------------------------------------------------------------------------------
 # ----------------------
 
+# a batch every 0.15 s: time to be killed in
 SLOW = (
     'import time, sys\nfrom pvtblip import pipeline\nfrom pvtblip.cli import main\nsaid = '
     'pipeline.caption_results\n'
     'def results(*arguments): time.sleep(0.15); return said(*arguments)\npipeline.caption_results = '
     'results\nmain()'
-)  # a batch every 0.15 s: time to be killed in
+)
 
 
 def start(*arguments, **options):

@@ -54,9 +54,8 @@ def test_every_stage_equals_timm(name):
     theirs = timm.create_model(name).eval()
     for p in theirs.parameters():
         if p.ndim == 1:
-            torch.nn.init.normal_(
-                p, mean=p.detach().mean().item(), std=0.1
-            )  # biases 0 and gains 1 would hide a swap
+            # biases 0 and gains 1 would hide a swap
+            torch.nn.init.normal_(p, mean=p.detach().mean().item(), std=0.1)
     ours = PyramidVisionTransformerV2(**PVT_CONFIGS[name]).eval()
     ours.load_state_dict(theirs.state_dict())
     for height, width in ((224, 224), (97, 131)):
@@ -753,9 +752,8 @@ def test_mangled_bytes_give_an_image_or_a_value_error(suffix, photo, tmp_path):
 def test_transform(photo, tmp_path):
     config = EncoderConfig.tiny(image_size=32)
     photo.save(tmp_path / 'a.png')
-    transform = pickle.loads(
-        pickle.dumps(image_transform(config))
-    )  # it travels to the workers of a DataLoader
+    # it travels to the workers of a DataLoader
+    transform = pickle.loads(pickle.dumps(image_transform(config)))
     pixels = transform(tmp_path / 'a.png')
     assert pixels.shape == (3, 32, 32) and torch.equal(pixels, transform(photo))
     expected = np.asarray(photo.resize((32, 32), Image.Resampling.BICUBIC)) / 255

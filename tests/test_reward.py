@@ -173,9 +173,8 @@ def toy():
     red, blue = model.tokenizer.tokenizer.convert_tokens_to_ids(['red', 'blue'])
     end, prompt = model.tokenizer.sep_token_id, model.tokenizer.prompt_ids
     model.set_output_vocabulary([red, blue])
-    said = [[end, 0]] + [
-        [first, second] for first in (red, blue) for second in (red, blue, end)
-    ]  # cut at two words, or ended
+    # cut at two words, or ended
+    said = [[end, 0]] + [[first, second] for first in (red, blue) for second in (red, blue, end)]
     return (
         model.train(),
         torch.rand(1, 3, 32, 32, dtype=torch.double),

@@ -104,9 +104,8 @@ def one_process(rank, shards, place):
 
     def batches(workers=2, **more):
         data = ShardDataset(shards, tiny_load, batch_size=3, num_workers=workers, shuffle=4, **more)
-        start = (
-            'fork' if workers else None
-        )  # a spawned process would spawn its workers, and each imports torch anew
+        # a spawned process would spawn its workers, and each imports torch anew
+        start = 'fork' if workers else None
         for batch in DataLoader(
             data, batch_size=None, num_workers=workers, collate_fn=same, multiprocessing_context=start
         ):
@@ -916,9 +915,8 @@ def test_contact_sheet_with_odd_captions(tmp_path):
     (tmp_path / 'c.json').write_text('{"gone.jpg": ["x"]}')
     with pytest.raises(ValueError, match='a contact sheet needs photos'):
         check_data(tmp_path / 'c.json', sheet=tmp_path / 's.png', progress=False)
-    report = check_data(
-        tmp_path / 'c.json', tmp_path, sheet=tmp_path / 's.png', progress=False
-    )  # the report is not lost for want of a picture
+    # the report is not lost for want of a picture
+    report = check_data(tmp_path / 'c.json', tmp_path, sheet=tmp_path / 's.png', progress=False)
     assert (
         list(report.broken) == ['gone.jpg']
         and 'no contact sheet' in str(report)
@@ -1084,9 +1082,8 @@ def test_the_check_and_the_loader_agree_about_what_surrounds_the_pixels(full, tm
     note = b'Comment\0\0' + zlib.compress(b'\0' * 2_000_000)
     chunk = len(note).to_bytes(4, 'big') + b'zTXt' + note + zlib.crc32(b'zTXt' + note).to_bytes(4, 'big')
     (tmp_path / 'text.png').write_bytes(plain[:33] + chunk + plain[33:])
-    (tmp_path / 'start.png').write_bytes(
-        plain.replace(b'\r\n', b'\n', 1)
-    )  # as a transfer in text mode leaves it
+    # as a transfer in text mode leaves it
+    (tmp_path / 'start.png').write_bytes(plain.replace(b'\r\n', b'\n', 1))
     (tmp_path / 'phone.jpg').write_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic')
     for name in ('exif.jpg', 'text.png'):
         for photo in (tmp_path / name, (tmp_path / name).read_bytes()):

@@ -3,6 +3,7 @@ foreign tokenizer.json.
 """
 
 import hashlib
+import inspect
 import json
 import pickle
 import subprocess
@@ -113,9 +114,8 @@ def test_any_ids_decode_without_special_tokens(ids):
 @quick
 @given(texts)
 def test_same_ids_as_the_python_tokenizer(text):
-    text = (
-        collapse_whitespace(text).replace('[', '').replace(']', '')
-    )  # the library reads a typed [SEP] as the special token
+    # the library reads a typed [SEP] as the special token
+    text = collapse_whitespace(text).replace('[', '').replace(']', '')
     fast = LIBRARY(text)['input_ids']
     assert PLAIN([text])['input_ids'][0].tolist() == fast
     if text.isascii():
@@ -275,9 +275,10 @@ FOREIGN = [None, [], {}, 5, -1, 1e400, '', 'x', [None], {'a': {}}, True, '9' * 5
 
 @pytest.mark.parametrize('name', ['tokenizer.json', 'tokenizer_config.json'])
 def test_a_damaged_tokenizer_is_one_value_error_that_names_the_folder(name, tmp_path):
+    # small, so that it is read in no time
     (tmp_path / 'vocab.txt').write_text(
         '\n'.join('[PAD] [UNK] [CLS] [SEP] [MASK] a picture of dog ##s'.split())
-    )  # small, so that it is read in no time
+    )
     CaptionTokenizer(BertTokenizerFast.from_pretrained(tmp_path)).save_pretrained(tmp_path)
     whole = json.loads((tmp_path / name).read_text())
     refused = 0
@@ -336,3 +337,33 @@ def test_a_damaged_vocabulary_is_one_value_error(content, tmp_path):
 def test_prompt_and_length_are_looked_at(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         CaptionTokenizer(**wrong)
+
+
+@pytest.mark.parametrize(
+    'wrong, says',
+    [
+        (lambda: CaptionTokenizer(max_length=5), 'the prompt takes 4 of max_length=5'),
+        (lambda: CaptionTokenizer(prompt='\N{GRINNING FACE}'), 'cannot write'),
+        (lambda: TOKENIZER('a dog'), 'put it into a list'),
+        (lambda: TOKENIZER([]), 'put it into a list'),
+        (lambda: TOKENIZER(['a dog', None]), 'caption 1 is NoneType'),
+        (lambda: TOKENIZER(batch_size=0), 'batch_size is 0; it must be at least 1'),
+        (lambda: TOKENIZER.decode([30522]), 'id 30522 is outside the vocabulary'),
+        (lambda: TOKENIZER.decode(TOKENIZER(['a dog'])['input_ids']), 'decode_batch'),
+    ],
+)
+def test_a_mistake_is_named_before_work_starts(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        wrong()
+
+
+def test_the_class_is_whole_though_it_grew_cell_by_cell(tmp_path):
+    class Mine(CaptionTokenizer):
+        pass
+
+    TOKENIZER.save_pretrained(tmp_path)
+    assert type(Mine.from_pretrained(tmp_path)) is Mine
+    for name in ('__call__', 'decode', 'decode_batch', 'save_pretrained', 'from_pretrained'):
+        method = getattr(CaptionTokenizer, name)
+        assert method.__doc__ and method.__qualname__ == f'CaptionTokenizer.{name}'
+    assert list(inspect.signature(CaptionTokenizer.__call__).parameters) == ['self', 'captions', 'batch_size']

@@ -163,9 +163,8 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(tmp_path, kills):
     folder = tmp_path / 'killed'
     killed = 0
     while killed < kills:
-        kill_at = newest(folder) + moments.randint(
-            0 if killed % 4 else 1, 3
-        )  # 0: perhaps before it has done anything
+        # 0: perhaps before it has done anything
+        kill_at = newest(folder) + moments.randint(0 if killed % 4 else 1, 3)
         assert run_child(folder, min(kill_at, steps - 1), moments.uniform(0, 0.06), steps) == -signal.SIGKILL
         assert newest(folder) < steps, 'the run was over before the kill; make it longer'
         killed += 1
@@ -251,9 +250,8 @@ def test_another_run_is_refused_with_the_difference(tmp_path):
     with pytest.raises(ValueError, match='other settings'):
         fit(replace(same, seed=6), tmp_path, before, resume=True)
     assert same_weights(before, make_model(seed=3)), 'a refused resume must not touch the model'
-    fit(
-        replace(same, logging_steps=1, save_total_limit=5), tmp_path, resume=True
-    )  # how often to log or save is free
+    # how often to log or save is free
+    fit(replace(same, logging_steps=1, save_total_limit=5), tmp_path, resume=True)
 
 
 def test_older_states_go_and_half_written_ones_are_ignored(tmp_path):
