@@ -112,7 +112,7 @@ def long_and_bare(text):
 
 def hanging(text):
     "Comments behind a closing bracket, whose meaning stands lines above; a function's result has its place there."
-    behind = re.compile(r'\s*[)\]}](?!( -> .*)?:  # ).*  # ')
+    behind = re.compile(r'\s*(\)(?!( -> .*)?:  # )|[\]}]).*  # ')
     return [line for line in text.split('\n') if behind.match(line)]
 
 
