@@ -127,6 +127,7 @@ def plot_kept_share(
     """
     import matplotlib.pyplot as plt
 
+    # ours lies between a judge who knows the scores and a coin
     if ax is None:
         ax = plt.subplots(figsize=(4, 2.4), layout='constrained', dpi=80)[1]
     confidences, scores = _paired(confidences, scores)
@@ -135,6 +136,7 @@ def plot_kept_share(
     ax.axhline(scores.mean().item(), color='k', lw=0.8, ls='--', label='coin')
     if threshold is not None:
         ax.axvline((confidences >= threshold).double().mean().item(), color='C1', lw=1, label='threshold')
+    # names of metrics may hold a $, which would begin a formula
     ax.set_ylabel(name, parse_math=False)
     ax.set(
         xlabel='share of captions kept',
@@ -191,6 +193,7 @@ def plot_reliability(
         layout='constrained',
         dpi=80,
     )
+    # who states what is right lies on the dotted line
     for (name, probabilities), ax in zip(stated.items(), axes[0]):
         x, y, number = _bins(probabilities, correct, bins)
         ax.plot([0, 1], [0, 1], 'k:', lw=1)
@@ -204,9 +207,11 @@ def plot_reliability(
 # %% ../nbs/22_confidence.ipynb #2e05b744
 def _fit_platt(confidences, correct):  # double, bool
     "Slope and intercept of the logistic curve of greatest likelihood for Platt's targets."
+    # targets a little inside 0 and 1, so that few captions make no certainty
     right, wrong = int(correct.sum()), int((~correct).sum())
     targets = torch.where(correct, (right + 1) / (right + 2), 1 / (wrong + 2)).double()
-    middle, width = confidences.mean(), confidences.std().clamp(min=1e-12)  # of order 1, or the search crawls
+    # confidences brought to order 1, or the search crawls
+    middle, width = confidences.mean(), confidences.std().clamp(min=1e-12)
     curve = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS(
         [curve], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn='strong_wolfe'
@@ -220,6 +225,7 @@ def _fit_platt(confidences, correct):  # double, bool
         value.backward()
         return value
 
+    # the curve over confidences as they were
     search.step(loss)
     slope, intercept = curve.detach()
     return (slope / width).item(), (intercept - slope * middle / width).item()
@@ -285,6 +291,7 @@ class Calibration:
             raise ValueError(f'precision is {precision}; it is a share above 0 and below 1')
         if sure is not None and not 0 < sure < 1:
             raise ValueError(f'sure is {sure}; it is a probability above 0 and below 1, or None')
+        # of every candidate: is the promise kept, and as surely as many candidates together ask for?
         holds = lambda kept, right: (
             right >= precision * kept
             if sure is None
@@ -344,8 +351,9 @@ def load_confidence(
             f"{file}: no such file; this model's confidence has not been calibrated; pvtblip evaluate "
             '--json REPORT and then pvtblip calibrate REPORT make the file'
         )
+    # is it ours, whole and sound? Its own mark, or that of earlier versions, says so
     saved = read_json(file, dict)
-    marks = [saved.pop(name, None) for name in ('written_by', 'library')]  # now; earlier versions
+    marks = [saved.pop(name, None) for name in ('written_by', 'library')]
     if MARK not in marks:
         raise ValueError(f'{file}: not a calibration of pvtblip; remove it, and calibrate anew')
     if saved.keys() | {'model'} != {f.name for f in fields(Calibration)}:
@@ -440,6 +448,7 @@ def confidences_and_scores(
     """Confidence and score of every photo, for `plot_kept_share` and `fit_confidence`; raises ValueError
     where the report lacks one of them.
     """
+    # a confidence for every photo
     read = _read_report(report)
     found = read.get('confidences')
     if found is None:
@@ -453,6 +462,7 @@ def confidences_and_scores(
             f'{report}: no confidence for {len(missing)} of {len(read["images"])} photos, '
             f'{missing[0]!r:.60} the first'
         )
+    # a score for every photo
     ids = list(read['images'])
     images = read['images']
     known = {name for scores in images.values() for name in scores}
@@ -460,6 +470,7 @@ def confidences_and_scores(
         raise ValueError(
             f'{report}: has no {printable(metric)}; it has {", ".join(map(printable, images[ids[0]])):.120}'
         )
+    # and both are numbers
     for name in ids:
         for what, value in ((metric, images[name].get(metric)), ('confidence', found[name])):
             if not _is_number(value):
@@ -552,6 +563,7 @@ def calibrate(
     """Calibrate a model's confidence on the scores of its captions; raises ValueError and FileNotFoundError,
     before anything is written, where that cannot be.
     """
+    # nothing may be lost by writing
     confidence = Path(model) / 'confidence.json'
     refuse_outputs({'--plot': plot}, [report, *model_files(model)], {'--plot': '.png'})
     metric, least = _good(good)
@@ -561,6 +573,7 @@ def calibrate(
         )
     if confidence.exists() and not is_ours(confidence):
         load_confidence(model)  # an earlier version's has no mark; what is none is left alone
+    # captions and model belong together, as far as the report says
     _, confidences, scores = confidences_and_scores(report, metric=metric)
     correct = _right(report, scores, metric, least)
     mark = fingerprint(load_model(model, 'cpu'))
@@ -569,6 +582,7 @@ def calibrate(
         raise ValueError(
             f'{report}: is about another model than {model}, or about other weights; evaluate this one'
         )
+    # fit, and say what it is worth
     calibration = replace(fit_confidence(confidences, correct), model=mark)
     calibration.save(model)
     out(calibration_table(calibration, confidences, correct, scores, metric))

@@ -9,7 +9,7 @@ __all__ = ['MAX_CAPTION', 'NO_CAPTION', 'Record', 'Row', 'find_fields', 'caption
 
 # %% ../nbs/06_data.ipynb #9a5b9e7c
 import csv, functools, hashlib, itertools, json, os, random, re, unicodedata, warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -63,9 +63,7 @@ def _caption_text(
 def _json_members(
     text: str,  # JSON that `json.loads` accepts
     start: int,  # where an object or a list begins in it
-) -> Iterator[
-    tuple[int, str | None, int, object]
-]:  # line, key (None in a list), where the value begins, value
+) -> Iterator[tuple[int, str | None, int, object]]:  # line, key (None in a list), place of the value, value
     "Walk through an object or a list of JSON and keep the lines, which `json.loads` forgets"
     decode = json.JSONDecoder().raw_decode
     space = re.compile(r'[ \t\n\r]*')
@@ -73,11 +71,13 @@ def _json_members(
     def skip(position):
         return space.match(text, position).end()
 
+    # behind the opening bracket
     line = text.count('\n', 0, start) + 1
     seen = start
     position = skip(start + 1)
     key = None
     while text[position] not in '}]':
+        # line ends are counted from the last member on, so that each is counted once
         line = line + text.count('\n', seen, position)
         seen = position
         if text[start] == '{':
@@ -198,14 +198,13 @@ def object_rows(
         raise _problem(
             path, line, f'{_shown(entry)} where an object should be', 'write {"file": ..., "caption": ...}'
         )
+    # an empty cell of a table states nothing
     found = _needed_fields(path, line, list(entry), columns)
-    file, split, image_id = [
-        entry[found[role][0]] if found[role] else None for role in ('file', 'split', 'image_id')
-    ]
-    if split == '':
-        split = None  # an empty cell of a table
-    if image_id == '':
-        image_id = None
+    file = entry[found['file'][0]]
+    split, image_id = (entry[found[role][0]] if found[role] else None for role in ('split', 'image_id'))
+    split = None if split == '' else split
+    image_id = None if image_id == '' else image_id
+    # the photo; Karpathy's files name its folder beside it
     if not isinstance(file, str):
         raise _problem(
             path,
@@ -216,6 +215,7 @@ def object_rows(
     folder = entry.get('filepath') if found['file'] == ['filename'] else None
     if isinstance(folder, str) and folder.strip('./ '):
         file = f'{folder.rstrip("/")}/{file}'
+    # what else is said of it
     if not isinstance(split, str | None):
         raise _problem(
             path, line, f"'split' of {_shown(file)} is {_shown(split)}, not a string", 'put it in quotes'
@@ -255,8 +255,9 @@ def _coco_entries(
 
 def _coco_rows(path: Path, text: str, starts: dict[str, int]) -> Iterator[Row]:
     "Rows of COCO's captions_*.json (https://cocodataset.org/#format-data)"
+    # the photos by number, each number and each name once
     images = {}
-    captions = {}
+    captions = defaultdict(list)
     files = set()
     for line, image_id, file in _coco_entries(path, text, starts['images'], 'images', 'id', 'file_name'):
         for what, value, seen in (('id', image_id, images), ('file_name', file, files)):
@@ -264,8 +265,9 @@ def _coco_rows(path: Path, text: str, starts: dict[str, int]) -> Iterator[Row]:
                 raise _problem(
                     path, line, f'{what} {_shown(value)} stands here again', 'give every photo its own'
                 )
-        images[image_id], captions[image_id] = (line, file), []
+        images[image_id] = (line, file)
         files.add(file)
+    # the captions, each of a photo that is listed
     for line, image_id, caption in _coco_entries(
         path, text, starts['annotations'], 'annotations', 'image_id', 'caption'
     ):
@@ -277,6 +279,7 @@ def _coco_rows(path: Path, text: str, starts: dict[str, int]) -> Iterator[Row]:
                 'add the photo, or remove the caption',
             )
         captions[image_id].append((line, caption))
+    # photo by photo; one without captions is named all the same
     for image_id, (line, file) in images.items():
         for number, caption in [(line, NO_CAPTION), *captions[image_id]]:
             yield Row(number, file, caption, None, image_id)
@@ -366,6 +369,7 @@ def _json_object_rows(
     path: Path, text: str, members: list, columns: dict[str, str], by_number: bool
 ) -> Iterator[Row]:
     "Rows of a file that is one JSON object: COCO's, Karpathy's or {file: [captions]}"
+    # where each member stands; JSON itself would let a second one of a name replace the first
     lines, starts, values = {}, {}, {}
     for line, key, position, value in members:
         if key in lines:
@@ -375,13 +379,15 @@ def _json_object_rows(
                 f'{_shown(key)} stands here again (first on line {lines[key]})',
                 'join its captions in one list',
             )
-        lines[key], starts[key], values[key] = line, position, value
-    annotated = isinstance(values.get('annotations'), list)
+        lines[key] = line
+        starts[key] = position
+        values[key] = value
+    # lists of objects under these two names tell the formats apart
     if not _has_objects(values.get('images')):
         if not _has_objects(values.get('annotations')):
             return _mapping_rows(path, members)
         return _without_images(path, text, lines['annotations'], starts['annotations'], columns, by_number)
-    if annotated:
+    if isinstance(values.get('annotations'), list):
         return _coco_rows(path, text, starts)
     return (
         row
@@ -391,14 +397,15 @@ def _json_object_rows(
 
 # %% ../nbs/06_data.ipynb #9369746d
 # first line of the file, whether it is a header, how the other lines look: file, caption; how to write them
-# results.csv; one line of the real file lacks the second bar
 _LINES = (
+    # .token
     (
         re.compile(r'[^\t]+#\d+\t.*'),
         False,
         re.compile(r'([^\t]+)#\d+\t(.*)'),
         'name#number, a tab, the caption',
-    ),  # .token
+    ),
+    # results.csv; one line of the real file lacks the second bar
     (
         re.compile(r'image_name\s*\|\s*comment_number\s*\|\s*comment\s*', re.I),
         True,
@@ -457,6 +464,7 @@ def _csv_records(
         except StopIteration:
             return
         except csv.Error as error:
+            # a quote inside a last column without quotes is a letter: take the line as it stands
             *before, last = fields = lines[number - 1].split(delimiter, width - 1)
             one_line = start + reader.line_num == number and 'end of data' not in str(error)
             if not (open_end and one_line and len(fields) == width and '"' not in ''.join(before)):
@@ -466,6 +474,7 @@ def _csv_records(
                     f'a quoted field is not well formed ({error})',
                     'close every opened quote, and double a " inside',
                 ) from None
+        # and so is a delimiter in that column
         if open_end and len(fields) > width:
             fields[width - 1 :] = [delimiter.join(fields[width - 1 :])]
         if any(field.strip() for field in fields):
@@ -476,6 +485,7 @@ def _csv_rows(
     path: Path, lines: list[str], start: int, header: tuple[str, list[str]], columns: dict[str, str]
 ) -> Iterator[Row]:
     "Rows of a table with named columns: CSV, TSV, Flickr8k's captions.txt; `start` lines are its header"
+    # every column has a name of its own
     delimiter, names = header
     if twice := [name for name, count in Counter(names).items() if name and count > 1]:
         raise _problem(
@@ -484,6 +494,7 @@ def _csv_rows(
             f'{len([name for name in names if name == twice[0]])} columns are called {_shown(twice[0])}',
             f'rename them, as {twice[0]}_0, {twice[0]}_1',
         )
+    # every line has as many fields as the header
     open_end = find_fields(names, columns)['caption'] == names[-1:]
     for number, fields in _csv_records(path, lines, start, delimiter, len(names), open_end):
         if len(fields) != len(names):
@@ -555,12 +566,12 @@ def _printed_list(
     "A list as JSON, Python or NumPy print it; ValueError where it begins like one and cannot be read"
     inside = re.sub(r"^array\((.*?)(?:,\s*dtype=[\w<>']+)?\)$", r'\1', text, flags=re.S)
     try:
-        if isinstance(value := parse_json(inside, 'cell'), list) and all(
-            isinstance(item, str) for item in value
-        ):
+        value = parse_json(inside, 'cell')
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return value
     except ValueError:
         pass  # not JSON: perhaps Python
+    # Python's quoted texts, up to the closing bracket
     texts = []
     position = 1
     while found := _QUOTED.match(inside, position):
@@ -573,6 +584,7 @@ def _printed_list(
         return None
     if whole:
         return texts
+    # a bracket may begin a caption, but hardly one with a quote or a number behind it
     if re.match(r"\[\s*[bru]?['\"{\[(\d]", inside):
         raise ValueError(
             'looks like a printed list, and cannot be read as one; write one caption a row, or a list '
@@ -630,7 +642,9 @@ def _checked_file(path: Path, row: Row) -> str:
     """The file of a row if it names something below the folder of photos; ValueError otherwise, and where
     split or number are no text
     """
-    line, file = row.line, row.file
+    line = row.line
+    file = row.file
+    # the name: of a file, below the folder of photos
     parts = re.split(r'[/\\]', file)
     if '..' in parts or re.match(r'[/\\]|[A-Za-z]:', file):
         raise _problem(
@@ -643,6 +657,7 @@ def _checked_file(path: Path, row: Row) -> str:
         raise _problem(path, line, f'no photo is named ({_shown(file)})', 'write a file name')
     if _UNSEEN.search(file) or len(file) > 4096:
         raise _problem(path, line, f'{_shown(file)} is no file name', 'correct the name')
+    # split and number, which reports print
     for what, value in (('split', row.split), ('id', row.image_id)):
         if isinstance(value, str) and (len(value) > 200 or _UNSEEN.search(value)):
             raise _problem(
@@ -659,6 +674,7 @@ def take_split(
     "The photos of a split that the caption file states; ValueError where it states no such split"
     wanted = set(split.split('+'))
     counts = Counter(record.split for record in records if record.split is not None)
+    # an error names what there is
     if missing := wanted - counts.keys():
         stated = (
             ', '.join(f'{name!r} ({count} photos)' for name, count in itertools.islice(counts.items(), 5))
@@ -694,9 +710,11 @@ def similar_files(
     missing: Iterable[str],  # files that are not in it
 ) -> dict[str, str]:  # missing file -> the file beside it that is probably meant
     "Files whose names differ only in case, in how accents are written, or in .jpg and .jpeg"
-    folders, found = {}, {}
+    folders = {}
+    found = {}
     for file in missing:
-        place, name = PurePosixPath(file).parent, PurePosixPath(file).name
+        place = PurePosixPath(file).parent
+        name = PurePosixPath(file).name
         if place not in folders:
             folders[place] = (
                 {_alike(other): other for other in os.listdir(images / place)}
@@ -717,6 +735,7 @@ def _check_photos(path: Path, records: list[Record], images: Path) -> None:
     missing = [record for record in records if not os.path.isfile(images / record.file)]
     if not missing:
         return
+    # is it there under another name, or in a sub-folder?
     file = missing[0].file
     near = similar_files(images, [file])
     below = _photos_below(images, PurePosixPath(file).name)
@@ -742,7 +761,9 @@ def gather_records(
     """Rows -> records; ValueError where a name leads out of the folder, a caption is empty, or two rows
     disagree about a photo
     """
-    first, captions = {}, {}
+    # rows of a photo belong together wherever they stand, and agree about it
+    first = {}
+    captions = {}
     for row in rows:
         known = first.get(row.file)
         if known is None:
@@ -758,6 +779,7 @@ def gather_records(
             )
         if texts := _checked_captions(path, row):
             captions.setdefault(row.file, []).extend(texts)
+    # photos without a caption teach nothing
     if not captions:
         raise _problem(path, 1, 'no captions in this file', 'add a photo with its captions')
     if without := [row for file, row in first.items() if file not in captions]:
@@ -777,12 +799,10 @@ def read_captions(
     path: str | Path,  # a caption file; its format is recognised by what it contains, never by its name
     images: str | Path | None = None,  # the folder of the photos; None: do not look whether they are there
     split: str | None = None,  # only photos of this split; "train+restval" takes two; None: all of them
-    columns: dict[str, str]
     # names of the fields "file", "caption", "split", "image_id" where they are not the usual ones
-    | None = None,
-    log: Callable[
-        [str], object
-    ] = warnings.warn,  # told in a line of photos without a caption, which are left out
+    columns: dict[str, str] | None = None,
+    # told in a line of photos without a caption, which are left out
+    log: Callable[[str], object] = warnings.warn,
     # take COCO's annotations without their list of photos, too: then a photo's file is its number
     by_number: bool = False,
 ) -> list[Record]:  # one record a photo, in the order in which the file first names them
@@ -849,14 +869,10 @@ class CaptionDataset(Dataset):
     def __init__(
         self,
         records: list[Record],  # what `read_captions` returns
-        images: str
-        | Path
-        | Mapping[
-            str, object
-        ],  # the folder of the photos, or a mapping: a record's file -> what `load` takes
-        load: Callable[
-            [Path], torch.Tensor
-        ],  # path -> (3, H, W) float tensor; raises ValueError or OSError for a bad photo
+        # the folder of the photos, or a mapping: a record's file -> what `load` takes
+        images: str | Path | Mapping[str, object],
+        # path -> (3, H, W) float tensor; raises ValueError or OSError for a bad photo
+        load: Callable[[Path], torch.Tensor],
         captions_per_image: int | None = None,  # C; None: the most frequent number of captions, at most 5
         seed: int = 0,  # decides which captions, in which order
         strict: bool = False,  # True: a bad photo raises its error; False: it becomes a `BrokenImage`
@@ -864,12 +880,14 @@ class CaptionDataset(Dataset):
         """FileNotFoundError if there is no such folder, ValueError if there are no records or if
         `captions_per_image` is below 1
         """
+        # there are photos to show
         if not records:
             raise ValueError('no records; read a caption file with read_captions first')
         if not isinstance(images, Mapping):
             images = Path(images)
         if isinstance(images, Path) and not images.is_dir():
             raise FileNotFoundError(f'{images}: no such folder; give the folder of the photos')
+        # every item has as many captions as most photos have
         counts = Counter(len(record.captions) for record in records)
         frequent = max(counts, key=lambda count: (counts[count], count))
         self.captions_per_image = min(frequent, 5) if captions_per_image is None else captions_per_image

@@ -844,7 +844,7 @@ class Captioner(nn.Module):
         """Write config.json, the vocabulary and, last, model.safetensors: where that is, all is there.
         OSError in one line where there is no room.
         """
-        # all weights are in the folder
+        # all weights are in the folder, so the config names no others
         config = replace(self.config, encoder=replace(self.config.encoder, weights=None))
         with whole_folder(folder, last='model.safetensors') as temporary:
             save_tensors(self.state_dict(), temporary / 'model.safetensors')

@@ -45,7 +45,8 @@ def decode_text(
     where: str | Path,  # what an error calls it
 ) -> str:  # without a byte order mark; line ends as they are
     "Text in UTF-8; ValueError naming the place, the line and what to do."
-    content, head = content.removeprefix(codecs.BOM_UTF8), content[:512]
+    head = content[:512]
+    content = content.removeprefix(codecs.BOM_UTF8)
     if any(half and not half.strip(b'\0') for half in (head[::2], head[1::2])):
         raise ValueError(f'{where}: not text but UTF-16; save it as UTF-8')
     try:
@@ -97,6 +98,7 @@ def _too_deep(value):
 
 def _parsed(parse, kind, text, where, line):
     "What a parser makes of `text`; ValueError where:line for all that it can object to."
+    # JSON that the parser itself cannot follow, and JSON that others could not, are too deep alike
     try:
         value = parse(text)
         if _too_deep(value):
@@ -106,6 +108,7 @@ def _parsed(parse, kind, text, where, line):
         raise ValueError(
             f'{where}:{line}: nested more than {MAX_DEPTH} levels deep; this is not a file that anybody needs'
         ) from None
+    # the parser counts lines from where `text` begins; the error counts them in the file
     except json.JSONDecodeError as error:
         at = error.lineno + line - 1
         raise ValueError(
@@ -210,6 +213,7 @@ def whole_file(
     """
     file = Path(file)
     temporary = file.with_name(f'.{file.name}.tmp')
+    # beside the file, for only within a folder can it take the place at one stroke; first it must be on disk
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -231,9 +235,9 @@ def write_whole(
     text: str,  # what it is to hold
 ):
     "Write a text file whole or not at all."
+    content = text.encode('utf-8', 'backslashreplace')  # half a character: \\ud83d, as JSON writes it
     with whole_file(file) as temporary:
-        # half a character: \\ud83d, as JSON writes it
-        temporary.write_bytes(text.encode('utf-8', 'backslashreplace'))
+        temporary.write_bytes(content)
 
 # %% ../nbs/000_files.ipynb #2518b3ce
 def delete(path: Path):
@@ -330,11 +334,10 @@ def write_json(
 ):
     "Write JSON whole or not at all, marked as ours."
     mark = dict(written_by=MARK)
-    marked = (
-        mark | value
-        if isinstance(value, dict)
-        else [mark | entry if i == 0 else entry for i, entry in enumerate(value)]
-    )
+    if isinstance(value, dict):
+        marked = mark | value
+    else:
+        marked = [mark | entry if i == 0 else entry for i, entry in enumerate(value)]
     write_whole(file, json.dumps(marked, indent=1, ensure_ascii=False))
 
 
@@ -361,15 +364,15 @@ def _identity(path):
 
 def refuse_outputs(
     outputs: Mapping[str, str | Path | None],  # flag or name -> file to be written; None: not asked for
-    inputs: Iterable[
-        str | Path | None
-    ] = (),  # files and folders that the command reads, a million photos among them
+    # files and folders that the command reads, a million photos among them
+    inputs: Iterable[str | Path | None] = (),
     suffixes: Mapping[str, str] = {},  # flag or name -> how its file must end, such as '.png'
     continued: Iterable[str] = (),  # flags whose file is gone on with: who made it is looked at elsewhere
 ):
     """ValueError before work starts for an output that is an input, another output, a folder, or a file that
     this package did not write.
     """
+    # each output is a file of its own, in a place where it can be made
     outputs = {flag: Path(file) for flag, file in outputs.items() if file is not None}
     taken = {}
     for flag, file in outputs.items():
@@ -384,10 +387,12 @@ def refuse_outputs(
         if other != flag:
             raise ValueError(f'{name}: is also the file of {other}; give another file')
         _refuse_place(name, file.parent)
+    # no input is written over
     for given in inputs if outputs else ():
         _, name = taken.get(given is not None and _identity(given), (None, None))
         if name:
             raise ValueError(f'{name}: is read by this command, and would be lost; give another file')
+    # nor anybody else's file
     for flag, name in taken.values():
         file = outputs[flag]
         if flag not in continued and file.exists() and not is_ours(file):
@@ -472,6 +477,7 @@ def _fits(value, hint):
     """Whether a plain value may stand where a type is asked for: a whole number for a float, a list for a
     tuple; nan and infinity nowhere.
     """
+    # hints that are made of hints
     kind = typing.get_origin(hint) or hint
     parts = typing.get_args(hint)
     if kind is Annotated:
@@ -482,6 +488,7 @@ def _fits(value, hint):
         return isinstance(value, str) and value in parts
     if kind in (object, typing.Any):
         return True
+    # plain values; Python takes true for the number 1, we do not
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
@@ -490,6 +497,7 @@ def _fits(value, hint):
         return isinstance(value, int) and -(2**63) <= value < 2**63
     if kind is str:
         return isinstance(value, str) and len(value) <= _LONGEST_TEXT
+    # lists, for a tuple too, and tables
     if kind is tuple and parts and parts[-1] is not ...:
         return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_fits, value, parts))
     if kind in (list, tuple):
@@ -584,7 +592,8 @@ def meant(
     root,  # the tree's own dataclass
 ) -> str:  # the end of an error
     "The most similar names of a tree."
-    paths, last = list(setting_names(root)), lambda path: path.rpartition('.')[2]
+    paths = list(setting_names(root))
+    last = lambda path: path.rpartition('.')[2]
     same = [path for path in paths if last(path) == last(name)]
     near = (
         same
@@ -606,6 +615,7 @@ def from_plain(
     """A config from plain values; ValueError for a name that no setting has (with the one that was meant) and
     for a value that its annotation does not allow.
     """
+    # value by value, for each has a name that an error can say
     root = root or cls
     known = {f.name: hint for f, hint in settings_of(cls)}
     made = {}
@@ -618,6 +628,7 @@ def from_plain(
         else:
             check_value(f'{file}: {above}{name}', value, known[name])
         made[name] = value
+    # then together: a config may ask more of its values than their annotations
     try:
         config = cls(**made)
         check_settings(config)

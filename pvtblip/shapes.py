@@ -788,7 +788,6 @@ def score_captions(
     false = about('false')
     missing = about('missing')
     facts = sum(map(_facts_once, scenes))
-    # words a caption
     return dict(
         statements_true=len(true) / max(len(true) + len(false), 1),  # 0 where nothing is said
         true_by_kind={

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import torch
 from PIL import Image
@@ -67,7 +67,8 @@ class HubPhotos(Mapping):
             name: part.select_columns([column]).cast_column(column, Photo(decode=False))
             for name, part in parts.items()
         }
-        self.column, self.places = column, places
+        self.column = column
+        self.places = places
 
     def content(self, file: str) -> bytes | Path:
         """The bytes of the photo, or its path where the table holds only that; ValueError where it holds
@@ -102,12 +103,8 @@ def _needed_package(name: str, what: str):
 
 def _reason(error: Exception) -> str:
     "What an error says, in one short line"
-    said = (
-        getattr(error, 'strerror', None)
-        or getattr(error, 'reason', None)
-        or str(error)
-        or type(error).__name__
-    )
+    named = getattr(error, 'strerror', None) or getattr(error, 'reason', None)
+    said = named or str(error) or type(error).__name__
     return printable(str(said).strip().partition('\n')[0])[:120]
 
 
@@ -131,50 +128,55 @@ def _hub_parts(source: str | Path) -> dict:
     """The tables of a saved folder, of a folder with parquet files or of a name on the hub: split ->
     datasets.Dataset
     """
+    # a folder or a name; anything else, such as an address, the library would try to open
     library = _needed_package('datasets', f'{source}: a dataset of Hugging Face')
     folder = Path(source)
     if not folder.is_dir() and not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(source)):
         raise ValueError(printable(f'{source}: neither a folder nor a name on the hub; give one of them'))
     try:
-        if folder.is_dir() and not _is_saved(folder):
-            loaded = library.load_dataset('parquet', data_files=_parquet_files(folder))
+        if not folder.is_dir():
+            loaded = library.load_dataset(str(source))
+        elif _is_saved(folder):
+            loaded = library.load_from_disk(str(folder))
         else:
-            loaded = (
-                library.load_from_disk(str(folder)) if folder.is_dir() else library.load_dataset(str(source))
-            )
+            loaded = library.load_dataset('parquet', data_files=_parquet_files(folder))
     except Exception as error:  # network, names, rights and damaged files fail in many ways
         what = f'{source}: the datasets library cannot load it ({_reason(error)})'
         raise ValueError(printable(f'{what}; check the name, the network or the folder')) from error
+    # one table is the only part
     parts = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or 'all'): loaded}
     return {name: part.with_format(None) for name, part in parts.items()}
 
 
+def _is_picture(kind) -> bool:
+    "Does a column of this type hold photos: as the library's own type, or as it stands in parquet files?"
+    from datasets import Image as Photo
+
+    return isinstance(kind, Photo) or isinstance(kind, dict) and kind.keys() == {'bytes', 'path'}
+
+
 def read_hub_dataset(
-    source: str
     # a folder that save_to_disk wrote, one with parquet files, or a name on the hub such as
     # "nlphuji/flickr30k"
-    | Path,
+    source: str | Path,
     images: str | Path | None = None,  # the folder of the photos where the tables hold only their names
-    split: str
-    | None = None,  # as in `read_captions`; where the rows have no column split, the tables' own splits count
+    # as in `read_captions`; where the rows have no column split, the tables' own splits count
+    split: str | None = None,
     columns: dict[str, str] | None = None,  # as in `read_captions`
     log: Callable[[str], object] = warnings.warn,  # as in `read_captions`
 ) -> tuple[list[Record], Mapping | Path]:  # records; the photos, for `CaptionDataset`
     """Read a dataset of Hugging Face; ValueError 'SOURCE:ROW: ...' where a row is wrong, and where the
     package is missing
     """
+    # which column holds the photos, if one does
     parts = _hub_parts(source)
     columns = columns or {}
-    rows = []
-    places = {}
-    from datasets import Image as Photo
-
-    def is_picture(kind):
-        return isinstance(kind, Photo) or isinstance(kind, dict) and kind.keys() == {'bytes', 'path'}
-
-    pictures = [name for name, kind in next(iter(parts.values())).features.items() if is_picture(kind)][:1]
+    pictures = [name for name, kind in next(iter(parts.values())).features.items() if _is_picture(kind)][:1]
     if not pictures and images is None:
         raise ValueError(printable(f'{source}: no column holds photos; give the folder of the photos, too'))
+    # rows as of a caption file; a photo without a name is called by its place
+    rows = []
+    places = {}
     for part, data in parts.items():
         for number, entry in enumerate(data.remove_columns(pictures)):
             if not find_fields(entry, columns)['file'] and 'file' not in columns:
@@ -210,21 +212,25 @@ def shard_address(
         address = urlsplit(name)
     except ValueError:
         address = urlsplit('')  # a bracket that is not closed
-    wrong = None
-    if '${' in name:
-        wrong = '${} is replaced by nobody here'
-    elif scheme == 'pipe':
-        wrong = 'runs a command'
-    elif scheme not in ('', 'file', 'http', 'https'):
-        wrong = f'{scheme}: is not opened'
-    elif scheme == 'file' and address.netloc not in ('', 'localhost'):
-        wrong = 'names another computer'
-    elif scheme in ('http', 'https') and not address.hostname:
-        wrong = 'names no host'
-    remedy = 'give files or http addresses, or mount the storage as a folder'
-    if wrong:
+    if wrong := _refused(name, scheme, address):
+        remedy = 'give files or http addresses, or mount the storage as a folder'
         raise ValueError(printable(f'{name[:100]}: {wrong}, which is refused; {remedy}'))
     return urllib.request.url2pathname(address.path) if scheme == 'file' else name
+
+
+def _refused(name: str, scheme: str, address: SplitResult) -> str | None:
+    "Why this is not opened, or None"
+    if '${' in name:
+        return '${} is replaced by nobody here'
+    if scheme == 'pipe':
+        return 'runs a command'
+    if scheme not in ('', 'file', 'http', 'https'):
+        return f'{scheme}: is not opened'
+    if scheme == 'file' and address.netloc not in ('', 'localhost'):
+        return 'names another computer'
+    if scheme in ('http', 'https') and not address.hostname:
+        return 'names no host'
+    return None
 
 
 def _is_web(address: str) -> bool:
@@ -238,23 +244,22 @@ def _expanded(pattern: str) -> Iterator[str]:
         yield pattern
     else:
         first, last, several = found.groups()
-        parts = (
-            (f'{number:0{len(first)}}' for number in range(int(first), int(last) + 1))
-            if several is None
-            else several.split(',')
-        )
+        if several is None:
+            parts = (f'{number:0{len(first)}}' for number in range(int(first), int(last) + 1))
+        else:
+            parts = several.split(',')
         for part in parts:
             yield from _expanded(pattern[: found.start()] + part + pattern[found.end() :])
 
 
 def find_shards(
-    source: str
     # a folder with tar files, one tar file, an http address, or a pattern: "shards/part-{000..127}.tar"
-    | Path,
+    source: str | Path,
 ) -> list[str]:  # paths and addresses
     """The shards that a pattern names; FileNotFoundError for local ones that are not there, ValueError for
     what is not opened
     """
+    # what is there is no pattern, whatever its name looks like
     folder = Path(source)
     source = str(source)
     shown = printable(source[:100])
@@ -264,15 +269,16 @@ def find_shards(
         if shards := sorted(map(str, folder.glob('*.tar*'))):
             return shards
         raise FileNotFoundError(f'{shown}: no tar files in this folder; give a folder of shards')
+    # the names that a pattern stands for, which a mistyped one may make without end
     if source.count('{') > 20:
         raise ValueError(f'{shown}: more than 20 braces; give several patterns, joined by ::')
-    names = list(
-        itertools.islice((name for pattern in source.split('::') for name in _expanded(pattern)), 1_000_001)
-    )
+    every_name = itertools.chain.from_iterable(map(_expanded, source.split('::')))
+    names = list(itertools.islice(every_name, 1_000_001))
     if not 0 < len(names) <= 1_000_000:
         raise ValueError(
             f'{shown}: names {"more than 1,000,000" if names else "no"} shards; correct the pattern'
         )
+    # local ones must be there now, not in an hour
     shards = list(map(shard_address, names))
     missing = [shard for shard in shards if not _is_web(shard) and not Path(shard).is_file()]
     if missing:
@@ -285,23 +291,8 @@ def find_shards(
     return shards
 
 # %% ../nbs/13_sources.ipynb #b2a738e1
-PHOTO_SUFFIXES = (  # of `PHOTO_FORMATS`
-    'jpg',
-    'jpeg',
-    'jpe',
-    'jfif',
-    'png',
-    'apng',
-    'webp',
-    'gif',
-    'bmp',
-    'tif',
-    'tiff',
-    'ppm',
-    'pgm',
-    'pbm',
-    'pnm',
-)
+# of `PHOTO_FORMATS`
+PHOTO_SUFFIXES = tuple('jpg jpeg jpe jfif png apng webp gif bmp tif tiff ppm pgm pbm pnm'.split())
 
 MAX_PHOTO_BYTES = 2**27  # 134 MB, of a photo in a shard: 44 million pixels without any compression
 MAX_TEXT_BYTES = 2**20  # of captions in a shard, and of the name of a file
@@ -316,11 +307,8 @@ class _Header(tarfile.TarInfo):
     "The header of a file in an archive, whose name may not have gigabytes either"
 
     def _proc_member(self, archive):
-        if (
-            not self.isreg()
-            and self.size > MAX_TEXT_BYTES
-            and self.type not in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)
-        ):
+        names_a_file = self.isreg() or self.type in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)
+        if not names_a_file and self.size > MAX_TEXT_BYTES:
             raise ValueError(f'a header of {self.size:,} bytes')
         return super()._proc_member(archive)
 
@@ -434,18 +422,17 @@ def sample_captions(sample: dict, name: str) -> list[str]:
     """The captions of a sample: the lines of its .txt, or what its .json holds; ValueError where there are
     none
     """
+    # a caption a line, or a printed list, which may go over several lines
     text = decode_text(sample['txt'], f'{name}.txt') if 'txt' in sample else ''
-    # a list, which may go over several lines
     printed = re.match(r"\s*\[\s*[\"']", text) and text.rstrip().endswith(']')
     captions = [text] if printed else [line for line in re.split('[\r\n]+', text) if line.strip()]
+    # no text, or several lines: the .json may know better, and whether the lines are one caption
     if len(captions) != 1 and (stated := _json_captions(sample, name)):
-        same = (
-            len(stated) == 1
-            and isinstance(stated[0], str)
-            and collapse_whitespace(stated[0]) == collapse_whitespace(text)
-        )
+        only = stated[0] if len(stated) == 1 else None
+        same = isinstance(only, str) and collapse_whitespace(only) == collapse_whitespace(text)
         if same or not captions:
             captions = [caption for caption in stated if not isinstance(caption, str) or caption.strip()]
+    # clean as those of any caption file
     try:
         captions = [text for caption in captions for text in clean_captions(caption)]
     except ValueError as error:
@@ -466,11 +453,8 @@ def name_problem(sample: dict) -> str | None:
     if '__problem__' in sample:
         return sample['__problem__']
     dotted = [suffix for suffix in sample if '.' in suffix and is_photo(suffix)]
-    own = [
-        suffix
-        for suffix in dotted
-        if any(f'{suffix.rpartition(".")[0]}.{kind}' in sample for kind in ('txt', 'json'))
-    ]
+    has_text = lambda stem: f'{stem}.txt' in sample or f'{stem}.json' in sample
+    own = [suffix for suffix in dotted if has_text(suffix.rpartition('.')[0])]
     if own or dotted and not any(suffix in sample for suffix in PHOTO_SUFFIXES):
         return (
             f'a key ends at the first dot, so .{(own or dotted)[0][-60:]} belongs to all photos of this '
@@ -544,11 +528,13 @@ class ShardDataset(IterableDataset):
         """ValueError where there are fewer shards than processes times workers, for numbers that do not go
         together, and where not one sample can be read
         """
+        # which of the processes this is
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.process_index = (
-            process_index if process_index is not None else torch.distributed.get_rank() if together else 0
-        )
+        if process_index is None:
+            process_index = torch.distributed.get_rank() if together else 0
+        self.process_index = process_index
         self.num_processes = num_processes or (torch.distributed.get_world_size() if together else 1)
+        # what to read, and how much of it
         self.shards = list(map(shard_address, shards))
         self.load = load
         self.reading = reading
@@ -556,6 +542,7 @@ class ShardDataset(IterableDataset):
         self.start_batch = start_batch
         self.num_batches = num_batches
         self.sizes = {}  # shard -> samples, where they have been counted
+        # opening a shard comes last: wrong numbers are said at once
         self._check_numbers()
         self.captions_per_image = reading.captions_per_image or self._first_count()
 
@@ -603,10 +590,9 @@ class ShardDataset(IterableDataset):
 
     def _samples(self, stream: int, skip: int) -> Iterator[tuple[int, dict | BrokenImage]]:
         "(pass, sample) of a stream from place `skip` on"
+        streams = self.num_processes * self.workers
         for number in itertools.count() if self.reading.passes is None else range(self.reading.passes):
-            for shard in _dealt(
-                self.shards, self.reading.seed, number, stream, self.num_processes * self.workers
-            ):
+            for shard in _dealt(self.shards, self.reading.seed, number, stream, streams):
                 if skip and self._size(shard) <= skip:
                     skip -= self._size(shard)
                 else:
@@ -618,10 +604,12 @@ class ShardDataset(IterableDataset):
         """What `CaptionDataset` gives for a photo: pixel_values (3, H, W), captions (list of C str), file; or
         a BrokenImage
         """
+        # a shard that is damaged gives no photo
         if isinstance(sample, BrokenImage):
             if self.reading.strict:
                 raise ValueError(sample.reason)
             return sample
+        # nor does a sample whose photo or captions cannot be read
         file = sample_name(sample)
         try:
             file, content, captions = opened_sample(sample)
@@ -630,13 +618,10 @@ class ShardDataset(IterableDataset):
             if self.reading.strict:
                 raise ValueError(f'{file}: {str(error).removeprefix(f"{file}: ")}') from error
             return BrokenImage(file, str(error))
-        return dict(
-            pixel_values=pixel_values,
-            captions=draw_captions(
-                captions, self.captions_per_image, f'captions {self.reading.seed} {number} {file}'
-            ),
-            file=file,
-        )
+        # the draw follows from seed, pass and photo, so a restart repeats it
+        seed = f'captions {self.reading.seed} {number} {file}'
+        drawn = draw_captions(captions, self.captions_per_image, seed)
+        return dict(pixel_values=pixel_values, captions=drawn, file=file)
 
     def __iter__(self) -> Iterator[list[dict | BrokenImage]]:
         """Batches of B items; ValueError where the DataLoader has another number of workers than
@@ -649,11 +634,11 @@ class ShardDataset(IterableDataset):
                 f'the DataLoader has {workers} workers, the data set was told {self.workers}; give '
                 'both the same num_workers'
             )
-        stream = (
-            worker + self.start_batch
-        ) % workers  # batch k comes from stream k modulo W, wherever the loader starts
+        # batch k comes from stream k modulo W, wherever the loader starts
+        stream = (worker + self.start_batch) % workers
         done = len(range(stream, self.start_batch, workers))
         todo = None if self.num_batches is None else len(range(worker, self.num_batches, workers))
+        # on from the photos that this stream has given before
         samples = self._samples(self.process_index * workers + stream, done * self.reading.batch_size)
         for _ in itertools.count() if todo is None else range(todo):
             batch = [self._item(*sample) for sample in itertools.islice(samples, self.reading.batch_size)]
@@ -703,7 +688,9 @@ def open_source(
     """Tell by content what a source of photos and captions is, and open it; ValueError or FileNotFoundError
     where it is none
     """
-    source, path = str(source), Path(source)
+    # shards, by content or by the look of the name
+    path = Path(source)
+    source = str(source)
     if _is_shards(source):
         if split or columns:
             raise ValueError(
@@ -712,15 +699,14 @@ def open_source(
                 )
             )
         return Source(shards=find_shards(source))
+    # tables of the datasets library, here or on the hub
     tables = _is_saved(path) or path.is_dir() and any(path.rglob('*.parquet'))
     if tables or not path.exists() and _is_hub_name(source):
         return Source(*read_hub_dataset(source, images, split, columns, log))
+    # what is left is a caption file; a folder may hold one
     if path.is_dir():
-        found = sorted(
-            file.name
-            for file in path.iterdir()
-            if file.suffix in ('.json', '.jsonl', '.csv', '.tsv', '.txt', '.token')
-        )[:5]
+        suffixes = ('.json', '.jsonl', '.csv', '.tsv', '.txt', '.token')
+        found = sorted(file.name for file in path.iterdir() if file.suffix in suffixes)[:5]
         hint = f' ({", ".join(found)[:80]}?)' if found else ''
         raise ValueError(
             printable(

@@ -134,7 +134,6 @@ class CaptionTokenizer:
         "ValueError for a prompt without room for a word, or that the vocabulary cannot write."
         check_value('prompt', prompt, str)
         check_value('max_length', max_length, Size)
-        # the vocabulary: a tokenizer object, or the name of one
         is_object = hasattr(tokenizer, 'get_vocab')
         self.tokenizer = check_wordpiece(tokenizer) if is_object else load_tokenizer(tokenizer)
         self.prompt = prompt

@@ -1,7 +1,7 @@
 "A module stands on modules of smaller numbers only, no private name crosses a door, and no signature is long."
 
-import importlib
 import ast
+import importlib
 import json
 import re
 from dataclasses import fields, is_dataclass
@@ -117,3 +117,60 @@ def test_no_function_has_more_than_eight_parameters(module):
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda))]
     long = {getattr(one, 'name', 'lambda') for one in functions if len(parameters(one)) > MOST}
     assert long <= LONGER.keys(), f'{long - LONGER.keys()}: give them a config'
+
+
+def long_and_bare(text):
+    "Functions of more than 15 lines in which no comment has a line of its own."
+    lines = [line.strip() for line in text.split('\n')]
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body if ast.get_docstring(node) is None else node.body[1:]
+            code = [line for line in lines[body[0].lineno - 1 : node.end_lineno] if line] if body else []
+            if len(code) > 15 and not any(line.startswith('#') for line in code):
+                found.append(node.name)
+    return found
+
+
+def hanging(text):
+    "Comments behind a closing bracket, whose meaning stands lines above; a function's result has its place there."
+    behind = re.compile(r'\s*(\)(?!( -> .*)?:  # )|[\]}]).*  # ')
+    return [line for line in text.split('\n') if behind.match(line)]
+
+
+def test_a_missing_signpost_and_a_hanging_comment_are_seen():
+    steps = ''.join(f'    x = {i}\n' for i in range(15))
+    head = 'def f(\n    # the number\n    x,\n):  # nothing\n    "Says nothing."\n'
+    assert long_and_bare(head + steps) == []
+    assert long_and_bare(head + steps + '    x = 15\n') == ['f']
+    assert long_and_bare(head + steps + '    # the last step\n    x = 15\n') == []
+    assert hanging(') -> int:  # of them\n):  # of them\nx = f(y)  # why\n') == []
+    assert hanging('    )  # why\n)[0],  # why\n) -> dict[\n]:  # why\n') == [
+        '    )  # why',
+        ')[0],  # why',
+        ']:  # why',
+    ]
+
+
+# the modules that have been gone through; the others follow
+SIGNPOSTED = (
+    'files',
+    'tokenizer',
+    'pvt_encoder',
+    'decoder',
+    'generation',
+    'shapes',
+    'data',
+    'sources',
+    'confidence',
+)
+
+
+@pytest.mark.parametrize('module', SIGNPOSTED)
+def test_a_long_function_says_where_each_step_begins(module):
+    assert not long_and_bare((ROOT / f'pvtblip/{module}.py').read_text(encoding='utf-8'))
+
+
+@pytest.mark.parametrize('module', SIGNPOSTED)
+def test_no_comment_hangs_behind_a_closing_bracket(module):
+    assert not hanging((ROOT / f'pvtblip/{module}.py').read_text(encoding='utf-8'))
