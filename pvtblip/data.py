@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from .files import parse_json, printable, read_text
 from .tokenizer import collapse_whitespace
-from .training import BrokenImage
+from .pvt_encoder import BrokenImage
 
 # %% ../nbs/06_data.ipynb #3ada4f37
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from pvtblip.sources import (
     sample_name,
 )
 from .tokenizer import CaptionTokenizer
-from .training import BrokenImage
+from .pvt_encoder import BrokenImage
 
 # %% ../nbs/14_data_check.ipynb #d8ef927d
 _ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND'}  # what stands near the end of a whole file of this format

@@ -22,7 +22,8 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from .data import Record
-from .training import BrokenImage, SeededBatchSampler
+from .pvt_encoder import BrokenImage
+from .training import SeededBatchSampler
 from .files import Share, Within, check_settings, delete, read_json, whole_folder, write_whole
 from .pvt_encoder import EncoderConfig, load_pixels, normalise_pixels
 from .tokenizer import CaptionTokenizer

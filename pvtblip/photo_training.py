@@ -21,7 +21,8 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from .data import CaptionDataset, hold_out, take_split
-from .training import BrokenImage, Collate
+from .pvt_encoder import BrokenImage
+from .training import Collate
 from pvtblip.files import (
     MARK,
     Within,

@@ -7,8 +7,8 @@ __all__ = ['PVT_CONFIGS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PHOTO_FORMATS', 'DRA
            'attend', 'ReducedAttention', 'ConvFeedForward', 'Block', 'call_block', 'Stage', 'initialise_pvt',
            'PyramidVisionTransformerV2', 'EncoderConfig', 'sincos_positions', 'TimmBackbone', 'weights_in',
            'read_weights', 'check_weights', 'load_weights', 'make_backbone', 'ImageEncoder', 'token_places',
-           'orientation', 'upright', 'to_rgb', 'read_photo', 'load_image', 'load_pixels', 'normalise_pixels',
-           'image_transform']
+           'orientation', 'upright', 'to_rgb', 'read_photo', 'load_image', 'BrokenImage', 'load_pixels',
+           'normalise_pixels', 'image_transform']
 
 # %% ../nbs/01_pvt_encoder.ipynb #cbea8a0d
 import io, json, re
@@ -858,6 +858,14 @@ def load_image(source) -> Image.Image:  # a path, or a PIL image in any mode
     with it.
     """
     return to_rgb(source) if isinstance(source, Image.Image) else read_photo(source, to_rgb)
+
+# %% ../nbs/01_pvt_encoder.ipynb #fdb368fa
+@dataclass(frozen=True)
+class BrokenImage:
+    "Stands in a batch where a photo could not be loaded"
+
+    file: str  # the photo, as the caption file names it
+    reason: str  # what the loader said
 
 # %% ../nbs/01_pvt_encoder.ipynb #ff262c60
 # a reduced JPEG has at least this many times the side that is needed; at 1.0 it would differ nearly twice as

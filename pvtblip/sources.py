@@ -33,7 +33,7 @@ from pvtblip.data import (
     read_captions,
     take_split,
 )
-from .training import BrokenImage
+from .pvt_encoder import BrokenImage
 from .files import Size, Within, check_settings, decode_text, parse_json, printable
 from .pvt_encoder import read_photo
 from .tokenizer import collapse_whitespace

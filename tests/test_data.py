@@ -19,7 +19,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pvtblip.data import CaptionDataset, Record, clean_captions, read_captions, similar_files, split_by_name
-from pvtblip.training import BrokenImage, Collate, SeededBatchSampler
+from pvtblip.pvt_encoder import BrokenImage
+from pvtblip.training import Collate, SeededBatchSampler
 from pvtblip.pvt_encoder import load_image
 from pvtblip.tokenizer import CaptionTokenizer, collapse_whitespace
 

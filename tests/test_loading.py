@@ -21,7 +21,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pvtblip.data import CaptionDataset, Record
-from pvtblip.training import BrokenImage, Collate, SeededBatchSampler
+from pvtblip.pvt_encoder import BrokenImage
+from pvtblip.training import Collate, SeededBatchSampler
 from pvtblip.loading import (
     AugmentationConfig,
     AugmentedDataset,

@@ -1175,7 +1175,7 @@ def test_captioning_imports_what_it_needs(folder, model):
     script = (
         'import sys; from pvtblip.pipeline import caption_files; caption_files(sys.argv[1:2], '
         'sys.argv[2], out=lambda line: None)\n'
-        "heavy = {'torchvision', 'matplotlib', 'timm', 'datasets', 'webdataset', 'pandas', "
+        "heavy = {'accelerate', 'torchvision', 'matplotlib', 'timm', 'datasets', 'webdataset', 'pandas', "
         "'pycocoevalcap', 'sympy'}\n"
         'print(sorted(heavy & set(sys.modules)))'
     )

@@ -33,7 +33,8 @@ from test_training import (
 )  # noqa: F401 (a fixture)
 from torch.testing import assert_close
 
-from pvtblip.training import BrokenImage, Collate
+from pvtblip.pvt_encoder import BrokenImage
+from pvtblip.training import Collate
 from pvtblip.files import printable, setting_names, write_whole
 from pvtblip.generation import GenerationConfig
 from pvtblip.photo_training import PhotoRun

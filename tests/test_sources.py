@@ -24,7 +24,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pvtblip.data import CaptionDataset, Record
-from pvtblip.training import BrokenImage, Collate
+from pvtblip.pvt_encoder import BrokenImage
+from pvtblip.training import Collate
 from pvtblip.pvt_encoder import load_image
 from pvtblip.sources import (
     MAX_PHOTO_BYTES,

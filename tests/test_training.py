@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from pvtblip.training import BrokenImage, Collate
+from pvtblip.pvt_encoder import BrokenImage
+from pvtblip.training import Collate
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.files import only_writer
 from pvtblip.pvt_encoder import EncoderConfig, image_transform
