@@ -47,6 +47,7 @@ def _checked(kind, settings):
     from pvtblip.files import check_value
 
     def check(value):
+        # what was not given keeps its default
         if value in (None, (), []):
             return None
         if kind in (int, float):
@@ -54,6 +55,7 @@ def _checked(kind, settings):
                 value = kind(value)
             except ValueError:
                 pass  # then it stays text, and the check says so
+        # one flag may set several settings; it has to suit them all
         for name, setting in settings.items():
             try:
                 check_value(name, value, setting.hint)
@@ -184,6 +186,7 @@ class SettingsCommand(TyperCommand):
 
         found = {}
         for change in given:
+            # a name of the part, or a whole one
             name, equals, text = change.partition('=')
             if not equals:
                 raise ValueError(f'--set {change}: write NAME=VALUE, as {self.example}')
@@ -191,6 +194,7 @@ class SettingsCommand(TyperCommand):
             path = self.part + name if self.part + name in self.settings else name
             if path not in self.settings:
                 raise ValueError(f'--set: no setting is called {short(name)}{meant(name, self.config())}')
+            # its value, by the words of the config
             try:
                 found[path] = _value(text)
             except ValueError as error:
@@ -283,6 +287,7 @@ def data_check_command(
     from pvtblip.data_check import check_data
     from pvtblip.tokenizer import CaptionTokenizer
 
+    # no output may cost a file that is read
     refuse_outputs(
         {'--json': json_file, '--sheet': sheet},
         [captions, *_files_below(captions), *_files_below(images)],
@@ -290,6 +295,7 @@ def data_check_command(
     )
     for file in filter(None, (json_file, sheet)):
         file.parent.mkdir(parents=True, exist_ok=True)
+    # look, print, and tell scripts by the exit code
     report = check_data(
         captions, images, split, CaptionTokenizer(text_model, max_length=max_length), full, sheet
     )
@@ -389,6 +395,7 @@ def train_command(
     from pvtblip.photo_training import PhotoRun, train_on_photos
     from pvtblip.training import processes
 
+    # the run: a file's settings or new ones, changed by flags
     changes = _training_changes(ctx.obj, tiny)
     if config and (tiny or changes.get('text_model') or changes.get('start_from')):
         raise ValueError(
@@ -399,11 +406,13 @@ def train_command(
         config = out / 'run.toml'
     run = read_config(PhotoRun, config) if config else _new_run(changes, tiny)
     run = change_config(run, changes)
+    # no output may cost a file that is read
     names = ('run.toml', 'history.json', 'config.json', 'model.safetensors')
     written = {f'--out ({name})': out / name for name in names}
     if not dry and not resume:
         read = [config, changes.get('data.captions'), changes.get('captioner.encoder.weights')]
         refuse_outputs(written, [file for file in read if file is not True], continued=written)
+    # train, or only say what it would be
     figures = train_on_photos(run, out, resume, dry, log=_say)
     if dry and processes().is_main_process:
         _print(to_toml(run) + ''.join(f'\n# {name}: {value:,.4g}' for name, value in figures.items()))

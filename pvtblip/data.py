@@ -289,11 +289,13 @@ def _without_images(
     path: Path, text: str, line: int, start: int, columns: dict[str, str], by_number: bool
 ) -> Iterator[Row]:
     "Rows of COCO's annotations alone, which name their photos, or give numbers where the caller takes these"
+    # annotations of other makers name the file beside each caption
     members = list(_json_members(text, start))
     if any(isinstance(entry, dict) and find_fields(entry, columns)['file'] for *_, entry in members):
         for number, _, _, entry in members:
             yield from object_rows(path, number, entry, columns)
     elif by_number:
+        # COCO's own give numbers, which mean a photo only to those who know
         for number, image_id, caption in _coco_entries(
             path, text, start, 'annotations', 'image_id', 'caption'
         ):

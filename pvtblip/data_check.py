@@ -124,6 +124,7 @@ class _CaptionCounts:
 
     def add(self, captions: list[str]) -> None:
         tokenizer, unknown = self.tokenizer.tokenizer, self.tokenizer.tokenizer.unk_token_id
+        # counted at once: the captions of millions of photos are not kept
         for row, caption in zip(
             tokenizer(captions, add_special_tokens=False)['input_ids'] if captions else (), captions
         ):
@@ -146,6 +147,7 @@ class _CaptionCounts:
         words, tokens = (
             sum(length * count for length, count in lengths.items()) for lengths in (self.words, self.tokens)
         )
+        # shares rather than counts, so that sources of any size compare
         return dict(
             words=_spread(self.words),
             tokens=_spread(self.tokens),
@@ -202,6 +204,7 @@ class DataReport:
                 f'{numbers["percentile_95"]}'
             )
 
+        # the numbers
         lines = [
             f'{self.source}: {self.photos:,} photos, {self.captions:,} captions',
             f'captions a photo: {spread(per_photo)}',
@@ -219,6 +222,7 @@ class DataReport:
             if self.photos_checked
             else 'photos: not looked at, no folder was given',
         ]
+        # what is broken and what stands twice, the first of each
         lines += [f'    {file}: {why}' for file, why in itertools.islice(self.broken.items(), 10)]
         if len(self.broken) > 10:
             lines.append(f'    and {len(self.broken) - 10:,} more; they all stand in the JSON report')
@@ -241,6 +245,7 @@ def _remarks(report: DataReport) -> list[str]:
         report.text,
         sum(len(groups) for kind, groups in report.across_splits.items() if kind != 'same key'),
     )
+    # (whether it is so, what to say then)
     return [
         words
         for said, words in (
@@ -270,15 +275,15 @@ def _remarks(report: DataReport) -> list[str]:
 
 # %% ../nbs/14_data_check.ipynb #701d753e
 def contact_sheet(
-    photos: list[
-        tuple[str, Path | bytes | Image.Image, list[str]]
-    ],  # (file, photo, captions), twelve of them or fewer
+    # (file, photo, captions), twelve of them or fewer
+    photos: list[tuple[str, Path | bytes | Image.Image, list[str]]],
     path: str | Path,  # PNG to write
 ) -> None:
     "Photos with their first two captions, four in a row, as a PNG"
     from pvtblip.files import save_figure
     from matplotlib.figure import Figure  # half a second that nobody else should wait for
 
+    # a picture and its captions in each field
     rows = max(1, -(-len(photos) // 4))
     figure = Figure(figsize=(10, 3 * rows), layout='constrained')
     for number, (file, photo, captions) in enumerate(photos):
@@ -344,6 +349,7 @@ def _checked_photos(
             0 if problem else photo.stat().st_size if isinstance(photo, Path) else len(photo),
         )
 
+    # threads, since a photo waits for the disk and Pillow lets others run
     with ThreadPoolExecutor(8) as pool:
         found = list(
             tqdm(pool.map(check, files), total=len(files), disable=not progress, desc='photos', unit='photo')
@@ -383,6 +389,7 @@ def _check_records(
     progress: bool,
 ) -> tuple[DataReport, list]:
     "(the report, photos for a contact sheet) of photos that are listed"
+    # the photos: which are broken, and what could be meant where one is missing
     content = _content_of(photos)
     (sides, divided) = _split_of(records)
     broken, sizes = (
@@ -395,6 +402,7 @@ def _check_records(
         broken |= {
             file: f'missing; {near!r} is there' for file, near in similar_files(photos, missing).items()
         }
+    # the captions and the numbers
     duplicates = _duplicates(records, sizes, content)
     report = DataReport(
         source,
@@ -413,6 +421,7 @@ def _check_records(
             for kind, groups in duplicates.items()
         },
     )
+    # what a person should look at
     whole = [record for record in records if record.file in sizes]
     return report, [
         (record.file, content(record.file), record.captions)
@@ -486,14 +495,17 @@ class _ShardLook:
     def add(
         self, shard: str, file: str, problem: str | None, captions: list[str], photo: bytes | None
     ) -> None:
+        # what it is called, and what is wrong with it
         if problem:
             self.broken[file] = problem
         if file == shard:
             return  # damage, which is no photo
+        # three kinds of sameness: the name, the photo's bytes, the captions
         key = re.sub(r'\.\w+$', '', file.partition('/')[2])
         words = '\n'.join(sorted({caption.lower() for caption in captions}))
         for doubles, content in zip(self.doubles.values(), (key.encode(), photo, words.encode())):
             doubles.add(self.sizes.total(), content)
+        # numbers, and perhaps a place on the contact sheet
         self.names.write(json.dumps(file) + '\n')
         self.sizes[shard] += 1
         self.per_photo[len(captions)] += 1
@@ -513,6 +525,7 @@ def _check_shards(
     source: str, shards: list[str], tokenizer: CaptionTokenizer, full: bool, progress: bool
 ) -> tuple[DataReport, list]:
     "(the report, photos for a contact sheet) of shards; ValueError where there is not one caption"
+    # one look at every sample; names wait in a file, since only those of duplicates are needed
     with tempfile.TemporaryFile('w+') as names:
         look = _ShardLook(tokenizer, names)
         for shard, found in _check_samples(shards, full, progress):
@@ -521,6 +534,7 @@ def _check_shards(
         wanted = {place for groups in duplicates.values() for group in groups for place in group}
         names.seek(0)
         names = {place: json.loads(name) for place, name in enumerate(names) if place in wanted}
+    # shards that gave nothing
     look.broken |= {
         shard: 'no photos in this shard'
         for shard in shards
@@ -531,6 +545,7 @@ def _check_shards(
             f'{source}: not one caption can be read; the first reason: '
             f'{": ".join(next(iter(look.broken.items())))}'
         )
+    # training holds the last shard out, so this is the split
     number = look.sizes.total()
     held = look.sizes[shards[-1]] if len(shards) > 1 else 0
     across = {

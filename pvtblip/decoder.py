@@ -964,6 +964,7 @@ def photo_map(
     """Attention laid on the photo where the tokens are; raises ValueError where S is not the encoder's number
     of tokens.
     """
+    # one grid of tokens a stage
     size = (encoder.config.image_size,) * 2 if image_size is None else tuple(image_size)
     grids = encoder.grids(size)
     total = 0.0
@@ -972,6 +973,7 @@ def photo_map(
             f'{weights.shape[-1]} weights for the {tokens} tokens of grids {grids}; give the '
             'image_size that the model saw'
         )
+    # each token's weight, spread over the pixels that it stands for
     for part, (h, w), places in zip(
         weights.split([h * w for h, w in grids], -1), grids, token_places(encoder, size)
     ):

@@ -201,6 +201,7 @@ def demo(
 
 def _train_demo(out, max_steps, seed, scenes, log, progress):
     "Train, measure and save; returns the report."
+    # the captioner, the scenes and the settings
     torch.manual_seed(seed)
     model = Captioner(demo_config()).to(best_device())
     world = dict(
@@ -231,10 +232,12 @@ def _train_demo(out, max_steps, seed, scenes, log, progress):
         )
         return dict(statements_true=share)
 
+    # train, then measure on scenes that nobody has seen
     start = time.perf_counter()
     history = train(model, dataset, config, evaluate=look, progress=progress)
     seconds = time.perf_counter() - start
     scores = {split: score_scenes(model, split, scenes, seed) for split in ('unseen_scenes', 'unseen_pairs')}
+    # kept: figures, model, pictures
     report = dict(
         statements_true=scores['unseen_scenes']['statements_true'],
         statements_true_unseen_pairs=scores['unseen_pairs']['statements_true'],

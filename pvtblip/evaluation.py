@@ -242,6 +242,7 @@ def _scores(ids, statistics):
 # %% ../nbs/07_evaluation.ipynb #cb7d839a
 def _tokenized(references, hypotheses, tokenized_references):
     "Lists of references and of hypotheses in the order of the hypotheses, tokenised in one go."
+    # everything in one go: starting the tokenizer costs more than running it
     words = iter(
         ptb_tokenize(
             [
@@ -254,6 +255,7 @@ def _tokenized(references, hypotheses, tokenized_references):
             ]
         )
     )
+    # given back in the order in which it went in
     said = [next(words) for _ in hypotheses]
     return [
         list(references[name]) if tokenized_references else [next(words) for _ in references[name]]
@@ -466,16 +468,15 @@ def read_hypotheses(
     # COCO results [{"image_id", "caption"}], {file: caption}, what `pvtblip caption` wrote as JSON, a report
     # of `pvtblip evaluate`
     file,
-) -> tuple[
-    dict, list
-]:  # {id or file: caption, None where captioning failed}; ids that stand twice (the first counts)
-    "Captions to score; ValueError or FileNotFoundError naming the place."
+) -> tuple[dict, list]:  # {id or file: caption, None where it failed}; ids that stand twice
+    "Captions to score, the first of an id that stands twice; ValueError or FileNotFoundError naming the place."
     neither = ValueError(
         f"{file}: neither COCO's results [{{image_id, caption}}] nor {{file: caption}} nor what "
         'pvtblip caption --jsonl wrote; give one of these'
     )
     if read_text(file).lstrip()[:1] not in ('[', '{'):
         raise neither
+    # what it is: our own file or report, captions by name, or entries
     data, doubled = read_entries(file)
     if isinstance(data, dict) and data.get('written_by') == MARK:  # our own file, perhaps a report
         del data['written_by']
@@ -484,6 +485,7 @@ def read_hypotheses(
     if isinstance(data, dict) and not {'image', 'image_id'} & data.keys():
         lone = lambda value: value[0] if isinstance(value, list) and len(value) == 1 else value
         return {name: _text(file, name, lone(caption)) for name, caption in data.items()}, doubled
+    # entries, one a caption; the first of a name counts
     hypotheses, doubled = {}, []
     for number, entry in enumerate(
         [data] if isinstance(data, dict) else data, 1
@@ -502,9 +504,7 @@ def by_reference(
     references,  # {id: [captions]}
     files,  # {id: file}, where the references name the photos
     hypotheses,  # {id or path: caption}
-) -> tuple[
-    dict, list, list
-]:  # {id: caption}; paths that may be of several photos; paths paired by their last part alone
+) -> tuple[dict, list, list]:  # {id: caption}; paths of perhaps several photos; paths paired by name alone
     """Call captions as their references are called: by the id, by a path that ends as the other does, or by a
     file name that no second photo has.
     """
@@ -568,6 +568,7 @@ def _has_tokens(caption):
 # %% ../nbs/07_evaluation.ipynb #5da1c972
 def _problems(references, hypotheses, doubled, unclear):
     "{problem: [ids]} of what would falsify the scores; only problems that there are."
+    # what the names tell
     problems = {
         'ids that stand twice': doubled,
         'captions that may be of several photos': unclear,
@@ -584,6 +585,7 @@ def _problems(references, hypotheses, doubled, unclear):
         'images with control characters': [],
         'images with special tokens': [],
     }
+    # what the texts tell
     for name in references.keys() | hypotheses.keys():
         text = ' '.join([hypotheses.get(name) or '', *references.get(name, [])])
         foreign, control = odd_characters(text)
@@ -622,6 +624,7 @@ def pair_captions(
     """Pair captions by id and look for what would falsify the scores; ValueError that counts and names it,
     unless asked to go on.
     """
+    # without what says nothing and what obeys a terminal
     problems = _problems(references, hypotheses, doubled, unclear)
     clean = lambda caption: collapse_whitespace(''.join(' ' if odd_characters(c)[1] else c for c in caption))
     own = {
@@ -631,6 +634,7 @@ def pair_captions(
     }
     said = {name: caption for name, caption in hypotheses.items() if caption is not None}
     both = [name for name in references if name in own and name in said]
+    # nothing to score, or something that would falsify the score
     if not said:
         raise ValueError(
             f"no captions to score: {describe_problems(problems)}; give captions of the references' photos"
@@ -790,6 +794,7 @@ def clip_score(
     """
     from transformers import CLIPModel, CLIPProcessor
 
+    # everything that can be wrong, before the first photo is opened
     if len(files) != len(captions):
         raise ValueError(f'{len(files)} files and {len(captions)} captions; give one caption for each file')
     check_clip(clip)
@@ -804,6 +809,7 @@ def clip_score(
             f"{clip}: no CLIP can be loaded ({reason(error)}); give a folder that transformers' "
             'save_pretrained wrote'
         ) from error
+    # a batch at a time
     for start in range(0, len(files), batch_size):
         here = slice(start, start + batch_size)
         inputs = processor(

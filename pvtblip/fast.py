@@ -18,9 +18,8 @@ from .generation import output_layer
 # %% ../nbs/20_fast.ipynb #90ad75b1
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 _BFLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-_AMX = getattr(
-    torch.cpu, '_is_amx_tile_supported', lambda: False
-)()  # Intel's matrix units; older torch cannot tell
+# Intel's matrix units; older torch cannot tell
+_AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
 
 
 class PackedLinear(nn.Module):

@@ -306,9 +306,11 @@ class PhotoCache:
             ThreadPoolExecutor(num_threads) as pool,
             tqdm(total=len(files), desc='photo cache', disable=not progress) as bar,
         ):
+            # numpy's own header, then the bytes: `np.load` can map the file afterwards
             np.lib.format.write_array_header_1_0(
                 out, dict(descr='|u1', fortran_order=False, shape=(len(files), 3, self.size, self.size))
             )
+            # in pieces, so that no more than 256 photos wait in memory
             for start in range(0, len(files), 256):
                 for file, pixels in zip(
                     files[start : start + 256], pool.map(self._read, files[start : start + 256])

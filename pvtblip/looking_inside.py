@@ -61,16 +61,19 @@ def _read(model, photo, caption, pixel_values):
     `AttentionWeights`).
     """
     tokenizer = model.tokenizer
+    # the photo
     if pixel_values is None:
         pixel_values = process_image(photo, model)
     with torch.inference_mode():
         image_tokens = model.encode_image(pixel_values)
+    # the caption: the model's own, a text, or ids
     if caption is None:
         ids = generate(model, image_tokens=image_tokens, num_beams=3).sequences[0, 0]
     elif isinstance(caption, str):
         ids = tokenizer([caption])['input_ids'][0].to(pixel_values.device)
     else:
         ids = caption
+    # its words without prompt, end and padding
     words = [
         i
         for i in ids[tokenizer.prompt_length :].tolist()
@@ -114,6 +117,7 @@ def plot_word_maps(
     "A row a photo: the photo, then one picture a word with its map over the photo, one scale a row."
     import matplotlib.pyplot as plt
 
+    # a field a word, the photo first
     longest = min(max_words, max(len(words) for _, words, _ in rows))
     columns = 1 + (max(5, longest) if captions else longest)  # a caption needs room
     figure, axes = plt.subplots(
@@ -124,6 +128,7 @@ def plot_word_maps(
     write = dict(fontsize=7, parse_math=False)
     for ax in axes.flat:
         ax.axis('off')
+    # maps over the photo, light enough to see it
     for (photo, words, maps), line in zip(rows, axes):
         photo = load_image(photo)
         line[0].imshow(photo)
@@ -203,6 +208,7 @@ def plot_pointing(
 
     names = [name for name in table if name not in ('chance', 'words')]
     figure, ax = plt.subplots(figsize=(4.6, 0.19 * len(names) + 0.5), layout='constrained', dpi=80)
+    # a bar a head
     hits = [table[name] for name in names]
     ax.barh(
         names,
@@ -213,6 +219,7 @@ def plot_pointing(
     )
     if untrained:
         ax.plot([untrained[name] for name in names], names, 'k.', label='untrained')
+    # what nobody has learnt: chance
     ax.axvline(table['chance'], color='k', linestyle=':', label='chance')
     ax.set(xlim=(0, 1), xlabel='share of named shapes whose box holds the peak')
     ax.invert_yaxis()

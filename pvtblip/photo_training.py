@@ -80,10 +80,12 @@ def captioner_config(
     **changes,  # encoder_* fields of EncoderConfig, other fields of CaptionerConfig; None keeps the default
 ) -> CaptionerConfig:
     "The captioner that the training command builds."
+    # what changes the encoder, and what the captioner
     changes = {k: v for k, v in changes.items() if v is not None}
     eyes = {k[len('encoder_') :]: changes.pop(k) for k in list(changes) if k.startswith('encoder_')}
     if tiny:
         return CaptionerConfig.tiny(encoder=EncoderConfig.tiny(**eyes), **changes)
+    # a decoder that can read already, or a small one that has it to learn
     mouth = (
         DecoderConfig.from_pretrained(text_model)
         if text_model
@@ -187,6 +189,7 @@ def divide_photos(
     "Which photos are trained on and which are held out; ValueError before work starts."
     if source.images is None:
         raise ValueError(f'{data.captions}: give the folder of the photos, too')
+    # what is trained on: the split that was asked for, or those whose name says so
     known = {record.split for record in source.records} - {None}
     train = data.split or '+'.join(sorted(known & {'train', 'training', 'restval'}))
     if known and not train:
@@ -195,6 +198,7 @@ def divide_photos(
             'which to train on'
         )
     records = (take_split(source.records, train, data.captions) if train else source.records)[: data.limit]
+    # what is held out: a split of the source, or a part of the training photos
     held = data.validation_split or next(
         iter(sorted((known & {'val', 'valid', 'validation', 'dev'}) - set(train.split('+')))), None
     )
@@ -227,6 +231,7 @@ def photo_sets(
     data, encoder = run.data, run.captioner.encoder
     if data.cache and not isinstance(photos, Path):
         raise ValueError('data.cache keeps photos of a folder; leave it out for this source')
+    # photos are decoded at each look, or once and kept
     load = pixel_loader(encoder, data.augmentation)
     if data.cache:
         load = PhotoCache(
@@ -239,6 +244,7 @@ def photo_sets(
     def photo_set(records, captions_per_image, **options):
         return CaptionDataset(records, photos, load, captions_per_image, run.training.seed, **options)
 
+    # training photos vary, held-out ones do not
     return (
         AugmentedDataset(
             photo_set(records, data.captions_per_image, strict=data.strict),
@@ -270,6 +276,7 @@ def photo_loader(
 def refuse_shards(run, shards):
     "ValueError for what cannot be asked of shards."
     source, data = run.data.captions, run.data
+    # shards are read in one go: nothing is known of their number or their words
     if len(shards) < 2:
         raise ValueError(f'{source}: one shard cannot be divided; give two or more, the last is held out')
     if run.epochs or data.limit or data.cache:
@@ -324,6 +331,7 @@ class ShardSet:
     def loader(self, step, accelerator):
         "Batches on the device, from the place that `step` optimizer steps have reached."
         config, together = self.run.training, self.run.training.gradient_accumulation_steps
+        # read on from the batch that the step has reached
         reading = ShardReading(
             config.batch_size,
             config.dataloader_num_workers,
@@ -340,6 +348,7 @@ class ShardSet:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
+        # varied here, where step and place in the batch are known
         batches = DataLoader(
             data, batch_size=None, num_workers=config.dataloader_num_workers, worker_init_fn=outlive_signals
         )
@@ -357,6 +366,7 @@ def held_out_measures(
     """validation_loss, shuffled_image_gap, unique_caption_share and CIDEr (greedy captions of the first 256
     held-out photos).
     """
+    # people's captions of the held-out photos
     references = (
         {item['file']: item['captions'] for item in held_set}
         if isinstance(held_set, list)
@@ -376,6 +386,7 @@ def held_out_measures(
             dict(CIDEr=cider_score({file: references[file] for file in captions}, captions)) if scores else {}
         )
 
+    # one reading of the photos for all measures
     together = measures(
         HeldOutLoss(held_set, model.tokenizer),
         HeldOutCaptions(held_set, model.tokenizer, speak, images=256, score=score),
@@ -392,10 +403,12 @@ def held_out_measures(
 def photo_material(run, source, progress):
     "The run with its steps counted and its words known, the training set, the held-out set and the loader."
     (records, held, photos), tokenizer = divide_photos(source, run.data), run.tokenizer()
+    # epochs in steps
     training = replace(run.training, batch_size=min(run.training.batch_size, len(records)))
     per_step = training.batch_size * training.gradient_accumulation_steps * processes().num_processes
     if run.epochs:
         training = replace(training, max_steps=max(1, round(run.epochs * len(records) / per_step)))
+    # the words that it may say
     words, known = (
         None
         if run.all_words
@@ -439,6 +452,7 @@ def own_captions(run, model, dataset, loader):
             f"{run.data.captions}: a photo's captions are compared with each other, and "
             f'{dataset.captions_per_image} is drawn; set data.captions_per_image to 2 or more'
         )
+    # what captions are compared with, and what a likeness is worth
     people = [
         caption_rows(model.tokenizer(list(record.captions))['input_ids'], model.tokenizer)
         for record in dataset.records
@@ -508,10 +522,12 @@ def train_on_photos(
     out = Path(out)
     asked = run
     main = processes().is_main_process
+    # everything that can be wrong is said before work starts
     if dry:
         run = replace(run, data=replace(run.data, cache=None))  # it would be written
     else:
         by_first(lambda: look_at_folder(out, resume))
+    # the photos and the captioner
     source = open_source(run.data.captions, run.data.images, log=log)
     run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(
         run, source, progress and main
@@ -523,6 +539,7 @@ def train_on_photos(
     def pieces(model):
         return own_captions(run, model, dataset, loader) if run.self_critical else (loader, [])
 
+    # only measured, or trained
     if dry:
         return dry_figures(run, model, dataset, pieces)
     loader, callbacks = pieces(model)
@@ -560,11 +577,13 @@ def put_together(model, run):
 
 def finish_run(model, history, out, captions, log):
     "Save the model and the history; ValueError where not one photo was read."
+    # what the run was
     readings = [entry for entry in history if 'broken' in entry]
     losses = [entry['loss'] for entry in readings if entry['loss'] is not None]
     broken = {file: why for entry in readings for file, why in entry['broken'].items()}
     if readings and not losses:
         raise ValueError(f'{captions}: no photo could be read; the first: {next(iter(broken.items()))}')
+    # model and history
     model.save_pretrained(out)
     speeds = sorted(entry['captions_per_second'] for entry in readings)
     report = dict(
@@ -575,6 +594,7 @@ def finish_run(model, history, out, captions, log):
         history=history,
     )
     write_json(out / 'history.json', report)
+    # in words
     for file, why in broken.items():
         log(f'skipped broken photo {file}: {why}')
     if not readings:

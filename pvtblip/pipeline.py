@@ -389,9 +389,11 @@ def caption_batches(
 def _said(model, ids, score, logprobs, tokens, judge):
     "One caption as JSON shows it."
     words = ids[len(ids) - len(logprobs) :].tolist()  # what stands behind the prompt and a prefix
+    # up to the end token, which belongs to the caption's likelihood
     end = (
         words.index(model.tokenizer.sep_token_id) + 1 if model.tokenizer.sep_token_id in words else len(words)
     )
+    # rounded, so that the same caption makes the same line
     said = dict(
         caption=model.tokenizer.decode(ids),
         score=round(score.item(), 6),
@@ -601,9 +603,11 @@ def same_run(
     foreign note.
     """
     file, note = Path(file), Path(f'{file}.run.json')
+    # a new file: say how it is made
     if not (file.exists() and file.stat().st_size or _parts(file)):
         refuse_outputs({'--jsonl': note})
         return write_json(note, facts)
+    # one that has lines already: made the same way?
     if not note.is_file():
         raise ValueError(
             f'{printable(file)}: holds something, and no {printable(note.name)} says how it was made; '
@@ -637,9 +641,11 @@ def gather_parts(
     if not (parts := _parts(file)):
         return
     done = read_done(file)
+    # a killed process may have left half a line
     for part in parts:
         cut_half_line(part)
     with LineWriter(file) as out:
+        # in turn from each process, as one process would have written them
         streams = [_groups(_entries(part), batch_size) for part in parts]
         while streams:
             groups = [next(stream, None) for stream in streams]
@@ -653,6 +659,7 @@ def gather_parts(
             out.append([line for line, _ in new])
             done.update(mark for _, mark in new)
             streams = [stream for stream, group in zip(streams, groups) if group]
+    # all of it stands in the output
     for part in parts:
         part.unlink()
 
@@ -862,12 +869,14 @@ def caption_files(
     inputs, run = check_inputs(inputs), run or CaptionRun()
     if _processes():
         raise ValueError('several processes need a file to write to: add --jsonl FILE')
+    # everything that can be wrong is said before the model is loaded
     total, judge = count_photos(inputs, skipped := Counter()), run.judge(model)
     if left := describe_skipped(skipped):
         log(left)
     model = load_model(model, dtype=run.dtype)
     if judge:
         judge.check(model)
+    # captions as they come; JSON is one text, so it waits for the last
     results = []
     failed = 0
     seen = 0
@@ -889,6 +898,7 @@ def caption_files(
         if look and batch.read:
             look(model, batch)
             look = None  # once
+    # a folder without photos is a mistake, not an empty answer
     if not seen:
         raise _nothing(inputs)
     if as_json:

@@ -137,11 +137,13 @@ class KeepBest(Callback):
 
     def on_evaluate(self, run, measures):
         "ValueError where the measure was not taken."
+        # better than ever, or another look without gain
         if self.metric not in measures:
             raise ValueError(
                 f'no measure {self.metric!r} to tell the best model by; evaluate gave '
                 f'{", ".join(k for k in measures if k != "step")}'
             )
+        # the best so far is kept as a state; a look without gain costs patience
         score = self.sign * measures[self.metric]
         better = math.isfinite(score) and (self.score is None or score > self.score)
         if better:
@@ -424,6 +426,7 @@ def add_lora(
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("LoRA needs peft; pip install 'pvtblip[lora]'") from error
+    # projections by their names; the image's either get an adapter or are trained whole
     parts = 'attention' if settings.whole_cross_attention else '(cross)?attention'
     names = rf'bert\.encoder\.layer\.\d+\.({parts}\..*|intermediate\.|output\.)(query|key|value|dense)'
     inject_adapter_in_model(
@@ -531,6 +534,7 @@ def run_training(
     """`train` with all that a config asks for; in the end the model has its best weights (averaged, merged).
     SystemExit after a signal, when its state is written.
     """
+    # what was asked for, and whether it can be had
     training, practice = training or TrainingConfig(), practice or PracticeConfig()
     if practice.metric_for_best_model and not (evaluate and training.eval_steps and folder):
         raise ValueError(
@@ -543,6 +547,7 @@ def run_training(
         if practice.log_with
         else {}
     )
+    # the run, with a piece for everything that was asked for
     accelerator = make_accelerator(training, **tracking)
     prepare_model(model, practice)
     with StopOnSignal(log) if practice.stop_on_signal else nullcontext() as stop:
@@ -560,6 +565,7 @@ def run_training(
             log,
             loader,
         )
+    # the weights to keep
     if practice.metric_for_best_model:
         state, why = _state_to_keep(folder, log)
         which = f'the newest, since {why}' if why else f'the best by {practice.metric_for_best_model}'

@@ -95,6 +95,7 @@ def score_files(
     """Score captions against references; ValueError for whatever would falsify the scores, unless asked to go
     on.
     """
+    # what there is to compare
     coco_code()
     (read, twice, files) = read_references(references)
     learnt = read_training_captions(training_captions)
@@ -109,12 +110,14 @@ def score_files(
             )
         return pair_captions(read, said, go_on, [*twice, *doubled], unclear)
 
+    # only the same images can be compared
     own, said, problems = paired(hypotheses)
     earlier = paired(against) if against else None
     if earlier and earlier[1].keys() != said.keys():
         raise ValueError(f'{against}: scores other images than {hypotheses}; compare on the same images')
     if problems:
         log(f'going on with {len(said)} images: {describe_problems(problems)}')
+    # figures, and against the earlier system
     scores = coco_scores(own, said, tokenized_references)
     report = _report(scores, own, said, problems, learnt)
     out(score_table(scores, report['intervals']))
@@ -248,6 +251,7 @@ def _caption_all(model, photos, run, progress):
     """({name: caption}, {name: confidence}, {file that cannot be read: why}, `shuffled_losses` of all batches
     of two photos or more)
     """
+    # one pass gives captions, confidence and the loss with other photos
     names = {path: name for name, (path, _) in photos.items()}
     said = {}
     sure = {}
@@ -263,9 +267,11 @@ def _caption_all(model, photos, run, progress):
                 for path, why in zip(batch.photos, batch.problems)
                 if why is not None
             }
+            # what it says
             if read := [names[path] for path in batch.read]:
                 said |= zip(read, model.tokenizer.decode_batch(batch.output.sequences[:, 0]))
                 sure |= zip(read, caption_confidence(batch.output, model.tokenizer)[:, 0].tolist())
+            # whether it looks: people's captions with their own photo and with the next one's
             if len(read) > 1:
                 captions = [photos[name][1].captions for name in read]
                 fewest = min(map(len, captions))
@@ -278,10 +284,12 @@ def _caption_all(model, photos, run, progress):
 # %% ../nbs/24_scoring.ipynb #c7ccde2c
 def _beside(report):
     "What the seven do not measure, in a line or two."
+    # each of these can be missing
     varied = report['diversity']
     gap = report['shuffled_gap']
     clip = report.get('clip_score')
     copied = '' if varied['copied_share'] is None else f', {varied["copied_share"]:.1%} copied from training'
+    # how varied the captions are, and how much of it is the photo's doing
     return (
         f'{varied["unique_share"]:.1%} of the captions are unique{copied}; {varied["vocabulary"]} '
         f'words, {varied["mean_length"]:.1f} a caption; '

@@ -152,18 +152,8 @@ def test_a_missing_signpost_and_a_hanging_comment_are_seen():
     ]
 
 
-# the modules that have been gone through; the others follow
-SIGNPOSTED = (
-    'files',
-    'tokenizer',
-    'pvt_encoder',
-    'decoder',
-    'generation',
-    'shapes',
-    'data',
-    'sources',
-    'confidence',
-)
+# training is being rewritten; it follows
+SIGNPOSTED = [module for module in MODULES if module != 'training']
 
 
 @pytest.mark.parametrize('module', SIGNPOSTED)
