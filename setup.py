@@ -21,8 +21,9 @@ setup(
     python_requires='>=' + settings['min_python'],
     install_requires=settings['requirements'].split(),
     extras_require={
-        name: settings[f'{name}_requirements'].split()
-        for name in ('dev', 'eval', 'datasets', 'webdataset', 'lora', 'tensorboard')
+        key.removesuffix('_requirements'): settings[key].split()
+        for key in settings
+        if key.endswith('_requirements')
     },
     entry_points={
         'console_scripts': settings['console_scripts'].split(),
