@@ -604,7 +604,7 @@ from pvtblip.cli import main
 name, fsync, save_file = sys.argv.pop(1), os.fsync, decoder.save_file
 def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')
 def write_text(path, *args, **kwargs): return full() if path.name == name else Path.write_bytes(path, args[0].encode())
-def save(tensors, path, **options): full() if Path(path).name == name else save_file(tensors, path, **options)
+def save(tensors, path, *rest): full() if Path(path).name == name else save_file(tensors, path, *rest)
 def sync(handle): return full() if name in os.readlink(f'/proc/self/fd/{handle}') else fsync(handle)
 Path.write_text, decoder.save_file, os.fsync = write_text, save, sync
 main()
