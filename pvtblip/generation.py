@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 
@@ -253,7 +254,7 @@ class Rules:
         column = self.columns(numbers([i for ids in banned for i in ids]))
         return values.index_put((row[column >= 0], column[column >= 0]), values.new_tensor(-torch.inf))
 
-# %% ../nbs/04_generation.ipynb #9dcff808
+# %% ../nbs/04_generation.ipynb #b63c7456
 def output_layer(
     model: Captioner,  # its words that may be said
 ) -> nn.Module:  # (..., D) -> (..., V'), and its `ids` (V',)
@@ -276,7 +277,7 @@ def output_layer(
     layer.ids = ids
     return layer
 
-
+# %% ../nbs/04_generation.ipynb #9dcff808
 class NextToken:
     "The decoder as a search sees it: new tokens in, logits of the words that may be said out."
 
@@ -295,24 +296,28 @@ class NextToken:
         # of log-probabilities and scores
         self.dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
 
-    def __call__(
-        self,
-        new_ids,  # (N, t) tokens that the cache has not seen
-    ):  # (N, V')
-        "Logits of the next token."
-        hidden = self.decoder.hidden_states(new_ids, self.cache)[0][:, -1]  # (N, D)
-        hidden = self.transform['LayerNorm'](F.gelu(self.transform['dense'](hidden)))
-        return self.head(hidden).to(self.dtype)  # (N, V')
+# %% ../nbs/04_generation.ipynb #789bbb64
+@patch
+def __call__(
+    self: NextToken,
+    new_ids,  # (N, t) tokens that the cache has not seen
+):  # (N, V')
+    "Logits of the next token."
+    hidden = self.decoder.hidden_states(new_ids, self.cache)[0][:, -1]  # (N, D)
+    hidden = self.transform['LayerNorm'](F.gelu(self.transform['dense'](hidden)))
+    return self.head(hidden).to(self.dtype)  # (N, V')
 
-    def select(
-        self,
-        rows,  # text rows that go on, in which order
-        images=None,  # images that go on; None: all
-    ):
-        "Keep, repeat or reorder text rows and keep some images."
-        self.cache.select(rows)
-        if images is not None:
-            self.cache.select_images(images)
+# %% ../nbs/04_generation.ipynb #6f5e5450
+@patch
+def select(
+    self: NextToken,
+    rows,  # text rows that go on, in which order
+    images=None,  # images that go on; None: all
+):
+    "Keep, repeat or reorder text rows and keep some images."
+    self.cache.select(rows)
+    if images is not None:
+        self.cache.select_images(images)
 
 # %% ../nbs/04_generation.ipynb #166bb792
 @dataclass
@@ -476,14 +481,14 @@ def _first(good, n):  # (M, k) bool
     "Places of the first n good ones, in order; where there are fewer, others behind them. (M, n)"
     return (~good).to(torch.uint8).argsort(dim=1, stable=True)[:, :n]
 
-
+# %% ../nbs/04_generation.ipynb #7cdadfaf
 def _candidates(values, scores, n):  # (M, j, V'), j is 1 at the first step; (M, k) sums so far
     "The n best continuations of each search, best first: (sums, beam, token index), each (M, n)."
     best, token = values.topk(n)  # (M, j, n)
     sums, place = (best + scores[:, : best.shape[1], None]).flatten(1).topk(n)
     return sums, place // n, token.flatten(1).gather(1, place)
 
-
+# %% ../nbs/04_generation.ipynb #d2defcec
 def _must_stop(
     scores,  # (M, k) running sums
     finished,  # (M, k) finished scores, best first

@@ -62,6 +62,7 @@ TABLE = """
 04 log-probability: ln of a probability: 0 is certain, -1 is 37 %; those of the words of a caption add up
 00 logit: a score before softmax; larger is likelier
 00 loss: the number that training makes smaller; here the mean of -ln(probability of the right word)
+04 min-p: sample among the words that are at least p times as likely as the likeliest
 03 moment: running mean of a parameter's gradient or of its square, kept by AdamW; a state must hold it
 04 n-gram: n words in a row
 00 NaN: "not a number", the result of 0/0; whatever it touches becomes NaN
@@ -71,12 +72,14 @@ TABLE = """
 01 parameter: a number that training changes
 01 patch: a square of the photo that becomes a token; in code, `@patch` (fastcore) adds a function to a class
 02 position: the place of a token in its row; an embedding says it to the decoder
+04 prefix: words of your own that a caption begins with, behind the prompt; they are read, not generated
 02 pretrained: with weights from earlier training, mostly on much more data
 01 projection: a linear layer from one width to another
 00 prompt: the words that stand before every caption, in training and in use
 01 PVT: Pyramid Vision Transformer: attention in four stages with fewer and wider tokens
 02 query: what a token asks: it is compared with keys
 01 reduction: keys and values of R × R tokens gathered into one, so that all ask and few answer
+04 repetition penalty: divides the score of what was said already, so that it is less likely to come again
 02 residual path: the sum that carries a token's vector past each layer, which only adds to it
 02 safetensors: a file format for weights that holds numbers only, no code
 04 sampling: draw the next word by its probability
@@ -100,6 +103,7 @@ TABLE = """
 04 top-k: sample among the k likeliest words only
 04 top-p: sample among the likeliest words that together reach probability p
 00 transformers: Hugging Face's library of language models
+04 underflow: a number too small for its format is rounded to 0; sums of logarithms avoid it
 00 [UNK]: stands for what the vocabulary cannot write
 02 value: what a token hands over where attention falls on it
 01 #| varies: marks a cell whose numbers differ from machine to machine, so that a check skips them

@@ -12,7 +12,13 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import BertConfig, BertLMHeadModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from plain_generation import NoWordLeft, plain_generate
 from pvtblip.decoder import BertDecoder, Captioner, CaptionerConfig, DecoderConfig, attention_weights
@@ -22,16 +28,22 @@ from pvtblip.generation import (
     NextToken,
     Rules,
     _beam_search,
+    bad_endings,
     generate,
     generate_caption,
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    penalise_repetition,
+    pick,
     process_image,
+    repeated_ngrams,
     settled,
     stream_caption,
+    tokens_missing,
     word_ids,
 )
+from pvtblip.tokenizer import CaptionTokenizer
 
 torch.set_num_threads(1)
 SEP = 102
@@ -1023,3 +1035,240 @@ def test_settled_text_is_never_taken_back(pieces):
     whole = tokenizer.decode(ids)
     for n in range(1, len(ids)):
         assert whole.startswith(settled(tokenizer.decode(ids[:n]))), (tokenizer.decode(ids[:n]), whole)
+
+
+# ---------------------------------------------------------------- the parts, checked by hand
+
+
+def test_the_filters_by_hand():
+    assert keep_top_k(torch.tensor([[1.0, 3.0, 2.0]]), 2).tolist() == [[-math.inf, 3.0, 2.0]]
+    assert (keep_top_p(torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log(), 0.8) > -torch.inf).sum() == 3
+    assert (keep_min_p(torch.tensor([[0.9, 0.06, 0.04]]).log(), 0.2) > -torch.inf).sum() == 1
+
+
+def test_what_would_repeat_or_say_a_bad_word_by_hand():
+    assert repeated_ngrams([[5, 7, 5], [5, 7, 9]], 2) == [[7], []]
+    assert repeated_ngrams([[5, 7, 5]], 1) == [[5, 7, 5]]
+    assert repeated_ngrams([[5]], 3) == [[]]
+    assert bad_endings([[5, 7], [5, 8]], [[9], [7, 3]]) == [[9, 3], [9]]
+
+
+def test_a_repetition_costs_what_it_costs_in_transformers():
+    values, rows = torch.tensor([[2.0, 1.0, -1.0]]), torch.tensor([[0, 2, 2]])
+    penalised = penalise_repetition(values, torch.tensor([[True, False, True]]), 2.0)
+    assert penalised.tolist() == [[1.0, 1.0, -2.0]]
+    assert_close(penalised, RepetitionPenaltyLogitsProcessor(2.0)(rows, values))
+
+
+def test_rules_together_are_transformers_processors():
+    columns = torch.tensor([5, 7, 9, 102])
+    values = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([[1, 9, 7, 9], [1, 5, 7, 7]])
+    settings = dict(no_repeat_ngram_size=2, bad_words_ids=[[5], [7, 7]], min_length=5)
+    chosen_by = Rules(GenerationConfig(repetition_penalty=1.5, **settings), columns, sep=3)(values, rows)
+    # 9 7 and 7 7 stand there; 5 is bad; too early for [SEP]
+    assert (chosen_by == -torch.inf).tolist() == [[True, True, False, True]] * 2
+    # transformers wants a column for every id
+    every = torch.full((2, 103), -9.0).index_copy(1, columns, values)
+    every = RepetitionPenaltyLogitsProcessor(1.5)(rows, every)
+    every = NoBadWordsLogitsProcessor([[5], [7, 7]], 102)(rows, every)
+    assert_close(chosen_by[:, 2], every[:, 9])
+    assert every[:, 5].tolist() == [-math.inf] * 2
+
+
+def test_pick_by_hand():
+    probability = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).expand(6, -1)
+    uniform = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 2**-24])
+    assert pick(probability, uniform).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_a_cached_step_is_the_whole_text_at_once(early):
+    ours, _, images = early
+    ids = torch.tensor([PROMPT + [2417, 3899]])
+    with torch.inference_mode():
+        step = NextToken(ours, images[:1])
+        step(ids[:, :-1])
+        assert_close(step(ids[:, -1:]), ours.decoder(ids, images[:1])[:, -1], rtol=0, atol=1e-4)
+
+
+def test_tokens_missing_by_hand():
+    dog, t_shirt = [[3899]], [[1056, 3797]]
+    said = [], [1056], [1056, 5], [1056, 3797], [1056, 3797, 3899]
+    assert [tokens_missing(ids, [dog, t_shirt]) for ids in said] == [3, 2, 3, 1, 0]
+    assert tokens_missing([3899, 2863], [dog], pieces={2863}) == 1  # dog ##ma
+    one_of_two = [[7], [8, 9]]
+    assert [tokens_missing(ids, [one_of_two]) for ids in ([], [8], [8, 9], [7])] == [1, 1, 0, 0]
+
+
+def test_forced_words_by_hand():
+    ids, is_piece = torch.tensor([7, 8, 9, 10, 102]), torch.tensor([False, False, False, True, False])
+    forced = ForcedWords([[7], [8, 9]], ids, 4, is_piece, start=1)
+    missing = forced.missing(
+        torch.tensor([[101], [8], [7]])
+    )  # the first token is the prompt: nothing was said
+    assert missing[0].tolist() == [2, 2, 3, 3, 3]
+    missing = forced.missing(torch.tensor([[101, 8], [101, 7]]))
+    # 8 was begun: 9 ends it; after 7 a piece would undo it
+    assert missing.tolist() == [[2, 2, 1, 3, 3], [2, 1, 2, 3, 2]]
+    assert forced.fits(missing, 2).tolist() == [[True, True, True, False, False]] * 2
+
+
+def plain_groups(logprobs_after, groups, penalty, max_length):
+    "Greedy search, group after group; every group avoids what the earlier ones say at the same position."
+    sentences = [list(PROMPT) for _ in range(groups)]
+    for _ in range(len(PROMPT), max_length):
+        said = 0.0
+        for ids in sentences:
+            if SEP in ids:
+                continue
+            logprobs = logprobs_after(ids)
+            ids.append(int((logprobs - penalty * said).argmax()))
+            if ids[-1] != SEP:
+                said = said + torch.nn.functional.one_hot(torch.tensor(ids[-1]), len(logprobs))
+    return sentences
+
+
+def test_groups_of_one_beam_are_greedy_searches_in_turn():
+    differ = 0
+    for seed, penalty in itertools.product(range(2), (0.0, 0.5, 3.0)):
+        ours, _, images = make(seed, 3.5, 6)
+        options = dict(num_beams=3, num_beam_groups=3, num_return_sequences=3, early_stopping=True)
+        out = generate(ours, image_tokens=images, diversity_penalty=penalty, max_length=10, **options)
+        for image, rows in zip(images, out.sequences):
+            after = lambda ids: ours.decoder(torch.tensor([ids]), image[None])[0, -1].log_softmax(-1)
+            with torch.inference_mode():
+                plain = plain_groups(after, 3, penalty, 10)
+            assert sorted(until_end(rows)) == sorted(plain)
+            differ += len({tuple(ids) for ids in plain}) == 3
+    assert differ > 5, 'the groups said the same: the test says nothing'
+
+
+@torch.inference_mode()
+def best_by_trying(model, image, token, length):  # image (S, D)
+    "The largest log-probability of a caption of at most `length` tokens that says the token."
+    ids = torch.tensor(
+        list(itertools.product(model.output_ids.tolist(), repeat=length))
+    )  # (V'**length, length)
+    rows = torch.cat((torch.tensor(PROMPT).expand(len(ids), -1), ids), 1)
+    hidden, _ = model.decoder.hidden_states(rows, model.decoder.new_cache(image[None]))
+    logprobs = model.decoder.logits(hidden[:, 3:-1], model.output_ids).log_softmax(-1)  # (rows, length, V')
+    each = logprobs.gather(2, model.output_index[ids][..., None])[..., 0]  # (rows, length)
+    end = ids == SEP
+    alive = end.cumsum(1) - end.long() == 0  # up to [SEP], [SEP] included
+    return float((each * alive).sum(1)[((ids == token) & alive).any(1)].max())
+
+
+def test_banks_find_the_likeliest_caption_with_the_word():
+    ours, _, images = make(4, 3.5, 6)
+    ours.set_output_vocabulary(range(3000, 3011))
+    found = 0
+    for token in (3003, 3008):
+        options = dict(num_beams=6, force_words_ids=[[token]], max_length=7, length_penalty=0.0)
+        out = generate(ours, image_tokens=images, **options)
+        assert (out.sequences == token).any(-1).all()
+        best = torch.tensor([best_by_trying(ours, image, token, 3) for image in images])
+        assert (out.scores[:, 0] <= best + 1e-4).all()
+        found += int((out.scores[:, 0] > best - 1e-4).sum())
+    assert found == 12
+
+
+# ---------------------------------------------------------------- edges
+
+
+def test_a_captioner_that_never_ends_stops_at_max_length():
+    endless, _, images = make(0, -1e4, 6)
+    out = generate(endless, image_tokens=images, num_beams=3, max_length=9)
+    assert out.sequences.shape == (6, 1, 9) and not (out.sequences == SEP).any()
+    endless.set_output_vocabulary(range(2000, 2050))
+    out = generate(endless, image_tokens=images, num_beams=3, max_length=9, num_return_sequences=3)
+    assert ((out.sequences[..., 4:] >= 2000) & (out.sequences[..., 4:] < 2050)).all()
+    assert (out.scores.diff(dim=1) <= 0).all()  # the best first
+
+
+def test_a_captioner_that_ends_at_once_says_nothing():
+    mute, _, images = make(0, 1e4, 6)
+    out = generate(mute, image_tokens=images, max_length=9)
+    assert mute.tokenizer.decode_batch(out.sequences[:, 0]) == [''] * 6
+    assert out.token_logprobs.shape == (6, 1, 1)
+
+
+def test_an_image_alone_is_captioned_as_in_company(early):
+    ours, _, images = early
+    together = generate(ours, image_tokens=images, num_beams=3, max_length=14)
+    for i in range(len(images)):
+        alone = generate(ours, image_tokens=images[i : i + 1], num_beams=3, max_length=14)
+        assert until_end(alone.sequences[0]) == until_end(together.sequences[i])
+        assert_close(alone.scores[0], together.scores[i], rtol=0, atol=1e-4)
+
+
+def test_a_low_temperature_is_greedy(early):
+    ours, _, images = early
+    greedy = generate(ours, image_tokens=images, max_length=14).sequences
+    drawn = generate(ours, image_tokens=images, max_length=14, do_sample=True, temperature=1e-6).sequences
+    assert torch.equal(drawn, greedy)
+
+
+def test_the_request_itself_is_checked(early):
+    ours, _, images = early
+    assert GenerationConfig().check(ours).max_length == ours.config.max_length
+    with pytest.raises(ValueError, match='config or options, not both'):
+        generate(ours, image_tokens=images, config=GenerationConfig(), num_beams=3)
+    with pytest.raises(ValueError, match='give pixel_values'):
+        generate(ours)
+    pixels = torch.zeros(2, 3, 64, 64)
+    with pytest.raises(ValueError, match='no images'):
+        generate_caption(ours, [])
+    with pytest.raises(ValueError, match='different shapes'):
+        process_image([pixels[0], pixels[0, :, :16]], ours)
+    with pytest.raises(FileNotFoundError, match='no_such_photo.jpg: no such image file'):
+        generate_caption(ours, 'no_such_photo.jpg')
+    with pytest.raises(ValueError, match='a beam search may take them back'):
+        stream_caption(ours, pixels[0], num_beams=3)
+    first, _ = generate_caption(ours, pixels, max_length=8, num_return_sequences=2)[1]
+    assert first == generate_caption(ours, pixels[1], max_length=8)
+
+
+def test_a_forced_word_that_cannot_be_said_is_named():
+    ours = Captioner(CaptionerConfig.tiny(output_vocabulary=[1037, 2417, *range(2000, 2006)]))
+    for options, message in (
+        (dict(force_words_ids=[[3682]]), 'is not among the words that this model can say'),
+        (dict(force_words_ids=[[1037, 2417]], no_repeat_ngram_size=1), 'no_repeat_ngram_size=1 forbids'),
+        (dict(force_words_ids=[[2417]], bad_words_ids=[[2417]]), "'red', which bad_words_ids forbids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GenerationConfig(num_beams=2, **options).check(ours)
+    with pytest.raises(ValueError, match="prefix 'a red' says 'red'"):
+        GenerationConfig(prefix='a red', bad_words_ids=[[2417]]).check(ours)
+
+
+def cut_text(tokenizer, ids):
+    "Decode everything, then drop as many characters as the prompt was typed with."
+    text = tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
+    return text[len(tokenizer.prompt) :].strip()
+
+
+def cut_ids(tokenizer, ids):
+    "Drop as many ids as the prompt has characters."
+    return tokenizer.tokenizer.decode(ids[len(tokenizer.prompt) :], skip_special_tokens=True).strip()
+
+
+def survives(decode, prompt, caption):
+    "Does a caption come out as it went in, behind this prompt?"
+    tokenizer = CaptionTokenizer(prompt=prompt)
+    return decode(tokenizer, tokenizer([caption])['input_ids'][0].tolist()).replace(' ,', ',') == caption
+
+
+def test_a_prompt_is_cut_off_as_tokens():
+    "Bug 4: by characters it works for the plain prompt, which is why nobody notices."
+    prompts = 'a picture of', "it's a picture of", 'photo:', 'a  picture of'
+    captions = 'a small red ring on its own', 'one shape, a blue moon'
+    for prompt, caption in itertools.product(prompts, captions):
+        assert survives(lambda tokenizer, ids: tokenizer.decode(ids), prompt, caption)
+    for caption in captions:
+        assert not survives(cut_ids, 'a picture of', caption)
+        assert survives(cut_text, 'a picture of', caption) and not survives(cut_text, prompts[1], caption)
+
+
+def test_what_is_settled_by_hand():
+    texts = ['two', 'two dogs', 'two dogs,', "the dogs'", "the dogs' t", 'a sign " stop s', 'a sign "stop" i']
+    assert [settled(text) for text in texts] == ['', 'two', 'two', '', "the dogs'", 'a sign', 'a sign "stop"']
