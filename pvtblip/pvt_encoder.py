@@ -20,6 +20,7 @@ from typing import Annotated, Literal, get_type_hints
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ from .files import Share, Size, Within, check_settings, check_value, reason, sho
 
 # %% ../nbs/01_pvt_encoder.ipynb #b94eefcd
 class OverlapPatchEmbed(nn.Module):
-    "Cut a map into overlapping patches: one strided convolution, then a LayerNorm (PVT v2, section 3.2)."
+    "Cut a map into overlapping patches: a strided convolution, a LayerNorm (PVT v2, section 3.2)."
 
     def __init__(
         self,
@@ -63,9 +64,7 @@ def attend(
     value,  # each (B, H, S, d)
     **options,
 ):  # of scaled_dot_product_attention
-    """PyTorch's attention; while training in bfloat16 on a processor, done in float32, whose backward pass is
-    many times faster there.
-    """
+    "PyTorch's attention; while training in bfloat16 on a processor, done in float32, which is faster there."
     if not (query.device.type == 'cpu' and query.dtype == torch.bfloat16 and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(query, key, value, **options)
     with torch.autocast('cpu', enabled=False):
@@ -79,13 +78,11 @@ class ReducedAttention(nn.Module):
         self,
         width: int,  # C, channels of a token
         heads: int,  # H; divides the width
-        reduction: int,  # R: keys and values come from a map R times smaller on each side; 1 for none
+        reduction: int,  # R: keys and values from a map R times smaller on each side; 1 for none
         linear: bool,  # the linear variant: pool every map to 7 x 7 whatever its size
     ):
         super().__init__()
-        self.heads = heads
-        self.reduction = reduction
-        self.linear = linear
+        self.heads, self.reduction, self.linear = heads, reduction, linear
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
@@ -94,21 +91,23 @@ class ReducedAttention(nn.Module):
             self.sr = nn.Conv2d(width, width, kernel_size=side, stride=side)
             self.norm = nn.LayerNorm(width)
 
-    def reduce(self, tokens, grid):
-        "The tokens that answer: (B, S, C) with S = h*w / R**2, or 49 in the linear variant."
-        if not self.linear and self.reduction == 1:
-            return tokens
-        feature_map = to_map(tokens, grid)  # (B, C, h, w)
-        if self.linear:
-            feature_map = F.adaptive_avg_pool2d(feature_map, 7)
-        reduced = self.norm(self.sr(feature_map).flatten(2).transpose(1, 2))
-        return F.gelu(reduced) if self.linear else reduced
-
     def forward(self, tokens, grid):
-        split = lambda x: x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, S, C) -> (B, H, S, C/H)
+        split = lambda x: x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, S, C/H)
         key, value = self.kv(self.reduce(tokens, grid)).chunk(2, dim=-1)
         mixed = attend(split(self.q(tokens)), split(key), split(value))
         return self.proj(mixed.transpose(1, 2).flatten(2))  # (B, h*w, C)
+
+# %% ../nbs/01_pvt_encoder.ipynb #011c08ad
+@patch
+def reduce(self: ReducedAttention, tokens, grid):
+    "The tokens that answer: (B, S, C) with S = h*w / R**2, or 49 in the linear variant."
+    if not self.linear and self.reduction == 1:
+        return tokens
+    feature_map = to_map(tokens, grid)  # (B, C, h, w)
+    if self.linear:
+        feature_map = F.adaptive_avg_pool2d(feature_map, 7)
+    reduced = self.norm(self.sr(feature_map).flatten(2).transpose(1, 2))
+    return F.gelu(reduced) if self.linear else reduced
 
 # %% ../nbs/01_pvt_encoder.ipynb #b5f04293
 class ConvFeedForward(nn.Module):
@@ -168,7 +167,7 @@ class Block(nn.Module):
         tokens = tokens + self.skip(self.attn(self.norm1(tokens), grid))
         return tokens + self.skip(self.mlp(self.norm2(tokens), grid))
 
-# %% ../nbs/01_pvt_encoder.ipynb #fb62edbc
+# %% ../nbs/01_pvt_encoder.ipynb #c5110f1b
 def call_block(
     block: nn.Module,
     again: bool,  # compute its inside again in the backward pass instead of keeping it (arXiv:1604.06174)
@@ -179,7 +178,7 @@ def call_block(
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
 
-
+# %% ../nbs/01_pvt_encoder.ipynb #fb62edbc
 class Stage(nn.Module):
     "Shrink the map (not in the first stage), run the blocks, normalise."
 
@@ -188,11 +187,12 @@ class Stage(nn.Module):
         in_channels: int,  # channels of the map that comes in
         width: int,  # channels of this stage
         drop_paths: list,  # one rate per block; its length is the depth
-        downsample: bool,  # halve the map first; False in the first stage, which the patch embedding feeds
+        downsample: bool,  # halve the map first; not in the first stage, fed by the patches
         **block,  # heads, mlp_ratio, reduction, linear: as in `Block`
     ):
         super().__init__()
-        self.downsample = OverlapPatchEmbed(in_channels, width, kernel=3, stride=2) if downsample else None
+        shrink = partial(OverlapPatchEmbed, in_channels, width, kernel=3, stride=2)
+        self.downsample = shrink() if downsample else None
         self.blocks = nn.ModuleList(Block(width, drop_path=rate, **block) for rate in drop_paths)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.grad_checkpointing = False  # as timm's stages
@@ -203,6 +203,112 @@ class Stage(nn.Module):
         for block in self.blocks:
             tokens = call_block(block, self.grad_checkpointing, tokens, grid)
         return self.norm(tokens), grid
+
+# %% ../nbs/01_pvt_encoder.ipynb #90bfd528
+def initialise_pvt(module: nn.Module):
+    "PVT's start: linear weights with deviation 0.02, convolutions by their outgoing fan, biases 0."
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+    else:
+        return
+    nn.init.zeros_(module.bias)
+
+# %% ../nbs/01_pvt_encoder.ipynb #cac9a2f9
+_Depth = Annotated[int, Within(1, 1000)]
+_Ratio = Annotated[float, Within(0, 100, above=True)]
+
+
+def _check_pyramid(per_stage):
+    "ValueError for lists, one a setting, that describe no pyramid."
+    # one entry a stage in every list, or the lists describe no pyramid
+    if len({len(values) for values in per_stage}) != 1:
+        raise ValueError(
+            'depths, embed_dims, num_heads, sr_ratios and mlp_ratios need one entry per stage, '
+            f'not {per_stage}'
+        )
+    _, embed_dims, num_heads, *_ = per_stage
+    if any(width % heads for width, heads in zip(embed_dims, num_heads)):
+        raise ValueError(f'every width must be a multiple of its heads: {embed_dims} by {num_heads}')
+
+# %% ../nbs/01_pvt_encoder.ipynb #3f3b949c
+def _stages(per_stage, linear, drop_path_rate):
+    "Stages in a row; the first is fed by the patches, each other by the map before it."
+    depths, embed_dims, num_heads, sr_ratios, mlp_ratios = per_stage
+    # deeper blocks are skipped more often: early ones make what all others need
+    rates = [float(r) for r in np.linspace(0, drop_path_rate, sum(depths))]
+    stages = nn.ModuleList()
+    for i, depth in enumerate(depths):
+        of_blocks, rates = rates[:depth], rates[depth:]
+        block = dict(heads=num_heads[i], mlp_ratio=mlp_ratios[i], reduction=sr_ratios[i], linear=linear)
+        comes_in = embed_dims[max(i - 1, 0)]
+        stages.append(Stage(comes_in, embed_dims[i], of_blocks, downsample=i > 0, **block))
+    return stages
+
+# %% ../nbs/01_pvt_encoder.ipynb #6647e4b1
+class PyramidVisionTransformerV2(nn.Module):
+    "Images to a pyramid of feature maps (PVT v2, arXiv 2106.13797); parameter names as in timm."
+
+    def __init__(
+        self,
+        depths: list[_Depth] = (2, 2, 2, 2),  # blocks per stage; as many stages as entries
+        embed_dims: list[Size] = (32, 64, 160, 256),  # channels per stage
+        num_heads: list[Size] = (1, 2, 5, 8),  # attention heads per stage
+        sr_ratios: list[Size] = (8, 4, 2, 1),  # spatial reduction: more where the map is larger
+        mlp_ratios: list[_Ratio] = (8, 8, 4, 4),  # hidden channels of the feed-forward part
+        linear: bool = False,  # the linear variant of the attention
+        drop_path_rate: Share = 0.0,  # stochastic depth, from 0 to this rate at the last block
+    ):
+        super().__init__()
+        per_stage = (depths, embed_dims, num_heads, sr_ratios, mlp_ratios)
+        _check_pyramid(per_stage)
+        # what `grids` and the encoder ask for
+        self.channels = list(embed_dims)
+        self.sr_ratios = tuple(sr_ratios)
+        self.linear = linear
+        # a quarter of the image's side first, then each stage halves it
+        self.patch_embed = OverlapPatchEmbed(3, embed_dims[0], kernel=7, stride=4)
+        self.stages = _stages(per_stage, linear, drop_path_rate)
+        self.apply(initialise_pvt)
+
+# %% ../nbs/01_pvt_encoder.ipynb #ee4540e2
+@patch
+def forward(self: PyramidVisionTransformerV2, pixel_values):  # (B, 3, H, W), normalised
+    self.grids(*pixel_values.shape[-2:])  # refuses an image that is too small
+    maps = []
+    tokens, grid = self.patch_embed(pixel_values)
+    for stage in self.stages:
+        tokens, grid = stage(tokens, grid)
+        maps.append(to_map(tokens, grid))
+    return maps  # one (B, C_i, h_i, w_i) per stage
+
+# %% ../nbs/01_pvt_encoder.ipynb #ccc528bb
+@patch
+def load_state_dict(self: PyramidVisionTransformerV2, state_dict, *args, **kwargs):
+    """As in torch, but timm's dict fits unchanged: its head, and stages that this model does not have,
+    are left out.
+    """
+    absent = lambda name: name.startswith('stages.') and int(name.split('.')[1]) >= len(self.stages)
+    kept = {k: v for k, v in state_dict.items() if not k.startswith('head.') and not absent(k)}
+    return super(PyramidVisionTransformerV2, self).load_state_dict(kept, *args, **kwargs)
+
+
+@patch
+def grids(self: PyramidVisionTransformerV2, height: int, width: int) -> list:
+    """Height and width of every stage's map, for an image of this size; raises ValueError for one too
+    small.
+    """
+    sizes = [
+        (-(-height // stride), -(-width // stride)) for stride in (4 * 2**i for i in range(len(self.stages)))
+    ]
+    if not self.linear and any(min(size) < ratio for size, ratio in zip(sizes, self.sr_ratios)):
+        raise ValueError(
+            f'an image of {height} x {width} is too small: its maps {sizes} cannot be reduced '
+            f'by {self.sr_ratios}; use a larger image_size or smaller sr_ratios'
+        )
+    return sizes
 
 # %% ../nbs/01_pvt_encoder.ipynb #bd86cf99
 PVT_CONFIGS = {  # the seven published models (PVT v2, table 1)
@@ -224,103 +330,6 @@ PVT_CONFIGS = {  # the seven published models (PVT v2, table 1)
         ('pvt_v2_b5', [3, 6, 40, 3], [64, 128, 320, 512], [4, 4, 4, 4], False),
     )
 }
-
-# %% ../nbs/01_pvt_encoder.ipynb #90bfd528
-def initialise_pvt(module: nn.Module):
-    "PVT's start: linear weights with deviation 0.02, convolutions by their outgoing fan, biases 0."
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    else:
-        return
-    nn.init.zeros_(module.bias)
-
-# %% ../nbs/01_pvt_encoder.ipynb #6647e4b1
-_Depth = Annotated[int, Within(1, 1000)]
-_Ratio = Annotated[float, Within(0, 100, above=True)]
-
-
-class PyramidVisionTransformerV2(nn.Module):
-    """Images to a pyramid of feature maps, as in Wang et al., PVT v2 (arXiv 2106.13797); parameter names as
-    in timm.
-    """
-
-    def __init__(
-        self,
-        depths: list[_Depth] = (2, 2, 2, 2),  # blocks per stage; as many stages as there are entries
-        embed_dims: list[Size] = (32, 64, 160, 256),  # channels per stage
-        num_heads: list[Size] = (1, 2, 5, 8),  # attention heads per stage
-        sr_ratios: list[Size] = (8, 4, 2, 1),  # spatial reduction per stage: more where the map is larger
-        mlp_ratios: list[_Ratio] = (8, 8, 4, 4),  # hidden channels of the feed-forward part, in widths
-        linear: bool = False,  # the linear variant of the attention
-        drop_path_rate: Share = 0.0,  # stochastic depth, rising from 0 to this rate at the last block
-    ):
-        super().__init__()
-        # one entry a stage in every list, or the lists describe no pyramid
-        per_stage = (depths, embed_dims, num_heads, sr_ratios, mlp_ratios)
-        if len({len(values) for values in per_stage}) != 1:
-            raise ValueError(
-                'depths, embed_dims, num_heads, sr_ratios and mlp_ratios need one entry per stage, '
-                f'not {per_stage}'
-            )
-        if any(width % heads for width, heads in zip(embed_dims, num_heads)):
-            raise ValueError(f'every width must be a multiple of its heads: {embed_dims} by {num_heads}')
-        # what `grids` and the encoder ask for
-        self.channels = list(embed_dims)
-        self.sr_ratios = tuple(sr_ratios)
-        self.linear = linear
-        # deeper blocks are skipped more often: early ones make what all others need
-        rates = [float(r) for r in np.linspace(0, drop_path_rate, sum(depths))]
-        # a quarter of the image's side first, then each stage halves it
-        self.patch_embed = OverlapPatchEmbed(3, embed_dims[0], kernel=7, stride=4)
-        self.stages = nn.ModuleList(
-            Stage(
-                embed_dims[max(i - 1, 0)],
-                width,
-                rates[sum(depths[:i]) : sum(depths[: i + 1])],
-                downsample=i > 0,
-                heads=heads,
-                mlp_ratio=ratio,
-                reduction=reduction,
-                linear=linear,
-            )
-            for i, (_, width, heads, reduction, ratio) in enumerate(zip(*per_stage))
-        )
-        self.apply(initialise_pvt)
-
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        """As in torch, but timm's dict fits unchanged: its head, and stages that this model does not have,
-        are left out.
-        """
-        absent = lambda name: name.startswith('stages.') and int(name.split('.')[1]) >= len(self.stages)
-        kept = {k: v for k, v in state_dict.items() if not k.startswith('head.') and not absent(k)}
-        return super().load_state_dict(kept, *args, **kwargs)
-
-    def grids(self, height: int, width: int) -> list:
-        """Height and width of every stage's map, for an image of this size; raises ValueError for one too
-        small.
-        """
-        sizes = [
-            (-(-height // stride), -(-width // stride))
-            for stride in (4 * 2**i for i in range(len(self.stages)))
-        ]
-        if not self.linear and any(min(size) < ratio for size, ratio in zip(sizes, self.sr_ratios)):
-            raise ValueError(
-                f'an image of {height} x {width} is too small: its maps {sizes} cannot be reduced '
-                f'by {self.sr_ratios}; use a larger image_size or smaller sr_ratios'
-            )
-        return sizes
-
-    def forward(self, pixel_values):  # (B, 3, H, W), normalised
-        self.grids(*pixel_values.shape[-2:])
-        maps = []
-        tokens, grid = self.patch_embed(pixel_values)
-        for stage in self.stages:
-            tokens, grid = stage(tokens, grid)
-            maps.append(to_map(tokens, grid))
-        return maps  # one (B, C_i, h_i, w_i) per stage
 
 # %% ../nbs/01_pvt_encoder.ipynb #e80873dc
 # how the arguments of timm begin that say where from and in which form, and not what is built
@@ -371,18 +380,36 @@ def _check_pvt(name, kwargs):
             raise ValueError(f'backbone_kwargs has {short(key)}; {name} takes {", ".join(allowed)}')
         check_value(f'backbone_kwargs.{key}', value, allowed[key])
 
-# %% ../nbs/01_pvt_encoder.ipynb #5db47c5e
+# %% ../nbs/01_pvt_encoder.ipynb #8549ab0a
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # red, green, blue on the scale 0 to 1
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _Level = Annotated[float, Within(-1000, 1000)]
 _Spread = Annotated[float, Within(0.0001, 1000)]
 
 
+def _check_config(config):
+    "ValueError for a config that describes no encoder; plain values in the place of others that mean the same."
+    if isinstance(config.weights, Path):
+        config.weights = str(config.weights)
+    if config.weights == 'pretrained':
+        config.weights = True
+    check_settings(config)
+    if not re.fullmatch(r'[\w.-]+', config.name):
+        raise ValueError(
+            f'name is {short(config.name)}; it must be a plain name of a backbone, no address and no folder'
+        )
+    if not config.stages or len(set(config.stages)) < len(config.stages):
+        raise ValueError(f'stages must name at least one stage, each once, not {config.stages}')
+    # a config may come from a stranger: whatever the backbone, its arguments build it and open nothing
+    _check_kwargs(config.backbone_kwargs)
+    if config.name.split('.')[0] in PVT_CONFIGS:
+        _check_pvt(config.name, config.backbone_kwargs)
+    config.backbone_kwargs = json.loads(json.dumps(config.backbone_kwargs))
+
+# %% ../nbs/01_pvt_encoder.ipynb #5db47c5e
 @dataclass
 class EncoderConfig:
-    """What the image encoder is made of; plain values only, so it becomes JSON with `dataclasses.asdict` and
-    back with `**`.
-    """
+    "What the image encoder is made of; plain values only, so `asdict` makes JSON of it."
 
     # pvt_v2_b0 (the smallest) to pvt_v2_b5: our own PVT; any other name: a model of timm
     name: str = 'pvt_v2_b0'
@@ -390,7 +417,7 @@ class EncoderConfig:
     weights: str | bool | None = None
     # changes to the backbone: other depths, a drop_path_rate
     backbone_kwargs: dict = field(default_factory=dict)
-    # what the decoder reads, from 0, or -1 for the last (in a ViT: blocks); earlier stages: more tokens
+    # what the decoder reads, from 0, or -1 for the last (ViT: blocks); earlier stages: more tokens
     stages: tuple[Annotated[int, Within(-1000, 1000)], ...] = (3,)
     # side of the square in pixels; what the published weights were trained with
     image_size: Annotated[int, Within(1, 4096)] = 224
@@ -399,37 +426,24 @@ class EncoderConfig:
     std: tuple[_Spread, _Spread, _Spread] = IMAGENET_STD  # then the pixels are divided by this
     # BatchNorm keeps its statistics in training; for pretrained weights that are trained further
     freeze_batch_norm: bool = False
-    normaliser: Literal['layernorm', 'none'] = 'layernorm'  # features of a foreign backbone come at any scale
-    position: Literal['sincos', 'none'] = 'sincos'  # flattened, a map no longer says where a token was
+    # features of a foreign backbone come at any scale
+    normaliser: Literal['layernorm', 'none'] = 'layernorm'
+    # flattened, a map no longer says where a token was
+    position: Literal['sincos', 'none'] = 'sincos'
+    __post_init__ = _check_config
 
-    def __post_init__(self):
-        if isinstance(self.weights, Path):
-            self.weights = str(self.weights)
-        if self.weights == 'pretrained':
-            self.weights = True
-        check_settings(self)
-        if not re.fullmatch(r'[\w.-]+', self.name):
-            raise ValueError(
-                f'name is {short(self.name)}; it must be a plain name of a backbone, no address and no folder'
-            )
-        if not self.stages or len(set(self.stages)) < len(self.stages):
-            raise ValueError(f'stages must name at least one stage, each once, not {self.stages}')
-        _check_kwargs(self.backbone_kwargs)
-        if self.name.split('.')[0] in PVT_CONFIGS:
-            _check_pvt(self.name, self.backbone_kwargs)
-        self.backbone_kwargs = json.loads(json.dumps(self.backbone_kwargs))
-
-    @classmethod
-    def tiny(cls, **changes):
-        "A three-stage PVT for 64-pixel drawings, small enough to train on a laptop's processor."
-        backbone = dict(
-            depths=[1, 1, 1],
-            embed_dims=[32, 64, 128],
-            num_heads=[1, 2, 4],
-            sr_ratios=[4, 2, 1],
-            mlp_ratios=[4, 4, 4],
-        )
-        return cls(**(dict(image_size=64, stages=(2,), backbone_kwargs=backbone) | changes))
+# %% ../nbs/01_pvt_encoder.ipynb #217ed31c
+@patch(cls_method=True)
+def tiny(cls: EncoderConfig, **changes):
+    "A three-stage PVT for 64-pixel drawings, small enough to train on a laptop's processor."
+    backbone = dict(
+        depths=[1, 1, 1],
+        embed_dims=[32, 64, 128],
+        num_heads=[1, 2, 4],
+        sr_ratios=[4, 2, 1],
+        mlp_ratios=[4, 4, 4],
+    )
+    return cls(**(dict(image_size=64, stages=(2,), backbone_kwargs=backbone) | changes))
 
 # %% ../nbs/01_pvt_encoder.ipynb #95a2a78a
 def sincos_positions(
@@ -437,13 +451,14 @@ def sincos_positions(
     width: int,  # D, a multiple of 4
     device=None,  # where to make it
 ):
-    """One fixed code (h*w, D) per cell: sines and cosines of where its centre lies in the image, half for y,
-    half for x.
-    """
-    cycles = torch.logspace(-1, 4, width // 4, base=2, device=device)  # half a wave per image, up to 16 waves
-    centres = [(torch.arange(n, device=device) + 0.5) / n for n in grid]  # 0 to 1, so stages agree on a place
-    angles = [2 * torch.pi * centre[:, None] * cycles for centre in centres]  # (h, D/4) and (w, D/4)
-    y, x = [torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles]  # (h, D/2) and (w, D/2)
+    "One fixed code (h*w, D) per cell: sines and cosines of its centre's y (half of them) and x."
+    # half a wave per image, up to 16 waves
+    cycles = torch.logspace(-1, 4, width // 4, base=2, device=device)
+    # 0 to 1, so stages agree on a place
+    centres = [(torch.arange(n, device=device) + 0.5) / n for n in grid]
+    # (h, D/4) and (w, D/4), then (h, D/2) and (w, D/2)
+    angles = [2 * torch.pi * centre[:, None] * cycles for centre in centres]
+    y, x = [torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles]
     h, w = grid
     return torch.cat([y[:, None].expand(h, w, -1), x[None].expand(h, w, -1)], dim=2).flatten(0, 1)
 
@@ -614,11 +629,16 @@ def _our_pvt(config, settings):  # settings: of the whole pyramid
         backbone.load_state_dict(_timm_model(config).state_dict())  # timm only for its downloads
     return backbone, chosen
 
+
+def _checked_width(width):
+    "A width that positions can fill."
+    if width % 4:
+        raise ValueError(f'the width must be a multiple of 4 (sine and cosine, for y and for x), not {width}')
+    return width
+
 # %% ../nbs/01_pvt_encoder.ipynb #f446175d
 class ImageEncoder(nn.Module):
-    """Images to tokens that a decoder can read: backbone, then for every chosen stage normalise, project, add
-    positions.
-    """
+    "Images to tokens for a decoder: backbone, then for each stage norm, projection, positions."
 
     def __init__(
         self,
@@ -626,91 +646,102 @@ class ImageEncoder(nn.Module):
         width: int,  # D, the decoder's width; a multiple of 4
     ):
         super().__init__()
-        if width % 4:
-            raise ValueError(
-                f'the width must be a multiple of 4 (sine and cosine, for y and for x), not {width}'
-            )
         self.config = config
-        self.width = width
+        self.width = _checked_width(width)
         # the backbone, and which of its maps are read
         self.backbone, self.chosen = make_backbone(config)
         channels = [self.backbone.channels[i] for i in self.chosen]
         # one way in for each map; the bias of its projection is the stage's own mark
-        plain = config.normaliser == 'none'
-        self.norms = nn.ModuleList(nn.Identity() if plain else nn.LayerNorm(c, eps=1e-12) for c in channels)
+        norm = nn.Identity if config.normaliser == 'none' else partial(nn.LayerNorm, eps=1e-12)
+        self.norms = nn.ModuleList(norm(c) for c in channels)
         self.projections = nn.ModuleList(nn.Linear(c, width) for c in channels)
         if config.position == 'sincos':
             self.position_scale = nn.Parameter(torch.ones(len(channels)))
 
-    def grids(self, image_size=None) -> list:  # side in pixels, or (height, width); default: the config's
-        "(h, w) of every chosen stage, in the order of the tokens: stage by stage, row by row."
-        size = self.config.image_size if image_size is None else image_size
-        grids = self.backbone.grids(*((size, size) if isinstance(size, int) else size))
-        return [grids[i] for i in self.chosen]
-
-    @property
-    def num_tokens(self) -> int:
-        "S, the image tokens of one image of the config's size."
-        return sum(h * w for h, w in self.grids())
-
-    def train(self, mode=True):
-        """As always; but a backbone whose weights are all frozen stays in evaluation mode, and BatchNorm
-        where the config says so.
-        """
-        super().train(mode)
-        if not any(p.requires_grad for p in self.backbone.parameters()):
-            self.backbone.eval()
-        if self.config.freeze_batch_norm:
-            for module in self.backbone.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-        return self
-
-    def features(self, pixel_values) -> list:  # (B, 3, H, W)
-        "The chosen maps (B, C_i, h_i, w_i) as they leave the backbone."
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
-            raise ValueError(
-                'pixel_values must be floats (B, 3, H, W) from image_transform, not '
-                f'{pixel_values.dtype} {tuple(pixel_values.shape)}'
-            )
-        # convolutions are faster with channels last, MobileNetV2's by two thirds on a processor
-        maps = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))
-        return [maps[i] for i in self.chosen]
-
     def forward(self, pixel_values):  # (B, 3, H, W), from image_transform
-        parts = []
-        for i, feature_map in enumerate(self.features(pixel_values)):
-            tokens = feature_map.flatten(2).transpose(1, 2)  # (B, h*w, C_i)
-            tokens = self.projections[i](self.norms[i](tokens))  # (B, h*w, D)
-            if self.config.position == 'sincos':
-                positions = sincos_positions(tuple(feature_map.shape[-2:]), self.width, tokens.device)
-                tokens = tokens + (self.position_scale[i] * positions).to(tokens.dtype)
-            parts.append(tokens)
-        return torch.cat(parts, dim=1)  # (B, S, D)
+        maps = self.features(pixel_values)
+        return torch.cat([self._tokens_of(i, m) for i, m in enumerate(maps)], dim=1)  # (B, S, D)
+
+# %% ../nbs/01_pvt_encoder.ipynb #65c0707f
+@patch
+def _tokens_of(self: ImageEncoder, i, feature_map):
+    "The image tokens (B, h*w, D) of the i-th chosen stage."
+    tokens = feature_map.flatten(2).transpose(1, 2)  # (B, h*w, C_i)
+    tokens = self.projections[i](self.norms[i](tokens))  # (B, h*w, D)
+    if self.config.position == 'sincos':
+        positions = sincos_positions(tuple(feature_map.shape[-2:]), self.width, tokens.device)
+        tokens = tokens + (self.position_scale[i] * positions).to(tokens.dtype)
+    return tokens
+
+# %% ../nbs/01_pvt_encoder.ipynb #9069b0fe
+@patch
+def grids(  # noqa: F811 (another class's)
+    self: ImageEncoder,
+    image_size=None,  # side in pixels, or (height, width); default: the config's
+) -> list:
+    "(h, w) of every chosen stage, in the order of the tokens: stage by stage, row by row."
+    size = self.config.image_size if image_size is None else image_size
+    grids = self.backbone.grids(*((size, size) if isinstance(size, int) else size))
+    return [grids[i] for i in self.chosen]
+
+
+@patch(as_prop=True)
+def num_tokens(self: ImageEncoder) -> int:
+    "S, the image tokens of one image of the config's size."
+    return sum(h * w for h, w in self.grids())
+
+
+@patch
+def train(self: ImageEncoder, mode=True):
+    """As always; but a backbone whose weights are all frozen stays in evaluation mode, and BatchNorm
+    where the config says so.
+    """
+    super(ImageEncoder, self).train(mode)
+    if not any(p.requires_grad for p in self.backbone.parameters()):
+        self.backbone.eval()
+    if self.config.freeze_batch_norm:
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    return self
+
+
+@patch
+def features(self: ImageEncoder, pixel_values) -> list:  # (B, 3, H, W)
+    "The chosen maps (B, C_i, h_i, w_i) as they leave the backbone."
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+        raise ValueError(
+            'pixel_values must be floats (B, 3, H, W) from image_transform, not '
+            f'{pixel_values.dtype} {tuple(pixel_values.shape)}'
+        )
+    # convolutions are faster with channels last, MobileNetV2's by two thirds on a processor
+    maps = self.backbone(pixel_values.contiguous(memory_format=torch.channels_last))
+    return [maps[i] for i in self.chosen]
 
 # %% ../nbs/01_pvt_encoder.ipynb #72447dd3
 def token_places(
     encoder: ImageEncoder,
     size: tuple,  # (H, W) of the image that it sees, pixels
-) -> list:  # for each chosen stage (rows (h,), columns (w,)) in pixels, the first pixel's middle is 0.5
-    """The middle of what each image token's patch sees: from PVT's overlapping convolutions, which put it on
-    the corner of its cell; of timm's models the cell's middle.
+) -> list:  # per chosen stage (rows (h,), columns (w,)) in pixels; the first pixel's middle is 0.5
+    """The middle of what each image token's patch sees: from PVT's overlapping convolutions, which
+    put it on the corner of its cell; of timm's models the cell's middle.
     """
     grids = encoder.grids(tuple(size))
+    middles = lambda n, side: (torch.arange(n) + 0.5) * side / n
     if not isinstance(encoder.backbone, PyramidVisionTransformerV2):
-        return [tuple((torch.arange(n) + 0.5) * side / n for n, side in zip(grid, size)) for grid in grids]
+        return [tuple(map(middles, grid, size)) for grid in grids]
     lines = []
     start = 0.5
     step = 1
-    for conv in (part.proj for part in encoder.backbone.modules() if isinstance(part, OverlapPatchEmbed)):
-        start, step = start + step * ((conv.kernel_size[0] - 1) / 2 - conv.padding[0]), step * conv.stride[0]
-        lines.append((start, step))
-    return [
-        tuple(lines[stage][0] + lines[stage][1] * torch.arange(n) for n in grid)
-        for stage, grid in zip(encoder.chosen, grids)
-    ]
+    for part in encoder.backbone.modules():
+        if isinstance(part, OverlapPatchEmbed):
+            start += step * ((part.proj.kernel_size[0] - 1) / 2 - part.proj.padding[0])
+            step *= part.proj.stride[0]
+            lines.append((start, step))
+    places = lambda stage, n: lines[stage][0] + lines[stage][1] * torch.arange(n)
+    return [tuple(places(i, n) for n in grid) for i, grid in zip(encoder.chosen, grids)]
 
-# %% ../nbs/01_pvt_encoder.ipynb #83f1b7aa
+# %% ../nbs/01_pvt_encoder.ipynb #8e2b9de0
 PHOTO_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')  # no EPS: opening one starts Ghostscript
 
 _TURNS = {  # how a photo lies, as EXIF counts, and what sets it upright; 1 lies as it should
@@ -735,6 +766,17 @@ def orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) and found in _TURNS else 1
 
 
+def _to_eight_bits(image):
+    "Pixels of up to 16 bits brought to 8; ValueError where nobody knows what white is."
+    if image.mode == 'F':
+        raise ValueError('floating-point pixels have no fixed white; save it with 8 bits')
+    if image.mode.startswith('I'):
+        if image.getextrema()[1] > 65535:
+            raise ValueError('32-bit pixels have no fixed white; save it with 8 bits')
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image
+
+# %% ../nbs/01_pvt_encoder.ipynb #83f1b7aa
 def upright(image: Image.Image) -> Image.Image:
     "A photo turned as its EXIF says."
     image.load()
@@ -748,13 +790,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     "Upright RGB pixels: EXIF rotation applied, 16 bits brought to 8, transparency laid on white."
-    image = upright(image)
-    if image.mode == 'F':
-        raise ValueError('floating-point pixels have no fixed white; save it with 8 bits')
-    if image.mode.startswith('I'):
-        if image.getextrema()[1] > 65535:
-            raise ValueError('32-bit pixels have no fixed white; save it with 8 bits')
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    image = _to_eight_bits(upright(image))
     if 'A' in image.mode.upper() and image.mode != 'LAB' or 'transparency' in image.info:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)

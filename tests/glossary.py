@@ -11,14 +11,14 @@ from house import ROOT
 TABLE = """
 03 Accelerate: the library that spreads training over processes and GPUs; launched with `accelerate launch`
 03 AdamW: the optimizer used here: steps scaled by running means (moments) of gradient and square, plus weight decay
-02 attention: a look-up with soft edges: the mean of values, weighted by the softmax of query times key
+01 attention: a look-up with soft edges: the mean of values, weighted by the softmax of query times key
 00 attention_mask: 1 for real tokens, 0 for padding
 01 backbone: an image network used for its features, without its classifier
 03 batch: what is computed together: B images with C captions each
 01 BatchNorm: a layer that normalises by the batch while training, and by statistics that it stored afterwards
 04 beam search: keep the K likeliest unfinished captions (beams), extend each by every word, keep the K best again
 00 BERT: a language model of 2018 (arXiv:1810.04805) whose vocabulary and weights the decoder takes
-01 bfloat16: a number in 16 bits: the range of float32 with 3 digits; half the memory, less exact
+03 bfloat16: a number in 16 bits: the range of float32 with 3 digits; half the memory, less exact
 02 cache: keys and values of earlier words and of the image, kept so that a step computes only the new word
 03 callback: an object of yours whose methods the training loop calls at given moments
 02 causal mask: forbids a position to see later words, among which its answer would be
@@ -40,20 +40,20 @@ TABLE = """
 03 epoch: one pass over all training data
 00 #| export: copies the cell into the package's module of this notebook
 00 fast tokenizer: a tokenizer of transformers whose work is done by compiled code
-02 feed-forward: two linear layers with a bend between them, applied to each token alone
+01 feed-forward: two linear layers with a bend between them, applied to each token alone
 03 FSDP: fully sharded data parallel: like DDP, but each GPU keeps only a share of weights and optimizer
 04 fused: several operations done in one, so that less travels to memory and back
-02 GELU: a smooth bend, x times the chance that a normal number is below x; makes layers more than one matrix
+01 GELU: a smooth bend, x times the chance that a normal number is below x; makes layers more than one matrix
 01 gradient: how much each number of the model (or of the image) would change the loss
 03 gradient accumulation: add up the gradients of several small batches before one step, as if they were one
 04 greedy: always take the likeliest word
 01 grid: height and width of a map of tokens; it travels with them
-02 head: part of attention that has queries, keys and values of its own; also the last layer of a model
+01 head: part of attention that has queries, keys and values of its own; also the last layer of a model
 00 #| hide: keeps the cell off the web page; it runs and may be exported
 01 image token: a vector of width D that stands for one region of the photo
 01 ImageNet: a million photos in a thousand classes, on which published backbones were trained
 00 inference: using a trained model, without labels
-02 key: what a token answers to: queries are compared with it
+01 key: what a token answers to: queries are compared with it
 00 label: the token that must be said next; -100 where nothing is to be learnt
 00 language model: gives each possible next word a probability
 01 LayerNorm: brings each token to mean 0 and deviation 1, then scales by learnt numbers
@@ -77,10 +77,14 @@ TABLE = """
 01 projection: a linear layer from one width to another
 00 prompt: the words that stand before every caption, in training and in use
 01 PVT: Pyramid Vision Transformer: attention in four stages with fewer and wider tokens
-02 query: what a token asks: it is compared with keys
+01 query: what a token asks: it is compared with keys
 01 reduction: keys and values of R × R tokens gathered into one, so that all ask and few answer
+<<<<<<< HEAD
 04 repetition penalty: divides the score of what was said already, so that it is less likely to come again
 02 residual path: the sum that carries a token's vector past each layer, which only adds to it
+=======
+01 residual path: the sum that carries a token's vector past each layer, which only adds to it
+>>>>>>> ee582c8ecded31665776c60ff704ca19c81a7e26
 02 safetensors: a file format for weights that holds numbers only, no code
 04 sampling: draw the next word by its probability
 03 scaler: in fp16, multiplies the loss so that small gradients do not vanish, and divides again
@@ -105,7 +109,7 @@ TABLE = """
 00 transformers: Hugging Face's library of language models
 04 underflow: a number too small for its format is rounded to 0; sums of logarithms avoid it
 00 [UNK]: stands for what the vocabulary cannot write
-02 value: what a token hands over where attention falls on it
+01 value: what a token hands over where attention falls on it
 01 #| varies: marks a cell whose numbers differ from machine to machine, so that a check skips them
 00 vocabulary: the list of all tokens, 30,522 for BERT; the line number is the id
 03 warm-up: let the learning rate rise over the first steps, while moments are still rough

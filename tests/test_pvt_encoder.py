@@ -25,6 +25,7 @@ from pvtblip.pvt_encoder import (
     EncoderConfig,
     ImageEncoder,
     PyramidVisionTransformerV2,
+    attend,
     image_transform,
     load_image,
     load_pixels,
@@ -780,3 +781,58 @@ def test_a_frozen_backbone_keeps_its_running_statistics():
     assert encoder.projections[0].weight.grad is not None
     encoder.backbone.requires_grad_(True)
     assert encoder.train().backbone.training
+
+
+@pytest.mark.parametrize('freeze', [False, True])
+def test_batch_norm_keeps_its_statistics_where_the_config_says_so(freeze):
+    """In training it normalises by the batch, and features change before anything was learnt; the weights
+    learn either way.
+    """
+    torch.manual_seed(0)
+    config = EncoderConfig('mobilenetv2_100', stages=(-1,), freeze_batch_norm=freeze, image_size=64)
+    encoder = ImageEncoder(config, 16)
+    x = torch.randn(2, 3, 64, 64)
+    encoder(x).square().sum().backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
+    with torch.no_grad():
+        judged, trained = encoder.eval().features(x)[0], encoder.train().features(x)[0]
+    assert torch.equal(judged, trained) == freeze
+
+
+@pytest.mark.parametrize(
+    'pixels, message',
+    [
+        (torch.zeros(1, 3, 24, 24), 'too small'),
+        (torch.zeros(1, 224, 224, 3), 'pixel_values must be floats'),
+        (torch.zeros(3, 224, 224), 'pixel_values must be floats'),
+        (torch.zeros(1, 3, 224, 224, dtype=torch.uint8), 'torch.uint8'),
+    ],
+)
+def test_pixels_that_cannot_be_read_are_refused(pixels, message):
+    with pytest.raises(ValueError, match=message):
+        ImageEncoder(EncoderConfig(), 64)(pixels)
+
+
+def test_stages_and_widths_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match='stages 0 to 3'):
+        ImageEncoder(EncoderConfig(stages=(4,)), 128)
+    with pytest.raises(ValueError, match='multiple of 4'):
+        ImageEncoder(EncoderConfig(), 130)
+
+
+@pytest.mark.parametrize('learning', [False, True])
+def test_attention_in_bfloat16_is_near_that_in_float32(learning):
+    torch.manual_seed(0)
+    given = [torch.randn(2, 4, 9, 8, requires_grad=learning) for _ in range(3)]
+    whole = attend(*given)
+    half = attend(*(part.bfloat16() for part in given))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(whole, torch.nn.functional.scaled_dot_product_attention(*given))
+    torch.testing.assert_close(half.float(), whole, atol=0.03, rtol=0.03)
+
+
+def test_a_config_of_another_class_is_made_of_that_class():
+    class Larger(EncoderConfig):
+        pass
+
+    assert type(Larger.tiny()) is Larger and Larger.tiny(image_size=32).image_size == 32
