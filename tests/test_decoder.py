@@ -2,7 +2,7 @@
 a fake hub).
 """
 
-import functools, json, math, stat
+import functools, inspect, json, math, pickle, stat
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -467,6 +467,115 @@ def test_captioner_errors(captioner, step):
         Captioner(CaptionerConfig.tiny(max_length=65))
     with pytest.raises(ValueError, match='the tokenizer has 30522 tokens, the decoder 211'):
         Captioner(CaptionerConfig.tiny(decoder=small()))
+
+
+def test_hidden_words_are_read_not_said_and_only_in_training(step):
+    model = Captioner(CaptionerConfig.tiny(word_dropout=0.3, label_smoothing=0.1)).eval()
+    assert torch.equal(model(*step).loss, model(*step).loss)
+    many = model.tokenizer(['a large red star above a small blue ring'] * 300)
+    hidden = model._hide_words(many['input_ids'], many['labels']) != many['input_ids']
+    assert not hidden[many['labels'] == -100].any()  # the prompt always stays
+    assert 0.25 < hidden[many['labels'] != -100].float().mean() < 0.35
+
+
+def test_drawn_captions_are_judged_as_they_were_drawn(step):
+    "With weights nothing is hidden or smoothed, in training too; weights of 1 give the plain loss."
+    model = Captioner(CaptionerConfig.tiny(word_dropout=0.3, label_smoothing=0.1))
+    plain = Captioner(CaptionerConfig.tiny())
+    plain.load_state_dict(model.state_dict())
+    close(model.train()(*step, torch.ones(4)).loss, plain.eval()(*step).loss)
+    assert model.training and model.decoder.training
+
+
+def test_no_prompt_an_odd_image_and_a_cut_caption():
+    bare = Captioner(CaptionerConfig.tiny(prompt='', max_length=6)).eval()
+    batch = bare.tokenizer(['a large red star beside a ring', 'red'])
+    assert bare(torch.randn(2, 3, 64, 96), batch['input_ids'], batch['labels']).loss.isfinite()
+    assert (batch['labels'] == bare.tokenizer.sep_token_id).sum(1).tolist() == [0, 1]  # the first was cut
+
+
+def test_padding_on_the_left_has_no_say():
+    decoder = BertDecoder(small()).eval()
+    ids = torch.randint(1, 211, (1, 6))
+    image = torch.randn(1, 5, 64)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    other = ids.clone()
+    other[:, :2] = 99
+    with torch.no_grad():
+        close(decoder(ids, image, mask)[:, 2:], decoder(other, image, mask)[:, 2:])
+
+
+@pytest.mark.parametrize(
+    'past, T, padded, causal, shape',
+    [
+        (0, 4, False, True, None),
+        (3, 1, False, False, None),
+        (0, 1, False, False, None),
+        (2, 2, False, False, (1, 1, 2, 4)),
+        (0, 4, True, False, (1, 1, 4, 4)),
+        (2, 2, True, False, (1, 1, 2, 4)),
+    ],
+)
+def test_the_four_cases_of_the_mask(past, T, padded, causal, shape):
+    given = torch.tensor([[0, 0, 1, 1]]) if padded else None
+    mask, is_causal = BertDecoder(small())._mask(past, T, given, 'cpu')
+    assert is_causal is causal and (None if mask is None else tuple(mask.shape)) == shape
+    if mask is not None:
+        for t, row in enumerate(mask[0, 0].tolist(), past):
+            seen = [s <= t and not (padded and s < 2) or s == t for s in range(4)]
+            assert row == seen, (t, row)
+
+
+# --- methods that are patched in, cell by cell, are methods like any other ---
+
+PATCHED = [
+    (pvtblip.decoder.Attention, 'forward'),
+    (pvtblip.decoder.DecoderCache, 'select'),
+    (BertDecoder, 'hidden_states'),
+    (BertDecoder, 'forward'),
+    (Captioner, 'forward'),
+    (Captioner, 'save_pretrained'),
+    (Captioner, 'from_pretrained'),
+    (DecoderConfig, 'from_pretrained'),
+    (CaptionerConfig, 'tiny'),
+]
+
+
+@pytest.mark.parametrize('cls, name', PATCHED)
+def test_a_patched_method_is_documented_where_it_belongs(cls, name):
+    method = getattr(cls, name)
+    assert method.__qualname__ == f'{cls.__name__}.{name}' and method.__module__ == 'pvtblip.decoder'
+    assert method.__doc__ and inspect.signature(method) and inspect.getsource(method)
+    assert name not in pvtblip.decoder.__all__
+
+
+def test_patched_methods_are_inherited(tmp_path, captioner, step):
+    "A subclass may call super(), and its class methods make the subclass."
+
+    class Loud(Captioner):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            return replace(output, loss=2 * output.loss)
+
+        @classmethod
+        def from_pretrained(cls, name):
+            return super().from_pretrained(name)
+
+    class Sizes(DecoderConfig):
+        pass
+
+    assert type(Sizes.tiny()) is Sizes and type(DecoderConfig.tiny()) is DecoderConfig
+    names = ['self', 'pixel_values', 'input_ids', 'labels', 'weights']
+    assert list(inspect.signature(Captioner.forward).parameters) == names
+    captioner.save_pretrained(tmp_path)
+    loud = Loud.from_pretrained(tmp_path)
+    assert type(loud) is Loud
+    close(loud(*step).loss, 2 * captioner(*step).loss)
+
+
+def test_a_captioner_can_be_pickled(captioner, step):
+    again = pickle.loads(pickle.dumps(captioner))
+    assert torch.equal(again(*step).logits, captioner(*step).logits)
 
 
 # --- to disk and back ---
