@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from huggingface_hub import HfApi, snapshot_download
@@ -83,48 +84,50 @@ class DecoderConfig:
     def __post_init__(self):
         check_settings(self)
 
-    @classmethod
-    def tiny(
-        cls,
-        **kwargs,  # any field, to change it
-    ):
-        "A two-layer decoder that trains in seconds: what the tests use."
-        small = dict(
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-        return cls(**(small | kwargs))
+# %% ../nbs/02_decoder.ipynb #f08db1b7
+@patch(cls_method=True)
+def tiny(
+    cls: DecoderConfig,
+    **kwargs,  # any field, to change it
+):
+    "A two-layer decoder that trains in seconds: what the tests use."
+    small = dict(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return cls(**(small | kwargs))
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str,  # a Hugging Face name or a folder with config.json
-    ):
-        """The sizes that a BERT checkpoint was trained with; raises ValueError where it isn't a BERT that the
-        decoder can compute.
-        """
-        folder = _checkpoint_folder(name)
-        file = folder / 'config.json'
-        saved = _read_config(folder)
-        # what we compute in one way only must be what the weights were trained with
-        only = dict(model_type='bert', hidden_act='gelu', position_embedding_type='absolute')
-        for key, needed in only.items():
-            found = saved.get(key, None if key == 'model_type' else needed)
-            if found != needed:
-                raise ValueError(
-                    f'{name}: config.json says {key} {short(found)}; the decoder can only compute {needed!r}'
-                )
-        # the sizes; where weights lie beside them they must agree
-        config = from_plain(cls, {f.name: saved[f.name] for f in fields(cls) if f.name in saved}, file)
-        if weights := _weight_files(folder):
-            held = {_our_name(k): v for part in weights for k, v in weights_in(part).items()}
-            _check_sizes(config, held, file)
-        return config
+
+@patch(cls_method=True)
+def from_pretrained(
+    cls: DecoderConfig,
+    name: str,  # a Hugging Face name or a folder with config.json
+):
+    """The sizes that a BERT checkpoint was trained with; raises ValueError where it isn't a BERT that the
+    decoder can compute.
+    """
+    folder = _checkpoint_folder(name)
+    file = folder / 'config.json'
+    saved = _read_config(folder)
+    # what we compute in one way only must be what the weights were trained with
+    only = dict(model_type='bert', hidden_act='gelu', position_embedding_type='absolute')
+    for key, needed in only.items():
+        found = saved.get(key, None if key == 'model_type' else needed)
+        if found != needed:
+            raise ValueError(
+                f'{name}: config.json says {key} {short(found)}; the decoder can only compute {needed!r}'
+            )
+    # the sizes; where weights lie beside them they must agree
+    config = from_plain(cls, {f.name: saved[f.name] for f in fields(cls) if f.name in saved}, file)
+    if weights := _weight_files(folder):
+        held = {_our_name(k): v for part in weights for k, v in weights_in(part).items()}
+        _check_sizes(config, held, file)
+    return config
 
 # %% ../nbs/02_decoder.ipynb #abb6d6cc
 def _checkpoint_folder(name):  # a folder, or a name on the hub
@@ -208,10 +211,11 @@ class Embeddings(nn.Module):
         config: DecoderConfig,  # sizes
     ):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        D = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, D, padding_idx=0)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, D)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, D)
+        self.LayerNorm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -220,10 +224,8 @@ class Embeddings(nn.Module):
         start=0,  # position of the first token
     ):
         "Token vectors (N, T, D)."
-        place = (
-            self.position_embeddings.weight[start : start + input_ids.shape[1]]
-            + self.token_type_embeddings.weight[0]
-        )
+        places = self.position_embeddings.weight[start : start + input_ids.shape[1]]  # (T, D)
+        place = places + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + place))  # (N, T, D)
 
 # %% ../nbs/02_decoder.ipynb #05533bd0
@@ -240,7 +242,7 @@ class QueryKeyValue(nn.Module):
         self.key = nn.Linear(D, D)
         self.value = nn.Linear(D, D)
 
-
+# %% ../nbs/02_decoder.ipynb #91fe63f5
 class AddAndNorm(nn.Module):
     "BERT's way out of a sub-layer: project, drop out, add the input, normalise."
 
@@ -264,8 +266,8 @@ class AddAndNorm(nn.Module):
 
 # %% ../nbs/02_decoder.ipynb #708f650b
 class Attention(nn.Module):
-    """Multi-head attention with BERT's parameter names; queries from the text, keys and values from anywhere
-    (arXiv:1706.03762).
+    """Multi-head attention with BERT's parameter names; queries from the text, keys and values from
+    anywhere (arXiv:1706.03762).
     """
 
     def __init__(
@@ -288,32 +290,34 @@ class Attention(nn.Module):
         "Keys and values of what is looked at, each (B, H, S, d)."
         return self._heads(self.self.key(memory)), self._heads(self.self.value(memory))
 
-    def forward(
-        self,
-        x,  # (N, T, D) what asks
-        # keys and values, each (B, H, S, d); rows of x that share an image are adjacent, N = B*C
-        keys_values,
-        mask=None,  # (B or 1, 1, T, S) bool, True where looking is allowed
-        is_causal=False,  # each position sees itself and what is before
-        return_weights=False,  # also the attention weights, (N, H, T, S)
-    ):
-        "Attend, then add and normalise: (N, T, D), and the weights or None."
-        k, v = keys_values
-        (N, T, D) = x.shape
-        q = self._heads(self.self.query(x).reshape(k.shape[0], -1, D))  # (B, H, C*T, d)
-        if return_weights:
-            out, weights = _attend_eagerly(q, k, v, mask, is_causal)
-            # (N, H, T, S)
-            weights = weights.transpose(1, 2).reshape(N, T, self.num_heads, -1).transpose(1, 2)
-        else:
-            drop = self.dropout if self.training else 0.0
-            weights = None
-            out = attend(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=drop)
-        return self.output(out.transpose(1, 2).reshape(N, T, D), x), weights
+# %% ../nbs/02_decoder.ipynb #9b0b2218
+@patch
+def forward(
+    self: Attention,
+    x,  # (N, T, D) what asks
+    # keys and values, each (B, H, S, d); rows of x that share an image are adjacent, N = B*C
+    keys_values,
+    mask=None,  # (B or 1, 1, T, S) bool, True where looking is allowed
+    is_causal=False,  # each position sees itself and what is before
+    return_weights=False,  # also the attention weights, (N, H, T, S)
+):
+    "Attend, then add and normalise: (N, T, D), and the weights or None."
+    k, v = keys_values
+    (N, T, D) = x.shape
+    weights = None
+    q = self._heads(self.self.query(x).reshape(k.shape[0], -1, D))  # (B, H, C*T, d)
+    if return_weights:
+        out, weights = _attend_eagerly(q, k, v, mask, is_causal)  # (B, H, C*T, d)
+        split = weights.transpose(1, 2).reshape(N, T, self.num_heads, -1)
+        weights = split.transpose(1, 2)  # (N, H, T, S)
+    else:
+        drop = self.dropout if self.training else 0.0
+        out = attend(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=drop)
+    return self.output(out.transpose(1, 2).reshape(N, T, D), x), weights
 
 # %% ../nbs/02_decoder.ipynb #ac634b9f
 class DecoderCache:
-    "What need not be computed again: keys and values of the image (once) and of the words so far (growing)."
+    "Keys and values of the image (once) and of the words so far (growing): not computed again."
 
     def __init__(
         self,
@@ -331,25 +335,30 @@ class DecoderCache:
     ):
         "Add new words to one layer and return all its keys and values so far."
         if self.words[layer] is not None:
-            keys, values = (torch.cat((old, new), 2) for old, new in zip(self.words[layer], (keys, values)))
+            before = self.words[layer]
+            keys, values = (torch.cat((a, b), 2) for a, b in zip(before, (keys, values)))
         self.words[layer] = keys, values
         return keys, values
 
-    def select(
-        self,
-        rows,  # (N',) which rows of text go on, in which order
-    ):
-        "Keep, repeat or reorder rows of text; the image part stays as it is."
-        self.words = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.words]
+# %% ../nbs/02_decoder.ipynb #cf29b549
+@patch
+def select(
+    self: DecoderCache,
+    rows,  # (N',) which rows of text go on, in which order
+):
+    "Keep, repeat or reorder rows of text; the image part stays as it is."
+    self.words = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.words]
 
-    def select_images(
-        self,
-        images,  # (B',) which images go on
-    ):
-        "Keep only some images; the rows of text are chosen by `select`."
-        self.image = [(k.index_select(0, images), v.index_select(0, images)) for k, v in self.image]
 
-# %% ../nbs/02_decoder.ipynb #6a6064bf
+@patch
+def select_images(
+    self: DecoderCache,
+    images,  # (B',) which images go on
+):
+    "Keep only some images; the rows of text are chosen by `select`."
+    self.image = [(k.index_select(0, images), v.index_select(0, images)) for k, v in self.image]
+
+# %% ../nbs/02_decoder.ipynb #37fa6c33
 class FeedForwardIn(nn.Module):
     "BERT's `intermediate`: widen, then GELU."
 
@@ -363,7 +372,7 @@ class FeedForwardIn(nn.Module):
     def forward(self, x):
         return F.gelu(self.dense(x))  # (N, T, D) -> (N, T, 4D)
 
-
+# %% ../nbs/02_decoder.ipynb #6a6064bf
 class DecoderLayer(nn.Module):
     "One block: look back at the words, look at the image, think."
 
@@ -385,28 +394,23 @@ class DecoderLayer(nn.Module):
         is_causal=False,  # each word sees itself and what is before
         return_weights=False,  # also the weights
     ):
-        "(N, T, D), and the weights at the words (N, H, T, past+T) and at the image (N, H, T, S), or None twice."
+        "(N, T, D), and weights at words (N, H, T, past+T) and image (N, H, T, S), or None twice."
         x, back = self.attention(x, words, mask, is_causal, return_weights)  # (N, T, D)
         x, across = self.crossattention(x, image, return_weights=return_weights)  # (N, T, D)
         return self.output(self.intermediate(x), x), (back, across)
 
 # %% ../nbs/02_decoder.ipynb #f885935f
 class LMHead(nn.Module):
-    """BERT's masked-language-model head: transform, then the transposed word embedding as output layer
-    (arXiv:1608.05859).
-    """
+    "BERT's head: transform, then the transposed word embedding as output layer (arXiv:1608.05859)."
 
     def __init__(
         self,
         config: DecoderConfig,  # sizes
     ):
         super().__init__()
-        self.transform = nn.ModuleDict(
-            dict(
-                dense=nn.Linear(config.hidden_size, config.hidden_size),
-                LayerNorm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
-            )
-        )
+        D = config.hidden_size
+        norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.transform = nn.ModuleDict(dict(dense=nn.Linear(D, D), LayerNorm=norm))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(
@@ -416,120 +420,144 @@ class LMHead(nn.Module):
         output_ids=None,  # (V',) the words that may be said, or None for all
     ):
         "Logits (..., V or V')."
-        weight, bias = (
-            (embedding, self.bias) if output_ids is None else (embedding[output_ids], self.bias[output_ids])
-        )
+        bias = self.bias
+        if output_ids is not None:
+            embedding, bias = embedding[output_ids], bias[output_ids]
         x = self.transform['LayerNorm'](F.gelu(self.transform['dense'](x)))
-        return F.linear(x, weight, bias)  # (..., V or V')
+        return F.linear(x, embedding, bias)  # (..., V or V')
 
 # %% ../nbs/02_decoder.ipynb #bf3a39ac
 class BertDecoder(nn.Module):
-    """Token ids and image tokens in, next-token logits out; parameter names and numbers of transformers'
-    `BertLMHeadModel`.
-    """
+    "Tokens and image tokens in, logits out; names and numbers of transformers' `BertLMHeadModel`."
 
     def __init__(
         self,
         config: DecoderConfig,  # sizes; raises ValueError where heads do not divide the width
     ):
         super().__init__()
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(
-                f'hidden_size {config.hidden_size} does not divide by num_attention_heads '
-                f'{config.num_attention_heads}; choose sizes that do'
-            )
+        _check_heads(config)
         self.config = config
         layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.bert = nn.ModuleDict(
-            dict(embeddings=Embeddings(config), encoder=nn.ModuleDict(dict(layer=layers)))
-        )
+        encoder = nn.ModuleDict(dict(layer=layers))
+        self.bert = nn.ModuleDict(dict(embeddings=Embeddings(config), encoder=encoder))
         self.cls = nn.ModuleDict(dict(predictions=LMHead(config)))
         self.grad_checkpointing = False  # True: see `call_block`
         self.apply(self._init_weights)
-
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight[module.padding_idx])
-
-    @property
-    def layers(self):
-        return self.bert['encoder']['layer']
-
-    @property
-    def word_embedding(self):
-        return self.bert['embeddings'].word_embeddings.weight  # (V, D)
 
     def new_cache(
         self,
         image_tokens,  # (B, S, D)
     ) -> DecoderCache:
         "Compute every layer's keys and values of the image, once."
-        return DecoderCache([layer.crossattention.keys_values(image_tokens) for layer in self.layers])
+        across = [layer.crossattention for layer in self.layers]
+        return DecoderCache([attention.keys_values(image_tokens) for attention in across])
 
-    def hidden_states(
-        self,
-        input_ids,  # (N, T) tokens; with a cache that holds words only the new ones
-        cache: DecoderCache,  # from `new_cache`; remembers the words given so far
-        attention_mask=None,  # (N, past+T) 1 for tokens, 0 for padding; not needed for padding on the right
-        return_weights=False,  # also each layer's attention weights, as `DecoderLayer` gives them
-    ):
-        """The last layer's output (N, T, D), and a list of each layer's weights; raises ValueError for rows
-        that share no image evenly and for too long a text.
-        """
-        # rows must share the images evenly, and a text must end where positions do
-        past = cache.length
-        (N, T) = input_ids.shape
-        B = cache.image[0][0].shape[0]
-        if N % B:
-            raise ValueError(f'{N} rows of text for {B} images; every image needs the same number of rows')
-        if past + T > self.config.max_position_embeddings:
-            raise ValueError(
-                f'{past + T} tokens, but the decoder has {self.config.max_position_embeddings} '
-                'positions; shorten the text'
-            )
-        # through the layers; each adds the new words to its part of the cache
-        mask, is_causal = self._mask(past, T, attention_mask, input_ids.device)
-        x = self.bert['embeddings'](input_ids, past)
-        weights = []
-        for i, layer in enumerate(self.layers):
-            words = cache.append(i, *layer.attention.keys_values(x))
-            inputs = x, words, cache.image[i], mask, is_causal, return_weights
-            x, w = call_block(layer, self.grad_checkpointing, *inputs)
-            weights.append(w)
-        cache.length = past + T
-        return x, weights
+# %% ../nbs/02_decoder.ipynb #93c0a0f1
+def _check_heads(config):
+    "ValueError where heads do not divide the width."
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f'hidden_size {config.hidden_size} does not divide by num_attention_heads '
+            f'{config.num_attention_heads}; choose sizes that do'
+        )
 
-    def _mask(self, past, T, attention_mask, device):
-        "What self-attention may see: (mask or None, is_causal)."
-        if attention_mask is None and (past == 0 or T == 1):
-            return None, past == 0 and T > 1
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)  # (T, past+T)
-        mask = mask[None, None]  # (1, 1, T, past+T)
-        if attention_mask is None:
-            return mask, False
-        itself = torch.eye(past + T, dtype=torch.bool, device=device)[past:]  # (T, past+T)
-        return mask & attention_mask.bool()[:, None, None, :] | itself, False  # (N, 1, T, past+T)
 
-    def logits(
-        self,
-        hidden,  # (..., D) from `hidden_states`
-        output_ids=None,  # (V',) the words that may be said, or None for all
-    ):
-        "Next-token logits (..., V or V')."
-        return self.cls['predictions'](hidden, self.word_embedding, output_ids)
+@patch(as_prop=True)
+def layers(self: BertDecoder):
+    return self.bert['encoder']['layer']
 
-    def forward(
-        self,
-        input_ids,  # (N, T)
-        image_tokens,  # (B, S, D), N a multiple of B
-        attention_mask=None,  # (N, T) 1 for tokens, 0 for padding; not needed for padding on the right
-    ):
-        "Logits (N, T, V) of a whole text at once."
-        return self.logits(self.hidden_states(input_ids, self.new_cache(image_tokens), attention_mask)[0])
+
+@patch(as_prop=True)
+def word_embedding(self: BertDecoder):
+    return self.bert['embeddings'].word_embeddings.weight  # (V, D)
+
+
+@patch
+def _init_weights(self: BertDecoder, module):
+    "BERT's start: small normal weights, no bias, padding at 0."
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=self.config.initializer_range)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        nn.init.zeros_(module.weight[module.padding_idx])
+
+
+@patch
+def _check_rows(self: BertDecoder, input_ids, cache):
+    "ValueError where rows share no image evenly, or the text has more tokens than there are positions."
+    N, T = input_ids.shape
+    B = cache.image[0][0].shape[0]
+    if N % B:
+        raise ValueError(f'{N} rows of text for {B} images; every image needs the same number of rows')
+    if cache.length + T > self.config.max_position_embeddings:
+        raise ValueError(
+            f'{cache.length + T} tokens, but the decoder has {self.config.max_position_embeddings} '
+            'positions; shorten the text'
+        )
+
+# %% ../nbs/02_decoder.ipynb #f9bfb6fd
+@patch
+def _mask(self: BertDecoder, past, T, attention_mask, device):
+    "What self-attention may see: (mask or None, is_causal)."
+    if attention_mask is None and (past == 0 or T == 1):
+        return None, past == 0 and T > 1
+    mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)  # (T, past+T)
+    mask = mask[None, None]  # (1, 1, T, past+T)
+    if attention_mask is None:
+        return mask, False
+    itself = torch.eye(past + T, dtype=torch.bool, device=device)[past:]  # (T, past+T)
+    return mask & attention_mask.bool()[:, None, None, :] | itself, False  # (N, 1, T, past+T)
+
+# %% ../nbs/02_decoder.ipynb #02e4e187
+@patch
+def hidden_states(
+    self: BertDecoder,
+    input_ids,  # (N, T) tokens; with a cache that holds words only the new ones
+    cache: DecoderCache,  # from `new_cache`; remembers the words given so far
+    # (N, past+T) 1 for tokens, 0 for padding; not needed for padding on the right
+    attention_mask=None,
+    return_weights=False,  # also each layer's attention weights, as `DecoderLayer` gives them
+):
+    """The last layer's output (N, T, D), and a list of each layer's weights; raises ValueError for
+    rows that share no image evenly and for too long a text.
+    """
+    self._check_rows(input_ids, cache)
+    past, T = cache.length, input_ids.shape[1]
+    mask, is_causal = self._mask(past, T, attention_mask, input_ids.device)
+    # through the layers; each adds the new words to its part of the cache
+    x = self.bert['embeddings'](input_ids, past)  # (N, T, D)
+    weights = []
+    for i, layer in enumerate(self.layers):
+        words = cache.append(i, *layer.attention.keys_values(x))
+        inputs = x, words, cache.image[i], mask, is_causal, return_weights
+        x, w = call_block(layer, self.grad_checkpointing, *inputs)
+        weights.append(w)
+    cache.length = past + T
+    return x, weights
+
+# %% ../nbs/02_decoder.ipynb #394366c8
+@patch
+def logits(
+    self: BertDecoder,
+    hidden,  # (..., D) from `hidden_states`
+    output_ids=None,  # (V',) the words that may be said, or None for all
+):
+    "Next-token logits (..., V or V')."
+    return self.cls['predictions'](hidden, self.word_embedding, output_ids)
+
+
+@patch
+def forward(
+    self: BertDecoder,
+    input_ids,  # (N, T)
+    image_tokens,  # (B, S, D), N a multiple of B
+    # (N, T) 1 for tokens, 0 for padding; not needed for padding on the right
+    attention_mask=None,
+):
+    "Logits (N, T, V) of a whole text at once."
+    cache = self.new_cache(image_tokens)
+    return self.logits(self.hidden_states(input_ids, cache, attention_mask)[0])
 
 # %% ../nbs/02_decoder.ipynb #75e10812
 def _read_bert(name):
@@ -551,17 +579,9 @@ def _read_bert(name):
         )
     return saved
 
-# %% ../nbs/02_decoder.ipynb #d83d3533
-def load_bert_weights(
-    decoder: BertDecoder,  # gets the weights
-    name: str,  # a Hugging Face name or a folder with safetensors
-) -> dict:  # loaded: how many tensors; fresh: names that the checkpoint lacks; unused: names without a place
-    """Load any BERT checkpoint into the decoder; raises ValueError where shapes differ or anything but
-    cross-attention and head is missing.
-    """
-    # what both have must be of one shape, and fractions
-    saved = _read_bert(name)
-    own = decoder.state_dict()
+
+def _check_alike(name, saved, own):
+    "ValueError for a saved weight of another shape than ours, or that holds no fractions."
     for k, v in saved.items():
         if k in own and not v.is_floating_point():
             raise ValueError(f'{name}: {k} holds whole numbers where fractions belong; save it as float32')
@@ -570,15 +590,28 @@ def load_bert_weights(
                 f"{name}: {k} is {tuple(v.shape)}, the decoder's is {tuple(own[k].shape)}; use "
                 f'DecoderConfig.from_pretrained({str(name)!r})'
             )
+
+# %% ../nbs/02_decoder.ipynb #d83d3533
+def load_bert_weights(
+    decoder: BertDecoder,  # gets the weights
+    name: str,  # a Hugging Face name or a folder with safetensors
+) -> dict:  # loaded: how many tensors; fresh: names that it lacks; unused: names without a place
+    """Load any BERT checkpoint into the decoder; raises ValueError where shapes differ or anything
+    but cross-attention and head is missing.
+    """
+    saved = _read_bert(name)
+    own = decoder.state_dict()
+    _check_alike(name, saved, own)
     # only what BERT was never trained with may start from random numbers
     fresh = [k for k in own if k not in saved]
     lost = [k for k in fresh if 'crossattention' not in k and not k.startswith('cls.')]
     if lost:
-        raise ValueError(
-            f'{name}: no weights for {lost[0]} and {len(lost) - 1} more; this is not a whole BERT'
-        )
-    decoder.load_state_dict({k: v.float() for k, v in saved.items() if k in own}, strict=False)
-    return dict(loaded=len(own) - len(fresh), fresh=fresh, unused=[k for k in saved if k not in own])
+        more = f'{lost[0]} and {len(lost) - 1} more'
+        raise ValueError(f'{name}: no weights for {more}; this is not a whole BERT')
+    kept = {k: v.float() for k, v in saved.items() if k in own}
+    decoder.load_state_dict(kept, strict=False)
+    unused = [k for k in saved if k not in own]
+    return dict(loaded=len(own) - len(fresh), fresh=fresh, unused=unused)
 
 # %% ../nbs/02_decoder.ipynb #44565483
 @dataclass
@@ -588,13 +621,14 @@ class CaptionerConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)  # eyes
     decoder: DecoderConfig = field(default_factory=DecoderConfig)  # mouth
     prompt: str = 'a picture of'  # every caption begins with it, in training and after
-    max_length: Size = 40  # token positions, [CLS] and prompt included; captions are about 12 words
-    # ids that may be said, or None for all: a small world needs few words, and logits over 30,522 cost
-    # most of a small model's time
+    # token positions, [CLS] and prompt included; captions are about 12 words
+    max_length: Size = 40
+    # ids that may be said, or None for all: a small world needs few words, and logits over 30,522
+    # cost most of a small model's time
     output_vocabulary: list[int] | None = None
     label_smoothing: Share = 0.0  # share of probability spread over all words in the loss
-    # share of caption words hidden from the decoder in training, so that it looks at the image instead of
-    # guessing from the words before
+    # share of caption words hidden from the decoder in training, so that it looks at the image
+    # instead of guessing from the words before
     word_dropout: Share = 0.0
 
     def __post_init__(self):
@@ -604,15 +638,16 @@ class CaptionerConfig:
             self.decoder = from_plain(DecoderConfig, self.decoder, 'decoder')
         check_settings(self)
 
-    @classmethod
-    def tiny(
-        cls,
-        **kwargs,  # any field, to change it
-    ):
-        "A captioner of 64-pixel pictures that trains in seconds: what the tests use."
-        return cls(**(dict(encoder=EncoderConfig.tiny(), decoder=DecoderConfig.tiny()) | kwargs))
-
 # %% ../nbs/02_decoder.ipynb #4597a1dd
+@patch(cls_method=True)
+def tiny(
+    cls: CaptionerConfig,
+    **kwargs,  # any field, to change it
+):
+    "A captioner of 64-pixel pictures that trains in seconds: what the tests use."
+    return cls(**(dict(encoder=EncoderConfig.tiny(), decoder=DecoderConfig.tiny()) | kwargs))
+
+
 @dataclass
 class CaptionerOutput:
     "What a training step needs."
@@ -714,62 +749,24 @@ def evaluation_mode(
             module.training = True
 
 # %% ../nbs/02_decoder.ipynb #712c41ed
-# what transformers adds to a config.json that it saves
-_OF_TRANSFORMERS = {'model_type', 'architectures', 'auto_map', 'dtype', 'torch_dtype', 'transformers_version'}
-
-
 class Captioner(nn.Module):
-    "Image encoder + decoder + the loss, with the shift in one place (after BLIP, arXiv:2201.12086)."
+    "Encoder, decoder and the loss, with the shift in one place (after BLIP, arXiv:2201.12086)."
 
     def __init__(
         self,
         config: CaptionerConfig,  # sizes, prompt, vocabulary
-        tokenizer=None,  # None: the bundled BERT vocabulary; or a Hugging Face name, folder or tokenizer
+        # None: the bundled BERT vocabulary; or a Hugging Face name, folder or tokenizer
+        tokenizer=None,
     ):
         "Raises ValueError where tokenizer and decoder disagree about positions or words."
         super().__init__()
-        # prompt and words, on which the decoder must agree
         self.config = config
-        self.tokenizer = CaptionTokenizer(tokenizer, prompt=config.prompt, max_length=config.max_length)
-        if config.max_length > config.decoder.max_position_embeddings:
-            raise ValueError(
-                f"max_length {config.max_length} exceeds the decoder's "
-                f'{config.decoder.max_position_embeddings} positions; lower it'
-            )
-        if self.tokenizer.vocab_size != config.decoder.vocab_size:
-            raise ValueError(
-                f'the tokenizer has {self.tokenizer.vocab_size} tokens, the decoder '
-                f'{config.decoder.vocab_size}; they must agree'
-            )
+        self.tokenizer = CaptionTokenizer(tokenizer, config.prompt, config.max_length)
+        self._check_tokenizer()
         # image tokens as wide as the decoder, which has to compare them with its words
         self.encoder = ImageEncoder(config.encoder, config.decoder.hidden_size)
         self.decoder = BertDecoder(config.decoder)
         self.set_output_vocabulary(config.output_vocabulary)
-
-    def set_output_vocabulary(
-        self,
-        ids,  # token ids, or None for all
-    ):
-        """Choose which tokens may be said; [SEP] is always among them; raises ValueError for ids outside the
-        vocabulary.
-        """
-        output_ids = index = None
-        if ids is not None:
-            ids = sorted({*map(int, ids), self.tokenizer.sep_token_id})
-            size = self.config.decoder.vocab_size
-            if ids[0] < 0 or ids[-1] >= size:
-                raise ValueError(
-                    f'output_vocabulary has ids from {ids[0]} to {ids[-1]}; they go from 0 to {size - 1}'
-                )
-            # both ways: the id of each output, and the output of each id, -1 where it has none
-            device = self.decoder.word_embedding.device
-            output_ids = torch.tensor(ids, device=device)  # (V',)
-            index = torch.full((size,), -1, device=device)  # (V,)
-            index[output_ids] = torch.arange(len(ids), device=device)
-        # the config keeps them, so they need not be among the saved weights
-        self.config = replace(self.config, output_vocabulary=ids)
-        self.register_buffer('output_ids', output_ids, persistent=False)
-        self.register_buffer('output_index', index, persistent=False)
 
     def encode_image(
         self,
@@ -778,170 +775,239 @@ class Captioner(nn.Module):
         "Image tokens (B, S, D), in the type of the weights."
         return self.encoder(pixel_values.to(self.decoder.word_embedding.dtype))
 
-    def forward(
-        self,
-        pixel_values,  # (B, 3, H, W)
-        input_ids,  # (N, T) N = B*C, the C captions of an image adjacent
-        labels,  # (N, T) as transformers means them: aligned with input_ids, -100 where nothing is learnt
-        # (N,) of captions that the model drew: how much each counts, below 0 to unlearn it; None: people's
-        weights=None,
-    ) -> CaptionerOutput:
-        """One training step's loss: each image is encoded once, logits are computed only where there is a
-        label; raises ValueError where there is none.
-        """
-        # captions that the model drew are judged as they were drawn: nothing dropped or hidden
-        if weights is not None and self.training:
-            with evaluation_mode(self):
-                return self.forward(pixel_values, input_ids, labels, weights)
-        if input_ids.shape[0] % pixel_values.shape[0]:
-            raise ValueError(
-                f'{input_ids.shape[0]} rows of text for {pixel_values.shape[0]} images; every image '
-                'needs the same number of captions'
-            )
-        # every word looks at the image and at the words before it
-        cache = self.decoder.new_cache(self.encode_image(pixel_values))
-        if self.training and self.config.word_dropout:
-            input_ids = self._hide_words(input_ids, labels)
-        hidden, _ = self.decoder.hidden_states(input_ids[:, :-1], cache)  # (N, T-1, D)
-        # the shift: after seeing token t, say token t+1
-        targets = labels[:, 1:]
-        labelled = targets != -100  # (N, T-1)
-        logits = self.decoder.logits(hidden[labelled], self.output_ids)  # (M, V')
-        targets = self._as_outputs(targets[labelled])  # (M,)
-        # people's captions all count as one; those that the model drew by their weights
-        if weights is None:
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
-        else:
-            each = weights[:, None].expand_as(labelled)[labelled]  # (M,)
-            loss = (each * F.cross_entropy(logits.float(), targets, reduction='none')).mean()
-        return CaptionerOutput(loss, logits, targets)
-
-    def _as_outputs(self, targets):  # (M,) token ids
-        "Labels as indices into the output vocabulary."
-        if not len(targets):
-            raise ValueError('no position has a label: every one is -100 or the first of its row')
-        if self.output_index is None:
-            return targets
-        if (outside := targets[self.output_index[targets] < 0]).numel():
-            raise ValueError(
-                f'token {outside[0].item()} must be said but is not in output_vocabulary; choose the '
-                'vocabulary from the training captions'
-            )
-        return self.output_index[targets]
-
-    def _hide_words(self, input_ids, labels):  # both (N, T)
-        """Put [MASK] in the place of some caption words that are read; what must be said stays the same
-        (arXiv:1511.06349).
-        """
-        drawn = torch.rand(input_ids.shape, device=input_ids.device) < self.config.word_dropout
-        hide = drawn & (labels != -100)
-        return input_ids.masked_fill(hide, self.tokenizer.tokenizer.mask_token_id)
-
-    def save_pretrained(
-        self,
-        folder,  # made if it is not there
-    ):
-        """Write config.json, the vocabulary and, last, model.safetensors: where that is, all is there.
-        OSError in one line where there is no room.
-        """
-        # all weights are in the folder, so the config names no others
-        config = replace(self.config, encoder=replace(self.config.encoder, weights=None))
-        with whole_folder(folder, last='model.safetensors') as temporary:
-            save_tensors(self.state_dict(), temporary / 'model.safetensors')
-            write_whole(
-                temporary / 'config.json', json.dumps(dict(library='pvtblip', **asdict(config)), indent=2)
-            )
-            self.tokenizer.save_pretrained(temporary)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name,  # a folder that `save_pretrained` wrote, or a name on the hub
-    ):
-        """Load a captioner, in eval mode; raises ValueError naming the file and what is missing, foreign or
-        of another shape in it.
-        """
-        # What do the two files state?
-        folder = _checkpoint_folder(name)
-        file = folder / 'config.json'
-        weights = folder / 'model.safetensors'
-        saved = _read_config(folder)
-        if saved.pop('library', None) != 'pvtblip':
-            raise ValueError(f'{file}: not a pvtblip model')
-        if not weights.is_file():
-            raise ValueError(
-                f'{weights}: no such file; a model folder needs config.json and model.safetensors, '
-                'pickled weights are not loaded'
-            )
-        config = from_plain(
-            CaptionerConfig, {key: value for key, value in saved.items() if key not in _OF_TRANSFORMERS}, file
+# %% ../nbs/02_decoder.ipynb #16cfa9e3
+@patch
+def _check_tokenizer(self: Captioner):
+    "ValueError where tokenizer and decoder disagree about positions or words."
+    config = self.config
+    if config.max_length > config.decoder.max_position_embeddings:
+        raise ValueError(
+            f"max_length {config.max_length} exceeds the decoder's "
+            f'{config.decoder.max_position_embeddings} positions; lower it'
         )
-        config.encoder.weights = None  # the weights come from this folder alone
-        # Do they agree? This must be known before memory is asked for
-        held = weights_in(weights)
-        _check_sizes(config.decoder, held, file, 'decoder.')
-        # Build and fill
-        try:
-            tokenizer = load_tokenizer(folder)
-        except OSError as error:
-            raise ValueError(
-                f"{folder / 'tokenizer.json'}: no such file; a model folder needs its tokenizer's files, too"
-            ) from error
-        try:
-            with _Undrawn(_most_numbers(config.encoder, held)):
-                model = cls(config, tokenizer)
-        except ValueError as error:
-            raise ValueError(f'{file}: {error}') from error
-        except Exception as error:
-            raise ValueError(
-                f'{file}: no model can be built from it ({reason(error)}); copy or download it again'
-            ) from error
-        load_whole(model, weights)
-        return model.eval()
+    if self.tokenizer.vocab_size != config.decoder.vocab_size:
+        raise ValueError(
+            f'the tokenizer has {self.tokenizer.vocab_size} tokens, the decoder '
+            f'{config.decoder.vocab_size}; they must agree'
+        )
 
-    def push_to_hub(
-        self,
-        repo_id: str,  # 'user/name'; a bare name goes to the owner of the token
-        private=False,  # whether a new repository is hidden from others
-        token=None,  # a Hugging Face token; None: the one that you logged in with
-    ):
-        """Upload the model folder to the Hugging Face hub, making the repository where it isn't there;
-        returns huggingface_hub's `CommitInfo`.
-        """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Upload captioner')
+
+@patch
+def set_output_vocabulary(
+    self: Captioner,
+    ids,  # token ids, or None for all
+):
+    """Choose which tokens may be said; [SEP] is always among them; raises ValueError for ids outside the
+    vocabulary.
+    """
+    output_ids = index = None
+    if ids is not None:
+        ids = sorted({*map(int, ids), self.tokenizer.sep_token_id})
+        size = self.config.decoder.vocab_size
+        if ids[0] < 0 or ids[-1] >= size:
+            raise ValueError(
+                f'output_vocabulary has ids from {ids[0]} to {ids[-1]}; they go from 0 to {size - 1}'
+            )
+        # both ways: the id of each output, and the output of each id, -1 where it has none
+        device = self.decoder.word_embedding.device
+        output_ids = torch.tensor(ids, device=device)  # (V',)
+        index = torch.full((size,), -1, device=device)  # (V,)
+        index[output_ids] = torch.arange(len(ids), device=device)
+    # the config keeps them, so they need not be among the saved weights
+    self.config = replace(self.config, output_vocabulary=ids)
+    self.register_buffer('output_ids', output_ids, persistent=False)
+    self.register_buffer('output_index', index, persistent=False)
+
+
+@patch
+def _check_images(self: Captioner, pixel_values, input_ids):
+    "ValueError where the rows of text do not share the images evenly."
+    if input_ids.shape[0] % pixel_values.shape[0]:
+        raise ValueError(
+            f'{input_ids.shape[0]} rows of text for {pixel_values.shape[0]} images; every image '
+            'needs the same number of captions'
+        )
+
+
+@patch
+def _as_outputs(self: Captioner, targets):  # (M,) token ids
+    "Labels as indices into the output vocabulary."
+    if not len(targets):
+        raise ValueError('no position has a label: every one is -100 or the first of its row')
+    if self.output_index is None:
+        return targets
+    if (outside := targets[self.output_index[targets] < 0]).numel():
+        raise ValueError(
+            f'token {outside[0].item()} must be said but is not in output_vocabulary; choose the '
+            'vocabulary from the training captions'
+        )
+    return self.output_index[targets]
+
+
+@patch
+def _hide_words(self: Captioner, input_ids, labels):  # both (N, T)
+    """Put [MASK] in the place of some caption words that are read; what must be said stays the same
+    (arXiv:1511.06349).
+    """
+    drawn = torch.rand(input_ids.shape, device=input_ids.device) < self.config.word_dropout
+    hide = drawn & (labels != -100)
+    return input_ids.masked_fill(hide, self.tokenizer.tokenizer.mask_token_id)
+
+
+@patch
+def _loss(self: Captioner, logits, targets, labelled, weights):
+    "People's captions all count as one; those that the model drew by their weights."
+    if weights is None:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
+    each = weights[:, None].expand_as(labelled)[labelled]  # (M,)
+    return (each * F.cross_entropy(logits.float(), targets, reduction='none')).mean()
+
+# %% ../nbs/02_decoder.ipynb #38c2a035
+@patch
+def forward(
+    self: Captioner,
+    pixel_values,  # (B, 3, H, W)
+    input_ids,  # (N, T) N = B*C, the C captions of an image adjacent
+    labels,  # (N, T) under their own words, as in transformers; -100 where nothing is learnt
+    weights=None,  # (N,) of captions that the model drew: how much each counts, below 0 to unlearn
+) -> CaptionerOutput:
+    "One training step's loss: images encoded once, logits only at labels; ValueError without any."
+    self._check_images(pixel_values, input_ids)
+    # captions that the model drew are judged as they were drawn: nothing dropped or hidden
+    if weights is not None and self.training:
+        with evaluation_mode(self):
+            return self.forward(pixel_values, input_ids, labels, weights)
+    # every word looks at the image and at the words before it
+    cache = self.decoder.new_cache(self.encode_image(pixel_values))
+    if self.training and self.config.word_dropout:
+        input_ids = self._hide_words(input_ids, labels)
+    hidden, _ = self.decoder.hidden_states(input_ids[:, :-1], cache)  # (N, T-1, D)
+    # the shift: after seeing token t, say token t+1
+    targets = labels[:, 1:]
+    labelled = targets != -100  # (N, T-1)
+    logits = self.decoder.logits(hidden[labelled], self.output_ids)  # (M, V')
+    targets = self._as_outputs(targets[labelled])  # (M,)
+    return CaptionerOutput(self._loss(logits, targets, labelled, weights), logits, targets)
+
+# %% ../nbs/02_decoder.ipynb #8749986e
+@patch
+def save_pretrained(
+    self: Captioner,
+    folder,  # made if it is not there
+):
+    """Write config.json, the vocabulary and, last, model.safetensors: where that is, all is there.
+    OSError in one line where there is no room.
+    """
+    # all weights are in the folder, so the config names no others
+    config = replace(self.config, encoder=replace(self.config.encoder, weights=None))
+    settings = json.dumps(dict(library='pvtblip', **asdict(config)), indent=2)
+    with whole_folder(folder, last='model.safetensors') as temporary:
+        save_tensors(self.state_dict(), temporary / 'model.safetensors')
+        write_whole(temporary / 'config.json', settings)
+        self.tokenizer.save_pretrained(temporary)
+
+# %% ../nbs/02_decoder.ipynb #d0c8e5c2
+# what transformers adds to a config.json that it saves
+_OF_TRANSFORMERS = {'model_type', 'architectures', 'auto_map', 'dtype', 'torch_dtype', 'transformers_version'}
+
+
+@patch(cls_method=True)
+def from_pretrained(
+    cls: Captioner,
+    name,  # a folder that `save_pretrained` wrote, or a name on the hub
+):
+    """Load a captioner, in eval mode; raises ValueError naming the file and what is missing, foreign or
+    of another shape in it.
+    """
+    # What do the two files state?
+    folder = _checkpoint_folder(name)
+    file = folder / 'config.json'
+    weights = folder / 'model.safetensors'
+    saved = _read_config(folder)
+    if saved.pop('library', None) != 'pvtblip':
+        raise ValueError(f'{file}: not a pvtblip model')
+    if not weights.is_file():
+        raise ValueError(
+            f'{weights}: no such file; a model folder needs config.json and model.safetensors, '
+            'pickled weights are not loaded'
+        )
+    config = from_plain(
+        CaptionerConfig, {key: value for key, value in saved.items() if key not in _OF_TRANSFORMERS}, file
+    )
+    config.encoder.weights = None  # the weights come from this folder alone
+    # Do they agree? This must be known before memory is asked for
+    held = weights_in(weights)
+    _check_sizes(config.decoder, held, file, 'decoder.')
+    # Build and fill
+    try:
+        tokenizer = load_tokenizer(folder)
+    except OSError as error:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'}: no such file; a model folder needs its tokenizer's files, too"
+        ) from error
+    try:
+        with _Undrawn(_most_numbers(config.encoder, held)):
+            model = cls(config, tokenizer)
+    except ValueError as error:
+        raise ValueError(f'{file}: {error}') from error
+    except Exception as error:
+        raise ValueError(
+            f'{file}: no model can be built from it ({reason(error)}); copy or download it again'
+        ) from error
+    load_whole(model, weights)
+    return model.eval()
+
+
+@patch
+def push_to_hub(
+    self: Captioner,
+    repo_id: str,  # 'user/name'; a bare name goes to the owner of the token
+    private=False,  # whether a new repository is hidden from others
+    token=None,  # a Hugging Face token; None: the one that you logged in with
+):
+    """Upload the model folder to the Hugging Face hub, making the repository where it isn't there;
+    returns huggingface_hub's `CommitInfo`.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Upload captioner')
 
 # %% ../nbs/02_decoder.ipynb #305e3b0a
 @dataclass
 class AttentionWeights:
-    "What every position looked at, in every layer and head: float32 on the CPU, under transformers' names."
+    "What every position looked at, per layer and head: float32 on the CPU, transformers' names."
 
-    attentions: torch.Tensor  # (N, layers, H, T, T) at the words so far; rows sum to 1, 0 above the diagonal
-    cross_attentions: torch.Tensor  # (N, layers, H, T, S) at the image tokens; rows sum to 1
+    # rows sum to 1: (N, layers, H, T, T) at the words so far, 0 above the diagonal
+    attentions: torch.Tensor
+    cross_attentions: torch.Tensor  # (N, layers, H, T, S) at the image tokens
 
 
 @torch.inference_mode()
 def attention_weights(
     model: Captioner,  # in evaluation mode
-    # (N, T) token ids as `generate` returns them; captions of one image adjacent, N a multiple of B
+    # (N, T) token ids as `generate` returns them; captions of an image adjacent, N a multiple of B
     sequences,
     image_tokens,  # (B, S, D)
 ) -> AttentionWeights:
-    """All attention of the decoder over finished captions, from the computation that speaks; row t is where
-    it looked while it read token t and chose token t+1. Raises ValueError in training mode.
+    """All attention of the decoder over finished captions, from the computation that speaks; row t
+    is where it looked while it read token t and chose token t+1; ValueError in training mode.
     """
-    if model.training:
-        raise ValueError(
-            'the captioner is in training mode, where dropout changes the weights; call model.eval() first'
-        )
+    _check_evaluation(model)
     cache = model.decoder.new_cache(image_tokens)
     layers = model.decoder.hidden_states(sequences, cache, return_weights=True)[1]
     return AttentionWeights(*(torch.stack(part, 1).float().cpu() for part in zip(*layers)))
 
 # %% ../nbs/02_decoder.ipynb #b68edf25
+def _check_evaluation(model):
+    "ValueError in training mode."
+    if model.training:
+        raise ValueError(
+            'the captioner is in training mode, where dropout changes the weights; call model.eval() first'
+        )
+
+
 def _reach(
     places,  # (n,) of the tokens, pixels of the image that the model sees
     side,  # its length
@@ -964,21 +1030,19 @@ def photo_map(
     """Attention laid on the photo where the tokens are; raises ValueError where S is not the encoder's number
     of tokens.
     """
-    # one grid of tokens a stage
+    # a weight for every token
     size = (encoder.config.image_size,) * 2 if image_size is None else tuple(image_size)
     grids = encoder.grids(size)
-    total = 0.0
     if weights.shape[-1] != (tokens := sum(h * w for h, w in grids)):
         raise ValueError(
             f'{weights.shape[-1]} weights for the {tokens} tokens of grids {grids}; give the '
             'image_size that the model saw'
         )
-    # each token's weight, spread over the pixels that it stands for
-    for part, (h, w), places in zip(
-        weights.split([h * w for h, w in grids], -1), grids, token_places(encoder, size)
-    ):
+    # stage by stage; a token's weight is spread over its cell, so that stages of equal sum are equally bright
+    total = 0.0
+    parts = weights.split([h * w for h, w in grids], -1)
+    for part, (h, w), places in zip(parts, grids, token_places(encoder, size)):
         down, across = (_reach(place, side, pixels) for place, side, pixels in zip(places, size, photo_size))
-        total = total + down @ part.unflatten(-1, (h, w)) @ across.T * (
-            h * w / (photo_size[0] * photo_size[1])
-        )
+        spread = h * w / (photo_size[0] * photo_size[1])
+        total = total + down @ part.unflatten(-1, (h, w)) @ across.T * spread
     return total
