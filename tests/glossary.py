@@ -80,7 +80,6 @@ TABLE = """
 01 query: what a token asks: it is compared with keys
 01 reduction: keys and values of R × R tokens gathered into one, so that all ask and few answer
 04 repetition penalty: divides the score of what was said already, so that it is less likely to come again
-02 residual path: the sum that carries a token's vector past each layer, which only adds to it
 01 residual path: the sum that carries a token's vector past each layer, which only adds to it
 02 safetensors: a file format for weights that holds numbers only, no code
 04 sampling: draw the next word by its probability
