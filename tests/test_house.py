@@ -158,6 +158,7 @@ SIGNPOSTED = (
     'tokenizer',
     'pvt_encoder',
     'decoder',
+    'training',
     'generation',
     'shapes',
     'data',
