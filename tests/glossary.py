@@ -24,6 +24,7 @@ TABLE = """
 02 causal mask: forbids a position to see later words, among which its answer would be
 01 channel: one of the numbers that every place of a map or every pixel has; a photo has three
 02 checkpoint: weights (and what belongs to them) in a folder, ready to be loaded
+03 checksum: a number computed from all bytes of a file; another number says that the file has changed
 03 clip: shorten the gradient of a step to a greatest length, so that one odd batch cannot throw the weights far
 00 [CLS]: BERT's start token; the first token of every row
 03 collate: the function that makes a batch of single records
@@ -109,6 +110,7 @@ TABLE = """
 01 #| varies: marks a cell whose numbers differ from machine to machine, so that a check skips them
 00 vocabulary: the list of all tokens, 30,522 for BERT; the line number is the id
 03 warm-up: let the learning rate rise over the first steps, while moments are still rough
+03 weight decay: pull each weight towards 0 a little in every step; matrices only
 00 WordPiece: cuts words into the longest pieces that the vocabulary has
 """
 

@@ -152,15 +152,11 @@ def test_a_missing_signpost_and_a_hanging_comment_are_seen():
     ]
 
 
-# training is being rewritten; it follows
-SIGNPOSTED = [module for module in MODULES if module != 'training']
-
-
-@pytest.mark.parametrize('module', SIGNPOSTED)
+@pytest.mark.parametrize('module', MODULES)
 def test_a_long_function_says_where_each_step_begins(module):
     assert not long_and_bare((ROOT / f'pvtblip/{module}.py').read_text(encoding='utf-8'))
 
 
-@pytest.mark.parametrize('module', SIGNPOSTED)
+@pytest.mark.parametrize('module', MODULES)
 def test_no_comment_hangs_behind_a_closing_bracket(module):
     assert not hanging((ROOT / f'pvtblip/{module}.py').read_text(encoding='utf-8'))
