@@ -1,11 +1,12 @@
 """What does each bug of `08_six_bugs` cost: alone, the six together, and none?
 
-    python benchmarks/bugs.py [--quick] [--seeds N] [--steps N] [--json FILE]
+    python benchmarks/bugs.py [--quick] [--seeds N] [--steps N] [--minutes M] [--json FILE]
 
 One budget for all: the same language model, the same drawings, the same number of steps. A row is a bug
 (or all six) and a seed. The results lie in FILE (default: bugs.json beside this script), row by row, so
-a run that was stopped goes on where it was. --quick: one seed, 60 steps, within ten minutes, and nothing
-is kept unless --json says where. The table at the end is that of the notebook.
+a run that was stopped goes on where it was; with --minutes it stops by itself. --quick: one seed, 60
+steps, within ten minutes, and nothing is kept unless --json says where. The table at the end is that of
+the notebook.
 """
 
 import argparse
@@ -37,12 +38,14 @@ def main():
     parser.add_argument('--quick', action='store_true', help='one seed, 60 steps')
     parser.add_argument('--seeds', type=int, help='default: 3')
     parser.add_argument('--steps', type=int, help='default: 300')
+    parser.add_argument('--minutes', type=float, default=float('inf'), help='begin no row after so many')
     parser.add_argument('--json', type=Path, help='where results lie and go')
     options = parser.parse_args()
     seeds = options.seeds or (1 if options.quick else 3)
     steps = options.steps or (60 if options.quick else 300)
     file = options.json or (None if options.quick else Path(__file__).with_name('bugs.json'))
     torch.set_num_threads(1)
+    begin = time.perf_counter()
 
     # What is there already?
     settings = dict(steps=steps, language_steps=max(1, steps // 3), scenes=100, num_beams=3)
@@ -57,7 +60,7 @@ def main():
         for seed in range(seeds):
             sound = None
             for names in TABLE:
-                if row(names, seed) in results:
+                if row(names, seed) in results or time.perf_counter() - begin > 60 * options.minutes:
                     continue
                 start = time.perf_counter()
                 language = language or language_model(place, settings['language_steps'])

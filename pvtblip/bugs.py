@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPECIMENS', 'SIX', 'NOT_MEASURED', 'TABLE', 'small_captioner', 'teach', 'language_model', 'unseen', 'photos', 'say',
-           'look', 'show', 'Specimen', 'specimen', 'bug', 'used', 'fails', 'check_language_model', 'rebuild_vocabulary',
-           'check_vocabulary', 'check_prompt', 'check_labels', 'check_pixels', 'check_scale', 'check_device',
-           'check_future', 'check_image', 'check_shift', 'check_head', 'check_reload', 'check_search', 'check_rows',
-           'check_top_p', 'check_min_length', 'check_lengths', 'check_end', 'check_mode', 'check_finite', 'check_pairs',
-           'check_schedule', 'check_resume', 'check_flag', 'check_free', 'measure', 'interval', 'ablation_table',
-           'rows_of', 'cost']
+           'reported', 'look', 'show', 'Specimen', 'specimen', 'bug', 'used', 'fails', 'check_language_model',
+           'rebuild_vocabulary', 'check_vocabulary', 'check_prompt', 'check_labels', 'check_pixels', 'check_scale',
+           'check_device', 'check_future', 'check_image', 'check_shift', 'check_head', 'check_reload', 'check_pickle',
+           'check_search', 'check_rows', 'check_top_p', 'check_min_length', 'check_lengths', 'check_end', 'check_mode',
+           'check_finite', 'check_pairs', 'check_schedule', 'check_resume', 'check_flag', 'check_free', 'measure',
+           'interval', 'ablation_table', 'title_of', 'rows_of', 'lost', 'cost']
 
 # %% ../nbs/08_six_bugs.ipynb #da87edb8
 import copy, functools, sys, tempfile
@@ -111,20 +111,25 @@ def say(
     rows = generation.generate(model, pixel_values, num_beams=num_beams, **options).sequences[:, 0]
     return model.tokenizer.decode_batch(rows)
 
-# %% ../nbs/08_six_bugs.ipynb #fcf6f14f
+# %% ../nbs/08_six_bugs.ipynb #2d21c1e6
+def reported(model, scenes) -> dict:  # real, shuffled, gap: nats a word
+    "The loss that the program itself computes, with the photos as it reads them."
+    pixel_values = generation.process_image(photos(scenes), model)
+    batch = model.tokenizer([scene.captions[0] for scene in scenes])
+    try:
+        with evaluation_mode(model):
+            return gap_of(shuffled_losses(model, pixel_values, batch['input_ids'], batch['labels']))
+    except ValueError:  # it refuses: the true words are not among those that it can say
+        return dict(real=torch.inf, gap=0.0)
+
+# %% ../nbs/08_six_bugs.ipynb #f0073a41
 def look(
     model: Captioner,
     scenes,
     cider=False,  # also CIDEr, which needs COCO's code
 ) -> dict:  # loss, gap, true, by_kind, distinct, says; cider
     "What a program sees of its own captioner: what it reports, and what is true of what it says."
-    pixel_values = generation.process_image(photos(scenes), model)
-    batch = model.tokenizer([scene.captions[0] for scene in scenes])
-    try:
-        with evaluation_mode(model):
-            gap = gap_of(shuffled_losses(model, pixel_values, batch['input_ids'], batch['labels']))
-    except ValueError:  # it refuses: the true words are not among those that it can say
-        gap = dict(real=torch.inf, gap=0.0)
+    gap = reported(model, scenes)
     said = say(model, scenes)[: len(scenes)]
     truth = score_captions(said, scenes)
     found = dict(loss=gap['real'], gap=gap['gap'], true=truth['statements_true'])
@@ -134,14 +139,14 @@ def look(
         found['cider'] = cider_score(references, dict(enumerate(said)))
     return found
 
-
+# %% ../nbs/08_six_bugs.ipynb #f05f8aa2
 def show(found, *before):
     "The numbers of `look` in a line or two."
     for name, one in (('', found), *(('before: ', one) for one in before)):
         numbers = '  '.join(f'{what} {one[what]:.2f}' for what in ('loss', 'gap', 'true', 'distinct'))
         print(f'{name}{numbers}  says {one["says"][0]!r}')
 
-# %% ../nbs/08_six_bugs.ipynb #8d107e36
+# %% ../nbs/08_six_bugs.ipynb #26c8dd78
 @dataclass(frozen=True)
 class Specimen:
     "One fault: how to put it back, how it shows, how to catch it."
@@ -156,8 +161,14 @@ class Specimen:
     check: Callable  # of a sound captioner: AssertionError where the fault is in the code
     finding: str  # the doctor's check that names it; '' where a captioner alone cannot show it
 
-
+# %% ../nbs/08_six_bugs.ipynb #f152f85e
+# {name: Specimen}, in the order of this notebook
 SPECIMENS = {}
+
+
+def _collect(one):
+    "Put a fault into the collection."
+    SPECIMENS[one.name] = one
 
 
 def specimen(name: str) -> Specimen:
@@ -178,7 +189,7 @@ def _around(original, instead):
 
     return broken
 
-
+# %% ../nbs/08_six_bugs.ipynb #a6cf7304
 @contextmanager
 def bug(
     *names: str,  # of SPECIMENS
@@ -211,7 +222,7 @@ def fails(
         return str(error)
     return ''
 
-# %% ../nbs/08_six_bugs.ipynb #dc4794f0
+# %% ../nbs/08_six_bugs.ipynb #e41a164a
 def _loads_nothing(original, module, *args, **kwargs):
     "No weight arrives, and nobody says so."
 
@@ -225,25 +236,29 @@ def check_language_model(model):
     far = (loaded.word_embedding - model.decoder.word_embedding).abs().max().item()
     assert far == 0, f'the words are up to {far:.2f} away from those in the file'
 
-
-SPECIMENS['untrained_language_model'] = Specimen(
-    'untrained_language_model',
-    'training',
-    'gibberish, or a start that needs many more steps',
-    'A config holds sizes and no weights. A decoder that is built from it, or whose weights were '
-    "not loaded, has BERT's shape and no words.",
-    'load the weights, and look at what was loaded',
-    '02_decoder',
-    ((BertDecoder, 'load_state_dict', _loads_nothing),),
-    check_language_model,
-    '',
+# %% ../nbs/08_six_bugs.ipynb #7513bb6c
+_collect(
+    Specimen(
+        name='untrained_language_model',
+        when='training',
+        symptom='gibberish, or a start that needs many more steps',
+        cause=(
+            'A config holds sizes and no weights. A decoder that is built from it, or whose weights were '
+            "not loaded, has BERT's shape and no words."
+        ),
+        fix='load the weights, and look at what was loaded',
+        lesson='02_decoder',
+        overrides=((BertDecoder, 'load_state_dict', _loads_nothing),),
+        check=check_language_model,
+        finding='',
+    )
 )
 
-# %% ../nbs/08_six_bugs.ipynb #3387e215
+# %% ../nbs/08_six_bugs.ipynb #903d92c6
 def rebuild_vocabulary(
     folder,  # a model folder: its tokenizer's files are written anew
 ):
-    "The same words with other ids: what stands behind the special tokens is put in the order of the alphabet."
+    "The same words with other ids: behind the special tokens they stand in the order of the alphabet."
     tokenizer = decoder.load_tokenizer(folder)
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     kept = 1 + max(i for i, word in enumerate(words) if word.startswith('['))
@@ -252,7 +267,7 @@ def rebuild_vocabulary(
     text = '\n'.join(words[:kept] + sorted(words[kept:])) + '\n'
     (Path(folder) / 'vocab.txt').write_text(text, encoding='utf-8')
 
-
+# %% ../nbs/08_six_bugs.ipynb #29ab301e
 def _loads_the_rebuilt_file(original, name_or_path=None):
     "What is loaded is the file that somebody built again."
     with tempfile.TemporaryDirectory() as folder:
@@ -268,18 +283,22 @@ def check_vocabulary(model):
     before, now = (one.tokenizer(caption)['input_ids'].tolist()[0] for one in (model, used(model)))
     assert before == now, f'{caption[0]!r} was {before} in training and is {now} now'
 
-# %% ../nbs/08_six_bugs.ipynb #1417c016
-SPECIMENS['rebuilt_vocabulary'] = Specimen(
-    'rebuilt_vocabulary',
-    'use',
-    'word salad from a model that was good; or an index out of range',
-    'Weights know words by their row numbers only. A vocabulary file that was built again, or '
-    'that belongs to another data set, has other words at the same numbers.',
-    'keep the vocabulary with the weights; never build it at the time of use',
-    '00_tokenizer',
-    ((decoder, 'load_tokenizer', _loads_the_rebuilt_file),),
-    check_vocabulary,
-    'vocabulary',
+# %% ../nbs/08_six_bugs.ipynb #2f52f6ff
+_collect(
+    Specimen(
+        name='rebuilt_vocabulary',
+        when='use',
+        symptom='word salad from a model that was good; or an index out of range',
+        cause=(
+            'Weights know words by their row numbers only. A vocabulary file that was built again, or that '
+            'belongs to another data set, has other words at the same numbers.'
+        ),
+        fix='keep the vocabulary with the weights; never build it at the time of use',
+        lesson='00_tokenizer',
+        overrides=((decoder, 'load_tokenizer', _loads_the_rebuilt_file),),
+        check=check_vocabulary,
+        finding='vocabulary',
+    )
 )
 
 # %% ../nbs/08_six_bugs.ipynb #49de9c5f
@@ -294,18 +313,22 @@ def check_prompt(model):
     begins = GenerationConfig().prompt_ids(model)
     assert begins == trained, f'training begins with {trained}, generation with {begins}'
 
-# %% ../nbs/08_six_bugs.ipynb #5634bcf4
-SPECIMENS['prompt_mismatch'] = Specimen(
-    'prompt_mismatch',
-    'use',
-    'good in validation, bad in use',
-    'The tokens before the first word are part of the input. With others, or with a different '
-    'number of them, every word stands in a place and behind words that training never showed.',
-    'one prompt, kept in the config with the weights, used by training and generation alike',
-    '00_tokenizer',
-    ((GenerationConfig, 'prompt_ids', _cls_alone),),
-    check_prompt,
-    'start',
+# %% ../nbs/08_six_bugs.ipynb #25fe2377
+_collect(
+    Specimen(
+        name='prompt_mismatch',
+        when='use',
+        symptom='good in validation, bad in use',
+        cause=(
+            'The tokens before the first word are part of the input. With others, or with a different '
+            'number of them, every word stands in a place and behind words that training never showed.'
+        ),
+        fix='one prompt, kept in the config with the weights, used by training and generation alike',
+        lesson='00_tokenizer',
+        overrides=((GenerationConfig, 'prompt_ids', _cls_alone),),
+        check=check_prompt,
+        finding='start',
+    )
 )
 
 # %% ../nbs/08_six_bugs.ipynb #836f7699
@@ -326,18 +349,22 @@ def check_labels(model):
         learnt = labels[labels != -100].tolist()
         assert learnt == right, f'of {name(right)} the labels have {name(learnt)}'
 
-# %% ../nbs/08_six_bugs.ipynb #050fa136
-SPECIMENS['cut_by_characters'] = Specimen(
-    'cut_by_characters',
-    'training',
-    'captions that begin with garbage, or are empty; a loss that falls all the same',
-    'len(prompt) counts characters and a row has tokens. What lies between the two is taken out '
-    'of the loss, or out of the caption.',
-    'count the prompt in tokens, [CLS] included',
-    '00_tokenizer',
-    ((CaptionTokenizer, '__call__', _by_characters),),
-    check_labels,
-    'labels',
+# %% ../nbs/08_six_bugs.ipynb #c5d90a44
+_collect(
+    Specimen(
+        name='cut_by_characters',
+        when='training',
+        symptom='captions that begin with garbage, or are empty; a loss that falls all the same',
+        cause=(
+            'len(prompt) counts characters and a row has tokens. What lies between the two is taken out of '
+            'the loss, or out of the caption.'
+        ),
+        fix='count the prompt in tokens, [CLS] included',
+        lesson='00_tokenizer',
+        overrides=((CaptionTokenizer, '__call__', _by_characters),),
+        check=check_labels,
+        finding='labels',
+    )
 )
 
 # %% ../nbs/08_six_bugs.ipynb #f0895624
@@ -358,16 +385,18 @@ def check_pixels(model):
     )
 
 # %% ../nbs/08_six_bugs.ipynb #e3922692
-SPECIMENS['pixels_twice'] = Specimen(
-    'pixels_twice',
-    'use',
-    'one caption for every image',
-    'One part scales pixels to 0 to 1, and the next divides by 255 again. Every photo is nearly black.',
-    'one function turns a file into pixel_values, for training and use',
-    '01_pvt_encoder',
-    ((generation, 'image_transform', _divides_twice),),
-    check_pixels,
-    'pixels',
+_collect(
+    Specimen(
+        name='pixels_twice',
+        when='use',
+        symptom='one caption for every image',
+        cause='One part scales pixels to 0 to 1, and the next divides by 255 again. Every photo is nearly black.',
+        fix='one function turns a file into pixel_values, for training and use',
+        lesson='01_pvt_encoder',
+        overrides=((generation, 'image_transform', _divides_twice),),
+        check=check_pixels,
+        finding='pixels',
+    )
 )
 
 # %% ../nbs/08_six_bugs.ipynb #855c4f5c
@@ -392,18 +421,22 @@ def check_scale(model):
     ]
     assert all(0.3 < std < 3 for std in seen), f'deviations {[round(std, 3) for std in seen]}, not near 1'
 
-# %% ../nbs/08_six_bugs.ipynb #646c8df2
-SPECIMENS['features_scale'] = Specimen(
-    'features_scale',
-    'training',
-    'captions that hardly depend on the photo; a loss that stays where a blind model ends',
-    'Features of a foreign backbone come at any size. Small ones drown in the position codes '
-    'that are added to them.',
-    'a LayerNorm with its own gain between backbone and projection',
-    '01_pvt_encoder',
-    ((ImageEncoder, '__init__', _no_normaliser), (ImageEncoder, 'features', _small_features)),
-    check_scale,
-    'pixels',
+# %% ../nbs/08_six_bugs.ipynb #7e275002
+_collect(
+    Specimen(
+        name='features_scale',
+        when='training',
+        symptom='captions that hardly depend on the photo; a loss that stays where a blind model ends',
+        cause=(
+            'Features of a foreign backbone come at any size. Small ones drown in the position codes that '
+            'are added to them.'
+        ),
+        fix='a LayerNorm with its own gain between backbone and projection',
+        lesson='01_pvt_encoder',
+        overrides=((ImageEncoder, '__init__', _no_normaliser), (ImageEncoder, 'features', _small_features)),
+        check=check_scale,
+        finding='pixels',
+    )
 )
 
 # %% ../nbs/08_six_bugs.ipynb #f209cb59
@@ -422,24 +455,21 @@ def check_device(model):
         raise AssertionError(str(error).splitlines()[0][:100]) from error
 
 # %% ../nbs/08_six_bugs.ipynb #b8e67f48
-SPECIMENS['mixed_devices'] = Specimen(
-    'mixed_devices',
-    'use',
-    'expected all tensors to be on the same device',
-    'A tensor was made without saying where. On a machine with one device it lies right by chance.',
-    'take the device from a tensor that is there, or register a buffer, which moves with the module',
-    '03_training',
-    ((pvt_encoder, 'sincos_positions', _on_the_processor),),
-    check_device,
-    'device',
+_collect(
+    Specimen(
+        name='mixed_devices',
+        when='use',
+        symptom='expected all tensors to be on the same device',
+        cause='A tensor was made without saying where. On a machine with one device it lies right by chance.',
+        fix='take the device from a tensor that is there, or register a buffer, which moves with the module',
+        lesson='03_training',
+        overrides=((pvt_encoder, 'sincos_positions', _on_the_processor),),
+        check=check_device,
+        finding='device',
+    )
 )
 
-# %% ../nbs/08_six_bugs.ipynb #94470e0a
-def _specimen(name, when, lesson, finding, overrides, check, symptom, cause, fix):
-    "Put one more fault into the collection."
-    SPECIMENS[name] = Specimen(name, when, symptom, cause, fix, lesson, tuple(overrides), check, finding)
-
-
+# %% ../nbs/08_six_bugs.ipynb #92f14b74
 def _sees_all(original, decoder, past, T, attention_mask, device):
     "No mask: BERT as it was made."
     return None, False
@@ -482,31 +512,37 @@ def check_image(model):
     assert far > 1e-3, f'another photo moves the logits by {far:.4f}'
 
 
-_specimen(
-    'sees_the_future',
-    'training',
-    '02_decoder',
-    'causal',
-    [(BertDecoder, '_mask', _sees_all)],
-    check_future,
-    'a loss near zero, and captions that are nonsense',
-    'A plain BERT reads in both directions. "Say the next word" becomes "copy it from the '
-    'input", which generation cannot do.',
-    'a causal mask; is_decoder=True in transformers',
+_collect(
+    Specimen(
+        name='sees_the_future',
+        when='training',
+        symptom='a loss near zero, and captions that are nonsense',
+        cause=(
+            'A plain BERT reads in both directions. "Say the next word" becomes "copy it from the input", '
+            'which generation cannot do.'
+        ),
+        fix='a causal mask; is_decoder=True in transformers',
+        lesson='02_decoder',
+        overrides=((BertDecoder, '_mask', _sees_all),),
+        check=check_future,
+        finding='causal',
+    )
 )
-_specimen(
-    'no_cross_attention',
-    'training',
-    '02_decoder',
-    'looks',
-    [(Captioner, 'encode_image', _sees_nothing)],
-    check_image,
-    'one caption for every image, from the first step to the last',
-    'The decoder has no cross-attention, or nothing reaches it. It learns the most frequent caption.',
-    'cross-attention; add_cross_attention=True in transformers',
+_collect(
+    Specimen(
+        name='no_cross_attention',
+        when='training',
+        symptom='one caption for every image, from the first step to the last',
+        cause='The decoder has no cross-attention, or nothing reaches it. It learns the most frequent caption.',
+        fix='cross-attention; add_cross_attention=True in transformers',
+        lesson='02_decoder',
+        overrides=((Captioner, 'encode_image', _sees_nothing),),
+        check=check_image,
+        finding='looks',
+    )
 )
 
-# %% ../nbs/08_six_bugs.ipynb #1fc0b987
+# %% ../nbs/08_six_bugs.ipynb #9f60a92a
 def _same_word(original, model, pixel_values, input_ids, labels, weights=None):
     "Label t is compared with what is said after word t: itself."
     return original(model, pixel_values, input_ids, F.pad(labels[:, :-1], (1, 0), value=-100), weights)
@@ -520,6 +556,7 @@ def _word_after_next(original, model, pixel_values, input_ids, labels, weights=N
 @torch.no_grad()
 def check_shift(model):
     "The loss is that of the next word, not of the same one or of the one after."
+    # what it says of its own loss, and its logits
     pixel_values, rows, _ = _sample(model)
     labels = rows.masked_fill(torch.arange(rows.shape[1]) < model.tokenizer.prompt_length, -100)
     with evaluation_mode(model):
@@ -528,6 +565,8 @@ def check_shift(model):
             rows, model.decoder.new_cache(model.encode_image(pixel_values[:1]))
         )
         logits = model.decoder.logits(hidden, model.output_ids)[0]  # (T, V')
+
+    # the same by hand, for the same word, the next one and the one after
     words = rows[0] if model.output_index is None else model.output_index[rows[0]]
     first, last = model.tokenizer.prompt_length, len(words)
     by_hand = {
@@ -540,31 +579,37 @@ def check_shift(model):
     )
 
 
-_specimen(
-    'labels_not_shifted',
-    'training',
-    '02_decoder',
-    'labels',
-    [(Captioner, 'forward', _same_word)],
-    check_shift,
-    'the loss falls to 0.0000; captions repeat one word',
-    'After word t the label is word t, so the task is to repeat the input. A decoder solves it '
-    'in a few steps.',
-    'shift once: logits at t against the label at t + 1',
+_collect(
+    Specimen(
+        name='labels_not_shifted',
+        when='training',
+        symptom='the loss falls to 0.0000; captions repeat one word',
+        cause=(
+            'After word t the label is word t, so the task is to repeat the input. A decoder solves it in a '
+            'few steps.'
+        ),
+        fix='shift once: logits at t against the label at t + 1',
+        lesson='02_decoder',
+        overrides=((Captioner, 'forward', _same_word),),
+        check=check_shift,
+        finding='labels',
+    )
 )
-_specimen(
-    'shifted_twice',
-    'training',
-    '02_decoder',
-    'labels',
-    [(Captioner, 'forward', _word_after_next)],
-    check_shift,
-    'captions that leave out every second word',
-    'The collator shifts the labels, and the model shifts them again. It learns the word after the next.',
-    'shift in one place, and say which',
+_collect(
+    Specimen(
+        name='shifted_twice',
+        when='training',
+        symptom='captions that leave out every second word',
+        cause='The collator shifts the labels, and the model shifts them again. It learns the word after the next.',
+        fix='shift in one place, and say which',
+        lesson='02_decoder',
+        overrides=((Captioner, 'forward', _word_after_next),),
+        check=check_shift,
+        finding='labels',
+    )
 )
 
-# %% ../nbs/08_six_bugs.ipynb #4ede9f87
+# %% ../nbs/08_six_bugs.ipynb #77e5fff1
 def _learns_of(original, tokenizer, captions=None, *args, **kwargs):
     "The prompt is counted without [CLS]: its last word becomes a label."
     batch = original(tokenizer, captions, *args, **kwargs)
@@ -590,43 +635,53 @@ def _learns_pads(original, tokenizer, captions=None, *args, **kwargs):
     return batch
 
 
-_specimen(
-    'mask_forgets_cls',
-    'training',
-    '00_tokenizer',
-    'labels',
-    [(CaptionTokenizer, '__call__', _learns_of)],
-    check_labels,
-    'nothing that one would notice',
-    'The prompt has three words and [CLS] stands before them. Masking three positions leaves the '
-    'last word of the prompt among the labels.',
-    'prompt_length counts every token before the first word',
+_collect(
+    Specimen(
+        name='mask_forgets_cls',
+        when='training',
+        symptom='nothing that one would notice',
+        cause=(
+            'The prompt has three words and [CLS] stands before them. Masking three positions leaves the '
+            'last word of the prompt among the labels.'
+        ),
+        fix='prompt_length counts every token before the first word',
+        lesson='00_tokenizer',
+        overrides=((CaptionTokenizer, '__call__', _learns_of),),
+        check=check_labels,
+        finding='labels',
+    )
 )
-_specimen(
-    'end_not_learnt',
-    'training',
-    '00_tokenizer',
-    'end',
-    [(CaptionTokenizer, '__call__', _never_the_end)],
-    check_labels,
-    'captions never end: they run on to the limit',
-    'The mask that keeps padding out of the loss took [SEP] with it, often because padding and '
-    'end are the same token.',
-    '[SEP] is a word that must be said: mask by position, not by id',
+_collect(
+    Specimen(
+        name='end_not_learnt',
+        when='training',
+        symptom='captions never end: they run on to the limit',
+        cause=(
+            'The mask that keeps padding out of the loss took [SEP] with it, often because padding and end '
+            'are the same token.'
+        ),
+        fix='[SEP] is a word that must be said: mask by position, not by id',
+        lesson='00_tokenizer',
+        overrides=((CaptionTokenizer, '__call__', _never_the_end),),
+        check=check_labels,
+        finding='end',
+    )
 )
-_specimen(
-    'pads_in_loss',
-    'training',
-    '00_tokenizer',
-    'labels',
-    [(CaptionTokenizer, '__call__', _learns_pads)],
-    check_labels,
-    'the loss is low and depends on how much padding a batch has',
-    'Padding ids stand in the labels instead of -100. The easiest word of all is learnt at most positions.',
-    'labels are -100 where the attention mask is 0',
+_collect(
+    Specimen(
+        name='pads_in_loss',
+        when='training',
+        symptom='the loss is low and depends on how much padding a batch has',
+        cause='Padding ids stand in the labels instead of -100. The easiest word of all is learnt at most positions.',
+        fix='labels are -100 where the attention mask is 0',
+        lesson='00_tokenizer',
+        overrides=((CaptionTokenizer, '__call__', _learns_pads),),
+        check=check_labels,
+        finding='labels',
+    )
 )
 
-# %% ../nbs/08_six_bugs.ipynb #e9a8a063
+# %% ../nbs/08_six_bugs.ipynb #a5e48dbb
 def _with_a_fresh_head(original, head, config):
     "nn.Linear(D, V) in the place of the pretrained head."
     original(head, config)
@@ -645,17 +700,21 @@ def check_head(model):
     assert tied, 'the output layer has rows of its own, which no checkpoint fills'
 
 
-_specimen(
-    'fresh_head',
-    'training',
-    '02_decoder',
-    'weights',
-    [(LMHead, '__init__', _with_a_fresh_head), (BertDecoder, 'word_embedding', _fresh_rows)],
-    check_head,
-    'a pretrained decoder that learns no faster than one from nothing',
-    'AutoModel returns a BERT without its head, and a new nn.Linear starts from noise. What BERT '
-    'knew about saying words is gone.',
-    'the pretrained head, tied to the word embedding',
+_collect(
+    Specimen(
+        name='fresh_head',
+        when='training',
+        symptom='a pretrained decoder that learns no faster than one from nothing',
+        cause=(
+            'AutoModel returns a BERT without its head, and a new nn.Linear starts from noise. What BERT '
+            'knew about saying words is gone.'
+        ),
+        fix='the pretrained head, tied to the word embedding',
+        lesson='02_decoder',
+        overrides=((LMHead, '__init__', _with_a_fresh_head), (BertDecoder, 'word_embedding', _fresh_rows)),
+        check=check_head,
+        finding='weights',
+    )
 )
 
 
@@ -677,39 +736,52 @@ def check_reload(model):
     assert far < 1e-5, f'saved and loaded, logits are up to {far:.2f} away'
 
 
-_specimen(
-    'weights_not_loaded',
-    'use',
-    '02_decoder',
-    'file',
-    [(decoder, 'load_whole', _draws_anew)],
-    check_reload,
-    'gibberish after loading, with a warning that scrolled by',
-    'Some weights found no name in the file and were drawn anew. Libraries say so in a warning and go on.',
-    'load strictly: every weight has a name, or it is an error',
-)
-_specimen(
-    'pickled_checkpoint',
-    'use',
-    '03_training',
-    'file',
-    [(decoder, 'save_file', lambda original, tensors, file, metadata=None: torch.save(tensors, file))],
-    lambda model: _opens(model),
-    'the checkpoint does not open on another machine',
-    'What was saved is a pickle: it needs the same classes, in the same modules, and may run '
-    'anything when it is opened.',
-    'safetensors for weights, JSON for the rest',
+_collect(
+    Specimen(
+        name='weights_not_loaded',
+        when='use',
+        symptom='gibberish after loading, with a warning that scrolled by',
+        cause='Some weights found no name in the file and were drawn anew. Libraries say so in a warning and go on.',
+        fix='load strictly: every weight has a name, or it is an error',
+        lesson='02_decoder',
+        overrides=((decoder, 'load_whole', _draws_anew),),
+        check=check_reload,
+        finding='file',
+    )
 )
 
 
-def _opens(model):
+def _pickles(original, tensors, file, metadata=None):
+    "Weights as PyTorch saves whatever it is given."
+    torch.save(tensors, file)
+
+
+def check_pickle(model):
     "A saved model opens without unpickling."
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         head = (Path(folder) / 'model.safetensors').read_bytes()[:9]
     assert head[8:9] == b'{', f'the file begins with {head[:2]!r}, as pickles in a zip do'
 
-# %% ../nbs/08_six_bugs.ipynb #a7df0fb8
+
+_collect(
+    Specimen(
+        name='pickled_checkpoint',
+        when='use',
+        symptom='the checkpoint does not open on another machine',
+        cause=(
+            'What was saved is a pickle: it needs the same classes, in the same modules, and may run '
+            'anything when it is opened.'
+        ),
+        fix='safetensors for weights, JSON for the rest',
+        lesson='03_training',
+        overrides=((decoder, 'save_file', _pickles),),
+        check=check_pickle,
+        finding='file',
+    )
+)
+
+# %% ../nbs/08_six_bugs.ipynb #79387802
 def _sums_that_are_drawn(original, values, scores, n):
     "Candidates are drawn, and the sums are no longer those of the words."
     return original(values - (-torch.rand_like(values).log()).log(), scores, n)
@@ -735,28 +807,34 @@ def check_rows(model):
     assert rows == 2, f'{rows} rows for 2 photos'
 
 
-_specimen(
-    'beams_that_sample',
-    'use',
-    '04_generation',
-    'decode',
-    [(generation, '_candidates', _sums_that_are_drawn)],
-    check_search,
-    'beam search gives other captions each time, worse than greedy',
-    'Candidates are drawn instead of chosen. What is kept is no longer what was likely.',
-    'topk of the sums; sampling is another strategy',
+_collect(
+    Specimen(
+        name='beams_that_sample',
+        when='use',
+        symptom='beam search gives other captions each time, worse than greedy',
+        cause='Candidates are drawn instead of chosen. What is kept is no longer what was likely.',
+        fix='topk of the sums; sampling is another strategy',
+        lesson='04_generation',
+        overrides=((generation, '_candidates', _sums_that_are_drawn),),
+        check=check_search,
+        finding='decode',
+    )
 )
-_specimen(
-    'image_repeated_per_beam',
-    'use',
-    '04_generation',
-    'decode',
-    [(generation, '_search', _repeats_the_image)],
-    check_rows,
-    'the size of tensor a (3) must match the size of tensor b (9)',
-    'Caller and library both repeat the image once per beam. Where shapes happen to fit, photo 2 '
-    'gets a caption of photo 1.',
-    'beams are rows of text: the image is not repeated at all',
+_collect(
+    Specimen(
+        name='image_repeated_per_beam',
+        when='use',
+        symptom='the size of tensor a (3) must match the size of tensor b (9)',
+        cause=(
+            'Caller and library both repeat the image once per beam. Where shapes happen to fit, photo 2 '
+            'gets a caption of photo 1.'
+        ),
+        fix='beams are rows of text: the image is not repeated at all',
+        lesson='04_generation',
+        overrides=((generation, '_search', _repeats_the_image),),
+        check=check_rows,
+        finding='decode',
+    )
 )
 
 
@@ -774,16 +852,18 @@ def check_top_p(model):
     assert kept == [1, 2, 3], f'for p of 0.5, 0.7 and 0.95 there stay {kept} words, not [1, 2, 3]'
 
 
-_specimen(
-    'top_p_drops_the_crossing_word',
-    'use',
-    '04_generation',
-    'decode',
-    [(generation, 'keep_top_p', _drops_the_crossing_word)],
-    check_top_p,
-    'sampling fails now and then: no word is left',
-    'The word that crosses p is dropped, and with it everything when the first word alone exceeds p.',
-    'a word stays if what the likelier ones hold is still below p',
+_collect(
+    Specimen(
+        name='top_p_drops_the_crossing_word',
+        when='use',
+        symptom='sampling fails now and then: no word is left',
+        cause='The word that crosses p is dropped, and with it everything when the first word alone exceeds p.',
+        fix='a word stays if what the likelier ones hold is still below p',
+        lesson='04_generation',
+        overrides=((generation, 'keep_top_p', _drops_the_crossing_word),),
+        check=check_top_p,
+        finding='decode',
+    )
 )
 
 
@@ -814,30 +894,34 @@ def check_lengths(model):
     assert full <= 4, f'{full} of 16 captions run to the limit of {model.config.max_length} positions'
 
 
-_specimen(
-    'ignores_min_length',
-    'use',
-    '04_generation',
-    'decode',
-    [(GenerationConfig, 'check', _without_min_length)],
-    check_min_length,
-    'min_length has no effect',
-    'The setting is accepted and nobody reads it.',
-    'a rule at each step: no [SEP] before that position',
+_collect(
+    Specimen(
+        name='ignores_min_length',
+        when='use',
+        symptom='min_length has no effect',
+        cause='The setting is accepted and nobody reads it.',
+        fix='a rule at each step: no [SEP] before that position',
+        lesson='04_generation',
+        overrides=((GenerationConfig, 'check', _without_min_length),),
+        check=check_min_length,
+        finding='decode',
+    )
 )
-_specimen(
-    'forced_length',
-    'use',
-    '04_generation',
-    'end',
-    [(GenerationConfig, 'check', _at_full_length)],
-    check_lengths,
-    'good beginnings, then repetition and gibberish up to the limit',
-    'Captions are forced to be longer than any that training showed.',
-    'lengths as in the training captions; let [SEP] decide',
+_collect(
+    Specimen(
+        name='forced_length',
+        when='use',
+        symptom='good beginnings, then repetition and gibberish up to the limit',
+        cause='Captions are forced to be longer than any that training showed.',
+        fix='lengths as in the training captions; let [SEP] decide',
+        lesson='04_generation',
+        overrides=((GenerationConfig, 'check', _at_full_length),),
+        check=check_lengths,
+        finding='end',
+    )
 )
 
-# %% ../nbs/08_six_bugs.ipynb #377656e1
+# %% ../nbs/08_six_bugs.ipynb #9ad4f8ae
 def _from_pad(original, config, model):
     "Another first token than in training."
     return [model.tokenizer.pad_token_id, *original(config, model)[1:]]
@@ -854,29 +938,37 @@ def check_end(model):
     check_lengths(used(model))
 
 
-_specimen(
-    'another_start_token',
-    'use',
-    '00_tokenizer',
-    'start',
-    [(GenerationConfig, 'prompt_ids', _from_pad)],
-    check_prompt,
-    'the first words are wrong, or the prompt comes back',
-    'Generation starts with another token than training did, as documentation and code of TrOCR '
-    'once said different ones.',
-    'one start token, kept with the weights',
+_collect(
+    Specimen(
+        name='another_start_token',
+        when='use',
+        symptom='the first words are wrong, or the prompt comes back',
+        cause=(
+            'Generation starts with another token than training did, as documentation and code of TrOCR '
+            'once said different ones.'
+        ),
+        fix='one start token, kept with the weights',
+        lesson='00_tokenizer',
+        overrides=((GenerationConfig, 'prompt_ids', _from_pad),),
+        check=check_prompt,
+        finding='start',
+    )
 )
-_specimen(
-    'another_end_token',
-    'use',
-    '00_tokenizer',
-    'end',
-    [(CaptionTokenizer, '__init__', _another_end)],
-    check_end,
-    'captions go on after their end, to the limit',
-    'The model says its end token, and the search waits for another one. It is the commoner half '
-    'of all reports about the end.',
-    'one end token in tokenizer, config and generation config',
+_collect(
+    Specimen(
+        name='another_end_token',
+        when='use',
+        symptom='captions go on after their end, to the limit',
+        cause=(
+            'The model says its end token, and the search waits for another one. It is the commoner half of '
+            'all reports about the end.'
+        ),
+        fix='one end token in tokenizer, config and generation config',
+        lesson='00_tokenizer',
+        overrides=((CaptionTokenizer, '__init__', _another_end),),
+        check=check_end,
+        finding='end',
+    )
 )
 
 
@@ -900,16 +992,18 @@ def check_mode(model):
     assert not any(modes), 'dropout was on while a caption was made'
 
 
-_specimen(
-    'training_mode',
-    'use',
-    '04_generation',
-    'mode',
-    [(generation, 'evaluation_mode', _training_mode)],
-    check_mode,
-    'the same photo has another caption each time',
-    'Dropout and BatchNorm still behave as in training.',
-    'evaluation mode in whatever generates, and the old mode afterwards',
+_collect(
+    Specimen(
+        name='training_mode',
+        when='use',
+        symptom='the same photo has another caption each time',
+        cause='Dropout and BatchNorm still behave as in training.',
+        fix='evaluation mode in whatever generates, and the old mode afterwards',
+        lesson='04_generation',
+        overrides=((generation, 'evaluation_mode', _training_mode),),
+        check=check_mode,
+        finding='mode',
+    )
 )
 
 
@@ -926,20 +1020,24 @@ def check_finite(model):
     assert not wrong, f'{wrong:,} of {logits.numel():,} logits are no numbers'
 
 
-_specimen(
-    'half_precision_overflows',
-    'use',
-    '03_training',
-    'finite',
-    [(ImageEncoder, 'features', _in_half)],
-    check_finite,
-    'the loss is NaN; captions are one token, repeated',
-    'float16 ends at 65,504. Large backbones have single channels beyond that, which become '
-    'infinite and then NaN.',
-    'bfloat16, which has the range of float32; or float32 for that part',
+_collect(
+    Specimen(
+        name='half_precision_overflows',
+        when='use',
+        symptom='the loss is NaN; captions are one token, repeated',
+        cause=(
+            'float16 ends at 65,504. Large backbones have single channels beyond that, which become '
+            'infinite and then NaN.'
+        ),
+        fix='bfloat16, which has the range of float32; or float32 for that part',
+        lesson='03_training',
+        overrides=((ImageEncoder, 'features', _in_half),),
+        check=check_finite,
+        finding='finite',
+    )
 )
 
-# %% ../nbs/08_six_bugs.ipynb #71bcd1c8
+# %% ../nbs/08_six_bugs.ipynb #1cd3c7e2
 def _to_the_neighbour(original, collate, items):
     "Photos in the order of their names, captions in the order of the list."
     batch = original(collate, items)
@@ -965,28 +1063,34 @@ def check_pairs(model):
     assert not wrong, f'rows {wrong} of {len(items)} are other pictures than those of their captions'
 
 
-_specimen(
-    'paired_by_position',
-    'training',
-    '06_data',
-    'pairs',
-    [(Collate, '__call__', _to_the_neighbour)],
-    check_pairs,
-    'fluent captions that have nothing to do with the photos',
-    'One list is sorted and the other is not: photo 10 stands before photo 9.',
-    'pair by name, and let a photo carry its captions',
+_collect(
+    Specimen(
+        name='paired_by_position',
+        when='training',
+        symptom='fluent captions that have nothing to do with the photos',
+        cause='One list is sorted and the other is not: photo 10 stands before photo 9.',
+        fix='pair by name, and let a photo carry its captions',
+        lesson='06_data',
+        overrides=((Collate, '__call__', _to_the_neighbour),),
+        check=check_pairs,
+        finding='pairs',
+    )
 )
-_specimen(
-    'flip_under_left',
-    'training',
-    '12_loading',
-    'pairs',
-    [(Collate, '__call__', _flips)],
-    check_pairs,
-    'left and right come out at random',
-    'The picture and the sentence are one example. A mirror changes what "left" means, and the '
-    'caption does not know.',
-    'mirror only where no caption says left or right, or change the caption too',
+_collect(
+    Specimen(
+        name='flip_under_left',
+        when='training',
+        symptom='left and right come out at random',
+        cause=(
+            'The picture and the sentence are one example. A mirror changes what "left" means, and the '
+            'caption does not know.'
+        ),
+        fix='mirror only where no caption says left or right, or change the caption too',
+        lesson='12_loading',
+        overrides=((Collate, '__call__', _flips),),
+        check=check_pairs,
+        finding='pairs',
+    )
 )
 
 
@@ -1002,17 +1106,21 @@ def check_schedule(model):
     )
 
 
-_specimen(
-    'warmup_from_zero',
-    'training',
-    '03_training',
-    'plan',
-    [(training, 'learning_rate_factor', _starts_at_nothing)],
-    check_schedule,
-    'nothing that one would notice; a noisier end',
-    'The warm-up counts from 0, so the first batch is multiplied by nothing; and what never '
-    'comes down ends in noise.',
-    'count from 1, and let the rate fall',
+_collect(
+    Specimen(
+        name='warmup_from_zero',
+        when='training',
+        symptom='nothing that one would notice; a noisier end',
+        cause=(
+            'The warm-up counts from 0, so the first batch is multiplied by nothing; and what never comes '
+            'down ends in noise.'
+        ),
+        fix='count from 1, and let the rate fall',
+        lesson='03_training',
+        overrides=((training, 'learning_rate_factor', _starts_at_nothing),),
+        check=check_schedule,
+        finding='plan',
+    )
 )
 
 
@@ -1052,16 +1160,18 @@ class _StopAtTwo(training.Callback):
         run.should_stop = run.step == 2 and not self.done
 
 
-_specimen(
-    'resume_forgets',
-    'training',
-    '03_training',
-    '',
-    [(training, 'load_state', _forgets_the_optimizer)],
-    check_resume,
-    'the loss jumps when a run is resumed',
-    'Weights were saved and the moments of the optimizer were not. The run goes on as another run.',
-    'a state holds everything that the next step reads',
+_collect(
+    Specimen(
+        name='resume_forgets',
+        when='training',
+        symptom='the loss jumps when a run is resumed',
+        cause='Weights were saved and the moments of the optimizer were not. The run goes on as another run.',
+        fix='a state holds everything that the next step reads',
+        lesson='03_training',
+        overrides=((training, 'load_state', _forgets_the_optimizer),),
+        check=check_resume,
+        finding='',
+    )
 )
 
 
@@ -1082,16 +1192,18 @@ def check_flag(model):
     assert drawn is False, f"do_sample='False' means {drawn}"
 
 
-_specimen(
-    'flag_that_stays_on',
-    'use',
-    '11_config',
-    '',
-    [(generation, 'check_settings', _any_text_is_true)],
-    check_flag,
-    'a flag that cannot be switched off',
-    'Python takes every text but the empty one for true, "False" too. type=bool in a parser does just that.',
-    'a flag has two names, or its text is read as a word',
+_collect(
+    Specimen(
+        name='flag_that_stays_on',
+        when='use',
+        symptom='a flag that cannot be switched off',
+        cause='Python takes every text but the empty one for true, "False" too. type=bool in a parser does just that.',
+        fix='a flag has two names, or its text is read as a word',
+        lesson='11_config',
+        overrides=((generation, 'check_settings', _any_text_is_true),),
+        check=check_flag,
+        finding='',
+    )
 )
 
 
@@ -1117,16 +1229,18 @@ def check_free(model):
     assert same < 24, f'{same} of 32 captions are exactly as long as their reference'
 
 
-_specimen(
-    'teacher_forced_scores',
-    'use',
-    '07_evaluation',
-    'scores',
-    [(sys.modules[__name__], 'say', _reads_the_answer)],
-    check_free,
-    'a validation score that use never reaches',
-    'The caption that is scored was made word by word behind the true words. It has read the answer.',
-    'score what the model says on its own',
+_collect(
+    Specimen(
+        name='teacher_forced_scores',
+        when='use',
+        symptom='a validation score that use never reaches',
+        cause='The caption that is scored was made word by word behind the true words. It has read the answer.',
+        fix='score what the model says on its own',
+        lesson='07_evaluation',
+        overrides=((sys.modules[__name__], 'say', _reads_the_answer),),
+        check=check_free,
+        finding='scores',
+    )
 )
 SIX = (
     'untrained_language_model',
@@ -1138,7 +1252,7 @@ SIX = (
     'mixed_devices',
 )
 
-# %% ../nbs/08_six_bugs.ipynb #1dd61021
+# %% ../nbs/08_six_bugs.ipynb #568574af
 # {bug: what it costs, in words}
 NOT_MEASURED = {
     'pickled_checkpoint': 'nothing, until it is opened elsewhere',
@@ -1155,7 +1269,7 @@ TABLE = [
     *((name,) for name in SPECIMENS if name not in SIX and name not in NOT_MEASURED),
 ]
 
-
+# %% ../nbs/08_six_bugs.ipynb #4bdf2442
 def measure(
     names,  # bugs that are in the code together; () for none
     seed: int,
@@ -1173,7 +1287,7 @@ def measure(
     with bug(*names):
         return look(used(pupil), unseen(), cider=True)
 
-# %% ../nbs/08_six_bugs.ipynb #55550afc
+# %% ../nbs/08_six_bugs.ipynb #8a7208cf
 def interval(values) -> tuple:  # mean, half the width of the 95 % interval of a mean
     "Student's interval over seeds; None for the width where there is one value."
     mean = sum(values) / len(values)
@@ -1184,10 +1298,13 @@ def interval(values) -> tuple:  # mean, half the width of the 95 % interval of a
     return mean, t * deviation / len(values) ** 0.5
 
 
-def _with_interval(values, form='.2f'):
-    "mean ± half a width, or the mean alone."
+def _with_interval(found, key):
+    "mean ± half a width of what was measured, or the mean alone; empty where it was not."
+    values = [one[key] for one in found.values() if key in one]
+    if not values:
+        return ''
     mean, half = interval(values)
-    return f'{mean:{form}}' + ('' if half is None else f' ± {half:{form}}')
+    return f'{mean:.2f}' + ('' if half is None else f' ± {half:.2f}')
 
 
 def ablation_table(
@@ -1195,27 +1312,30 @@ def ablation_table(
 ) -> str:  # Markdown
     "A row for each bug: what it reports, what is true, and what it costs against the same seeds without it."
     lines = [
-        '| bug | loss | gap | true | kind / colour / size | CIDEr | distinct | cost |',
-        '| --- | --: | --: | --: | --: | --: | --: | --- |',
+        '| bug | seeds | loss | gap | true | kind / colour / size | distinct | CIDEr | cost in true | in CIDEr |',
+        '| --- | --: | --: | --: | --: | --: | --: | --: | --- | --- |',
     ]
     for names in TABLE:
         found = rows_of(results, names)
         if not found:
             continue
+        # means over its seeds, then what was lost against the same seeds
         mean = lambda value: sum(map(value, found.values())) / len(found)
         kinds = ' / '.join(
             f'{mean(lambda one: one["by_kind"].get(kind, 0.0)):.2f}' for kind in ('kind', 'colour', 'size')
         )
-        title = 'none' if not names else 'all six' if names == SIX else f'`{names[0]}`'
-        cider = (
-            f'{mean(lambda one: one["cider"]):.2f}' if all('cider' in one for one in found.values()) else ''
-        )
         lines.append(
-            f'| {title} | {_number(mean(lambda one: one["loss"]))} | {_number(mean(lambda one: one["gap"]))} '
-            f'| {_with_interval([one["true"] for one in found.values()])} | {kinds} | {cider} '
-            f'| {mean(lambda one: one["distinct"]):.2f} | {cost(results, names)} |'
+            f'| {title_of(names)} | {len(found)} | {_number(mean(lambda one: one["loss"]))} '
+            f'| {_number(mean(lambda one: one["gap"]))} | {_with_interval(found, "true")} | {kinds} '
+            f'| {mean(lambda one: one["distinct"]):.2f} | {_with_interval(found, "cider")} '
+            f'| {cost(results, names, "true")} | {cost(results, names, "cider")} |'
         )
     return '\n'.join(lines)
+
+
+def title_of(names) -> str:
+    "A row's name, as people read it."
+    return 'none' if not names else 'all six' if names == SIX else f'`{names[0]}`'
 
 
 def _number(value):
@@ -1229,14 +1349,20 @@ def rows_of(results, names) -> dict:  # {seed: of `look`}
     return {seed: one | {k: float(one[k]) for k in ('loss', 'gap')} for seed, one in found.items()}
 
 
-def cost(results, names) -> str:
-    "Share of true statements lost against the same seeds, with its interval; where it holds 0, no cost was seen."
+def lost(results, names, key='true') -> list[float]:
+    "What each seed loses against itself without the bugs."
     sound, found = rows_of(results, ()), rows_of(results, names)
-    lost = [sound[seed]['true'] - found[seed]['true'] for seed in found if seed in sound]
-    if not names or not lost:
+    both = [seed for seed in found if seed in sound and key in sound[seed] and key in found[seed]]
+    return [sound[seed][key] - found[seed][key] for seed in both]
+
+
+def cost(results, names, key='true') -> str:
+    "What is lost, with its interval over seeds; where that holds 0, no cost was seen."
+    values = lost(results, names, key)
+    if not names or not values:
         return ''
-    mean, half = interval(lost)
+    mean, half = interval(values)
     if half is None:
-        return f'{mean:.2f}'
+        return f'{mean:.2f}, one seed'
     seen = '' if abs(mean) > half else ', not told from 0'
     return f'{mean:.2f} ± {half:.2f}{seen}'

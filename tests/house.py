@@ -85,8 +85,9 @@ def reading_minutes(notebook):
 
 
 def sidebar():
-    "nbs/sidebar.yml: the notebooks in their three parts, below the front page and the words of the field."
-    lines = ['website:', '  sidebar:', '    contents:', '      - index.ipynb', '      - glossary.ipynb']
+    "nbs/sidebar.yml: the notebooks in their three parts, below the front page, the words of the field and the symptoms."
+    lines = ['website:', '  sidebar:', '    contents:']
+    lines += [f'      - {page}.ipynb' for page in ('index', 'glossary', 'symptoms')]
     names = sorted(file.stem for file in ROOT.glob('nbs/[0-9]*.ipynb'))
     for title, name in (('The course', 'course'), ('Practice', 'practice'), ('Use', 'use')):
         lines += [f'      - section: "{title}"', '        contents:']
