@@ -1312,8 +1312,8 @@ def ablation_table(
 ) -> str:  # Markdown
     "A row for each bug: what it reports, what is true, and what it costs against the same seeds without it."
     lines = [
-        '| bug | seeds | loss | gap | true | kind / colour / size | distinct | CIDEr | cost in true | in CIDEr |',
-        '| --- | --: | --: | --: | --: | --: | --: | --: | --- | --- |',
+        '| bug | seeds | loss | gap | true | kind / colour / size | distinct | CIDEr | share of CIDEr lost |',
+        '| --- | --: | --: | --: | --: | --: | --: | --: | --- |',
     ]
     for names in TABLE:
         found = rows_of(results, names)
@@ -1328,7 +1328,7 @@ def ablation_table(
             f'| {title_of(names)} | {len(found)} | {_number(mean(lambda one: one["loss"]))} '
             f'| {_number(mean(lambda one: one["gap"]))} | {_with_interval(found, "true")} | {kinds} '
             f'| {mean(lambda one: one["distinct"]):.2f} | {_with_interval(found, "cider")} '
-            f'| {cost(results, names, "true")} | {cost(results, names, "cider")} |'
+            f'| {cost(results, names)} |'
         )
     return '\n'.join(lines)
 
@@ -1339,7 +1339,8 @@ def title_of(names) -> str:
 
 
 def _number(value):
-    return f'{value:.2f}' if abs(value) < 1e4 else 'none'
+    "Two digits behind the point; in words what is no number."
+    return f'{value:.2f}' if abs(value) < 1e4 else 'infinite' if value == value else 'no number'
 
 
 def rows_of(results, names) -> dict:  # {seed: of `look`}
@@ -1349,20 +1350,22 @@ def rows_of(results, names) -> dict:  # {seed: of `look`}
     return {seed: one | {k: float(one[k]) for k in ('loss', 'gap')} for seed, one in found.items()}
 
 
-def lost(results, names, key='true') -> list[float]:
-    "What each seed loses against itself without the bugs."
+def lost(results, names) -> list[float]:
+    "Of each seed the share of its CIDEr that it loses with the bugs; below 0 they help."
     sound, found = rows_of(results, ()), rows_of(results, names)
-    both = [seed for seed in found if seed in sound and key in sound[seed] and key in found[seed]]
-    return [sound[seed][key] - found[seed][key] for seed in both]
+    both = [seed for seed in found if seed in sound and 'cider' in sound[seed] and 'cider' in found[seed]]
+    return [1 - found[seed]['cider'] / sound[seed]['cider'] for seed in both]
 
 
-def cost(results, names, key='true') -> str:
+def cost(results, names) -> str:
     "What is lost, with its interval over seeds; where that holds 0, no cost was seen."
-    values = lost(results, names, key)
+    values = lost(results, names)
     if not names or not values:
         return ''
     mean, half = interval(values)
     if half is None:
         return f'{mean:.2f}, one seed'
+    if not any(values):
+        return 'nothing at all'
     seen = '' if abs(mean) > half else ', not told from 0'
     return f'{mean:.2f} ± {half:.2f}{seen}'

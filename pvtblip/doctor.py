@@ -38,7 +38,7 @@ from .shapes import make_scene
 from .tokenizer import CaptionTokenizer, load_tokenizer
 
 # %% ../nbs/09_doctor.ipynb #5a9e71c1
-# (what people see, the checks that look there first, {cause: reports with it}, the lessons), most frequent first
+# (what people see, the checks that look there first, {cause: reports with it, most first}, the lessons)
 SYMPTOMS = [
     (
         'one caption for every image',
@@ -122,7 +122,7 @@ def symptom_index() -> str:  # Markdown
     lines = ['| what you see | checks | causes in the field | lessons |', '| --- | --- | --- | --- |']
     for seen, checks, causes, lessons in SYMPTOMS:
         code = lambda names: ', '.join(f'`{name}`' for name in names)
-        found = ', '.join(f'{cause} {n}' for cause, n in causes.items())
+        found = '; '.join(f'{cause} ({n})' for cause, n in causes.items())
         links = ', '.join(f'[{lesson}]({lesson}.ipynb)' for lesson in lessons)
         lines.append(f'| {seen} | {code(checks)} | {found} | {links} |')
     return '\n'.join(lines)
@@ -134,7 +134,8 @@ class Patient:
 
     logits: Callable  # (pixel_values (B, 3, H, W), input_ids (B, T)) -> (B, T, V)
     module: nn.Module | None = None  # its weights
-    all_logits: Callable | None = None  # the same over all words, where `logits` has fewer
+    # the same over all words, where `logits` has fewer; with a third argument, over those ids
+    all_logits: Callable | None = None
     # its own: (pixel_values, input_ids, labels) -> (), aligned as transformers means
     loss: Callable | None = None
     generate: Callable | None = None  # (pixel_values, **options) -> id lists from the first token to the end
@@ -519,7 +520,7 @@ def losses_of(patient, pixel_values, rows, ids=None):
     "(B,) nats a label of each photo, by hand; `ids`: the words to choose from, instead of its own."
     labels = rows[1][:, 1:]
     if ids is not None and patient.all_logits:
-        patient = replace(patient, logits=lambda *given: patient.all_logits(*given)[..., ids], ids=ids)
+        patient = replace(patient, logits=lambda *given: patient.all_logits(*given, ids), ids=ids)
     elif not (columns(patient, labels)[labels != -100] >= 0).all() and patient.all_logits:
         patient = replace(patient, logits=patient.all_logits, ids=None)
     found, words = log_probabilities(patient.logits, pixel_values, rows)
@@ -1712,9 +1713,10 @@ PHOTOS = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff'}
 def _not_loaded(folder, error):
     "The report on a folder that is no model."
     why = reason(error).replace(f'{folder}/', '')[:200]
-    found = finding('file', 'error', 'the folder cannot be loaded', why, 'a whole model')
-    missing = [f'{check}: needs a model that loads' for check in LESSONS if check != 'file']
-    return dict(verdict=[f'file: {why}'], findings=[asdict(found)], not_examined=missing)
+    check = 'vocabulary' if 'tokens' in why else 'file'  # sizes that do not agree, or a file that is none
+    found = finding(check, 'error', 'the folder cannot be loaded', why, 'a whole model')
+    missing = [f'{other}: needs a model that loads' for other in LESSONS if other != check]
+    return dict(verdict=[f'{check}: {why}'], findings=[asdict(found)], not_examined=missing)
 
 # %% ../nbs/09_doctor.ipynb #15817ca0
 def doctor(

@@ -30,7 +30,7 @@ def page():
         "`with bug('pixels_twice'):` ([08_six_bugs](08_six_bugs.ipynb)).\n\n"
         f'## By symptom\n\n{symptom_index()}\n\n'
         '*The numbers are public reports with that cause, of 178 that were read. They were searched for by symptom, so '
-        'rare traps are over-represented; the order is what counts.*\n\n'
+        'rare traps are over-represented; the order in a row is what counts.*\n\n'
         f'## By check\n\nIn the order in which they would have explained most reports.\n\n{checks()}',
     ]
 

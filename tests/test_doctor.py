@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import symptoms
 from house import ROOT
 from PIL import ImageEnhance, ImageOps
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from pvtblip.doctor import (
     CHECKS,
     EXPLAINS,
     LESSONS,
+    SYMPTOMS,
     Finding,
     adapt,
     describe,
@@ -423,14 +425,6 @@ def tokens_added(place):
     tokenizer.save_pretrained(place)
 
 
-def two_layers_exchanged(place):
-    weights = load_file(place / 'model.safetensors')
-    other_layer = lambda name: (
-        name.replace('layer.0.', 'layer.x.').replace('layer.1.', 'layer.0.').replace('layer.x.', 'layer.1.')
-    )
-    save_file({other_layer(name): w for name, w in weights.items()}, place / 'model.safetensors')
-
-
 def words_beyond_the_tables(place):
     "A tokenizer with more words than the tables, among them words of the captions."
     tokenizer = json.loads((place / 'tokenizer.json').read_text())
@@ -445,13 +439,11 @@ BROKEN = {
         'pixels',
         changed_config(encoder__mean=[0.0, 0.0, 0.0], encoder__std=[1.0, 1.0, 1.0]),
     ),
-    'pixels of 255': ('pixels', changed_config(encoder__std=[0.001, 0.001, 0.001])),
     'tokens added': ('vocabulary', tokens_added),
     'places drawn anew': (
         ('weights', 'looks', 'end', 'start'),
         changed_weights('position_embeddings', drawn(0.5)),
     ),
-    'layers exchanged': (('weights', 'looks', 'end'), two_layers_exchanged),
     'an infinite weight': ('finite', changed_weights('cls.predictions.bias', lambda w: w + torch.inf)),
     'a wider config': ('file', changed_config(decoder__hidden_size=128)),
     'a damaged tokenizer': ('file', lambda place: (place / 'tokenizer.json').write_text('{')),
@@ -589,3 +581,19 @@ def test_every_check_has_a_lesson_and_a_place():
         isinstance(LESSONS[check], str) and (ROOT / f'nbs/{LESSONS[check]}.ipynb').is_file()
         for check in LESSONS
     )
+
+
+def test_the_page_of_symptoms_is_made_from_the_tables():
+    assert (ROOT / 'nbs/symptoms.ipynb').read_text(encoding='utf-8') == symptoms.notebook(), (
+        'run python tests/check.py --fix'
+    )
+    for seen, checks, causes, lessons in SYMPTOMS:
+        assert set(checks) <= set(CHECKS) and all((ROOT / f'nbs/{name}.ipynb').is_file() for name in lessons)
+        assert list(causes.values()) == sorted(causes.values(), reverse=True), seen
+
+
+def test_a_report_with_findings_leads_to_the_symptoms():
+    one = dict(check='looks', severity='error', what='blind', evidence='0', healthy='1', lesson='02_decoder')
+    found = dict(verdict=['looks: blind'], findings=[one], not_examined=[])
+    assert describe(found).splitlines()[-1].endswith('see symptoms')
+    assert 'symptoms' not in describe(dict(found, verdict=['nothing found'], findings=[]))
