@@ -410,6 +410,7 @@ def _check(*needs):
 NEEDED = dict(
     captions='captions of the photos',
     photos='photos',
+    variety='different photos with different captions',
     generate='a way to generate',
     tokenizer='a tokenizer',
     loss='a loss of its own',
@@ -447,6 +448,7 @@ class Examination:
             photos=self.batch.get('real', True) and len(self.pixels) > 1,
             time=not self.fast,
             numbers=need == 'numbers' and self.numbers,
+            variety=self.batch.get('real', True) and self.varied,
             words=self.rows is not None or self.patient.tokenizer is not None,
         )
         return own.get(
@@ -485,6 +487,12 @@ class Examination:
             -1
         ]
         return (torch.arange(8, device=device)[None] % size).repeat(len(self.pixels[:2]), 1)
+
+    @cached_property
+    def varied(self):
+        "Are there different photos, with different captions? Exchanging equal ones costs nothing."
+        parts = [self.pixels, *(self.rows or ())]
+        return all(bool((part != part[:1]).any()) for part in parts)
 
     @cached_property
     def fits(self):
@@ -543,7 +551,8 @@ def surely_better(one, other):
     "By how many nats a label the first has less, and two standard errors of that over photos."
     (nats, labels), (others, _) = one, other
     each = (others - nats) / labels.mean()  # (B,)
-    return each.mean().item(), 2 * each.std().item() / len(each) ** 0.5
+    # two or three photos say nothing about others
+    return each.mean().item(), 2 * each.std().item() / len(each) ** 0.5 if len(each) > 3 else math.inf
 
 
 def variation(one, other):
@@ -690,7 +699,7 @@ def finding(check, severity, what, evidence, healthy):
     return Finding(check, severity, what, text(evidence), text(healthy), LESSONS[check])
 
 # %% ../nbs/09_doctor.ipynb #e96a210e
-@_check('captions', 'photos', 'numbers')
+@_check('captions', 'variety', 'numbers')
 def check_looks(x):
     "TV with photos exchanged says whether it is connected, the gap whether it uses what it sees."
     # connected at all? and does the loss need the right photo?

@@ -1,4 +1,6 @@
-"The doctor finds what was put in, calls nobody ill who is not, and leaves a captioner as it found it."
+"""The doctor finds what is wrong in a folder, calls nobody ill who is not, and leaves a captioner as it found it.
+That its first finding names each bug of 08_six_bugs is what 09_doctor asserts where it draws them all.
+"""
 
 import copy
 import json
@@ -32,7 +34,7 @@ from pvtblip.pvt_encoder import EncoderConfig, image_transform
 from pvtblip.shapes import ShapesDataset
 from pvtblip.tokenizer import CaptionTokenizer, load_tokenizer
 
-SCENES = unseen(32)
+SCENES = unseen(16)
 CAPTIONS = [scene.captions[0] for scene in SCENES]
 
 
@@ -56,20 +58,6 @@ def everything(model):
         hypotheses=bugs.say(model, SCENES),
         plan=training.TrainingConfig(max_steps=300),
     )
-
-
-@pytest.mark.parametrize('name', [name for name, one in SPECIMENS.items() if one.finding])
-def test_the_first_finding_and_the_verdict_name_the_bug(taught, name):
-    model, words = taught
-    with bug(name):
-        if name in ('features_scale', 'fresh_head'):
-            patient = small_captioner(language_model=words)
-        else:
-            patient = model if name == 'pickled_checkpoint' else used(model)
-        report = examine(patient, everything(patient), fast=True)
-    assert report['findings'][0]['check'] == SPECIMENS[name].finding
-    assert report['verdict'][0].startswith(f'{SPECIMENS[name].finding}:')
-    assert all(f['lesson'] == LESSONS[f['check']] for f in report['findings'])
 
 
 def test_bugs_that_no_captioner_shows_are_known():
@@ -118,8 +106,10 @@ def given(**batch):
     return make
 
 
-def may_say_all(model):
+def untrained_that_says_all(taught):
+    model = small_captioner(3)
     model.set_output_vocabulary(None)
+    return model, {}
 
 
 def frozen(model):
@@ -151,14 +141,13 @@ def some(number):
 
 SOUND = {
     # trained, with other settings, some for too short a time
-    'another prompt': taught_for(60, True, prompt='this is'),
-    'no prompt': taught_for(60, True, prompt=''),
-    'a long prompt': taught_for(30, True, prompt='please tell me what is on this picture'),
-    'no language model': taught_for(30),
-    'trained for 20 steps': taught_for(20, True),
-    'a ResNet': taught_for(30, True, **eyes('resnet10t', stages=(1,))),
-    'smoothed labels': taught_for(30, True, label_smoothing=0.1),
-    'hidden words': taught_for(30, True, word_dropout=0.2),
+    'another prompt': taught_for(30, True, prompt='this is'),
+    'no prompt': taught_for(30, True, prompt=''),
+    'a long prompt': taught_for(15, True, prompt='please tell me what is on this picture'),
+    'no language model': taught_for(15),
+    'a ResNet': taught_for(15, True, **eyes('resnet10t', stages=(1,))),
+    'smoothed labels': taught_for(15, True, label_smoothing=0.1),
+    'hidden words': taught_for(15, True, word_dropout=0.2),
     # not trained
     'untrained': taught_for(0),
     'on a language model': taught_for(0, True),
@@ -174,7 +163,7 @@ SOUND = {
     'bfloat16': other(lambda model: model.bfloat16()),
     'float16': other(lambda model: model.half()),
     'float64': other(lambda model: model.double()),
-    'all words': other(may_say_all),
+    'all words, untrained': untrained_that_says_all,
     'frozen': other(frozen),
     'saved and loaded': other(used),
     'packed': other(pack),
@@ -185,9 +174,9 @@ SOUND = {
     'half of the contrast': given(pixel_values=pictures(lambda p: ImageEnhance.Contrast(p).enhance(0.5))),
     'half of the resolution': given(pixel_values=pictures(lambda p: p.resize((16, 16)))),
     'one picture many times': given(
-        pixel_values=lambda model: batch_of(model)['pixel_values'][:1].repeat(32, 1, 1, 1)
+        pixel_values=lambda model: batch_of(model)['pixel_values'][:1].repeat(16, 1, 1, 1),
+        captions=lambda model: [SCENES[0].captions[i % 2] for i in range(16)],
     ),
-    'one caption for all': given(captions=texts(lambda scene: CAPTIONS[0])),
     'capitals': given(captions=texts(lambda scene: scene.captions[0].upper())),
     'lists of captions': given(captions=texts(lambda scene: list(scene.captions))),
     'three pictures': given(**some(3)),
