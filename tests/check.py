@@ -176,6 +176,9 @@ def fix():
     contributing.write_text(house.with_map(contributing.read_text(encoding='utf-8')), encoding='utf-8')
     (ROOT / 'nbs/sidebar.yml').write_text(house.sidebar(), encoding='utf-8')
     (ROOT / 'nbs/glossary.ipynb').write_text(glossary.notebook(), encoding='utf-8')
+    import symptoms  # made from the doctor that was just exported
+
+    (ROOT / 'nbs/symptoms.ipynb').write_text(symptoms.notebook(), encoding='utf-8')
 
 
 def main():

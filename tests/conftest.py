@@ -104,3 +104,14 @@ def run_in_two(tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture(scope='session')
+def taught(tmp_path_factory):
+    "A small captioner that has learnt for half a minute, and the language model that it began from."
+    from pvtblip.bugs import language_model, small_captioner, teach
+
+    words = language_model(tmp_path_factory.mktemp('words'), 60)
+    model = small_captioner(language_model=words)
+    teach(model, 240)
+    return model, words

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ('index', 'glossary', 'symptoms', 'from_blip', 'from_transformers')
 PARTS = {'0': 'course', '1': 'practice', '2': 'use'}
 
 
@@ -85,9 +86,9 @@ def reading_minutes(notebook):
 
 
 def sidebar():
-    "nbs/sidebar.yml: the notebooks in their three parts, below the front page and the words of the field."
-    lines = ['website:', '  sidebar:', '    contents:', '      - index.ipynb', '      - glossary.ipynb']
-    lines += ['      - from_blip.ipynb', '      - from_transformers.ipynb']
+    "nbs/sidebar.yml: the notebooks in their three parts, below the front page and the pages for looking up."
+    lines = ['website:', '  sidebar:', '    contents:']
+    lines += [f'      - {page}.ipynb' for page in PAGES]
     names = sorted(file.stem for file in ROOT.glob('nbs/[0-9]*.ipynb'))
     for title, name in (('The course', 'course'), ('Practice', 'practice'), ('Use', 'use')):
         lines += [f'      - section: "{title}"', '        contents:']

@@ -1847,3 +1847,26 @@ def test_words_that_must_and_must_not_be_said(capsys, data, model):
     ):
         code, out, err = said(*more)
         assert code == 1 and not out and names in err and len(err.strip().splitlines()) == 1
+
+
+def test_doctor(capsys, model, answers, tmp_path):
+    out = tmp_path / 'report.json'
+    arguments = (
+        'doctor',
+        '--model',
+        model,
+        '--images',
+        answers / 'images',
+        '--captions',
+        answers / 'captions.json',
+    )
+    code, text, _ = pvtblip(capsys, *arguments, '--fast', '--json', out)
+    report = json.loads(out.read_text())
+    assert code == any(found['severity'] == 'error' for found in report['findings'])
+    assert all(found['evidence'] in text for found in report['findings']) and report['findings']
+    shutil.copytree(model, tmp_path / 'broken')
+    (tmp_path / 'broken/model.safetensors').write_bytes(b'no weights')
+    code, text, _ = pvtblip(capsys, 'doctor', '--model', tmp_path / 'broken')
+    assert code == 1 and 'the folder cannot be loaded' in text
+    refused(capsys, 'doctor', '--model', tmp_path / 'nowhere', says=['nowhere'])
+    refused(capsys, 'doctor', '--model', model, '--json', answers / 'captions.json', says=['captions.json'])

@@ -1,22 +1,22 @@
 "The recipes of CONTRIBUTING.md, run as they stand there."
 
-import csv  # noqa: F401 (a recipe needs it)
 import re
 from unittest.mock import patch
 
-import fastcore.test
 import pytest
 import timm
 import torch
 from house import ROOT
 from torch import nn
 
+from pvtblip.bugs import SPECIMENS, Specimen, bug, fails
 from pvtblip.data import Row, gather_records
 from pvtblip.decoder import Captioner, CaptionerConfig
 from pvtblip.generation import Rules, generate
 from pvtblip.practice import HeldOutCaptions
 from pvtblip.pvt_encoder import EncoderConfig, ImageEncoder, image_transform
 from pvtblip.shapes import ShapesDataset
+from pvtblip.tokenizer import CaptionTokenizer
 from pvtblip.training import Callback, TrainingConfig, train
 
 TEXT = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8').partition('## Recipes')[2]
@@ -34,14 +34,7 @@ def names(tmp_path):
     def speak(model, pixel_values):
         return model.tokenizer.decode_batch(generate(model, pixel_values).sequences[:, 0])
 
-    given = dict(
-        test_fail=fastcore.test.test_fail,
-        model=model,
-        dataset=dataset,
-        held_out=dataset,
-        speak=speak,
-        folder=tmp_path,
-    )
+    given = dict(model=model, dataset=dataset, held_out=dataset, speak=speak, folder=tmp_path)
     return globals() | given | dict(pixel_values=torch.stack([dataset[i]['pixel_values'] for i in range(2)]))
 
 
@@ -87,6 +80,8 @@ def test_a_decoding_rule(names):
 
 
 def test_a_bug(names):
-    run('bug', names)
-    with pytest.raises(AssertionError, match='reads 2 of 3'):
-        names['check_all_are_read'](names['naive_rows'])
+    with patch.dict(SPECIMENS):
+        run('bug', names)
+        assert fails('said_twice', names['model']) == ''
+        with bug('said_twice'):
+            assert "'a ring a ring'" in fails('said_twice', names['model'])
