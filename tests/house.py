@@ -76,13 +76,34 @@ def with_map(text):
     return before + house_map() + rest.partition(END)[2]
 
 
-def reading_minutes(notebook):
-    "Minutes for what a learner reads: 200 words a minute, half a minute for a cell of code."
+def read_cells(notebook):
+    "[(kind, text)] of the cells that a learner reads: neither hidden nor the line that names the module."
     cells = json.loads((ROOT / f'nbs/{notebook}.ipynb').read_text(encoding='utf-8'))['cells']
     read = [(cell['cell_type'], ''.join(cell['source'])) for cell in cells]
-    read = [(kind, text) for kind, text in read if not re.search(r'^#\| ?(hide|default_exp)\b', text, re.M)]
-    words = sum(len(re.sub(r'[`|*#]', ' ', text).split()) for kind, text in read if kind == 'markdown')
+    return [(kind, text) for kind, text in read if not re.search(r'^#\| ?(hide|default_exp)\b', text, re.M)]
+
+
+def words_in(text):
+    "Words of a markdown cell, the code in it aside."
+    return len(re.sub(r'[`|*#]', ' ', re.sub(r'^```.*?^```', '', text, flags=re.M | re.S)).split())
+
+
+def reading_minutes(notebook):
+    "Minutes for what a learner reads: 200 words a minute, half a minute for a cell of code."
+    read = read_cells(notebook)
+    words = sum(words_in(text) for kind, text in read if kind == 'markdown')
     return words / 200 + sum(kind == 'code' for kind, _ in read) / 2
+
+
+def lesson_size(notebook):
+    "What a learner has before them: cells, words, and lines of the longest cell of code."
+    read = read_cells(notebook)
+    code = [re.sub(r'^#\|.*\n', '', text, flags=re.M) for kind, text in read if kind == 'code']
+    return dict(
+        cells=len(read),
+        words=sum(words_in(text) for kind, text in read if kind == 'markdown'),
+        lines=max(text.count('\n') + 1 for text in code),
+    )
 
 
 def sidebar():

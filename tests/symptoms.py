@@ -21,8 +21,8 @@ def checks():
 def page():
     "The text of nbs/symptoms.ipynb."
     return [
-        '# When a captioner misbehaves\n\n> From what one sees to the checks that look there, what it turned out to be, '
-        'and the lesson that teaches the right way',
+        '# When a captioner misbehaves\n\n> From what one sees to the checks that look there, what it turned out to be,'
+        ' and the lesson that teaches the right way',
         'Ask the doctor first; it takes less than a minute, and changes nothing:\n\n'
         '```\npvtblip doctor --model model --images photos --captions captions.json\n```\n\n'
         'In Python it is `examine(captioner, batch)` of [09_doctor](09_doctor.ipynb), for ours, two of transformers, '

@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+from collections import Counter
 from dataclasses import fields, is_dataclass
 
 import pytest
@@ -11,7 +12,18 @@ from fastcore.docments import docments
 
 import pvtblip
 from check import readme
-from house import ROOT, arrows, imported, is_reference, notebooks, part, reading_minutes, sidebar, with_map
+from house import (
+    ROOT,
+    arrows,
+    imported,
+    is_reference,
+    lesson_size,
+    notebooks,
+    part,
+    reading_minutes,
+    sidebar,
+    with_map,
+)
 
 MODULES = notebooks()
 
@@ -95,6 +107,29 @@ def test_every_setting_says_what_it_is_for():
             ):
                 meanings = docments(config)
                 assert all(meanings.get(field.name) for field in fields(config)), (config, meanings)
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_nothing_is_defined_twice(module):
+    "`@patch` adds a method to the class of its first parameter, so two classes may get methods of one name."
+    found = []
+    for node in ast.parse((ROOT / f'pvtblip/{module}.py').read_text(encoding='utf-8')).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            patched = any('patch' in ast.unparse(decorator) for decorator in node.decorator_list)
+            owner = ast.unparse(node.args.args[0].annotation) if patched else None
+            found.append((owner, node.name))
+        if isinstance(node, ast.ClassDef):
+            found += [(node.name, method.name) for method in node.body if isinstance(method, ast.FunctionDef)]
+    assert [name for name, count in Counter(found).items() if count > 1] == []
+
+
+LESSONS = sorted(file.stem for file in ROOT.glob('nbs/0[0-4]_*.ipynb'))
+
+
+@pytest.mark.parametrize('lesson', LESSONS)
+def test_a_lesson_can_be_read_in_one_sitting(lesson):
+    size = lesson_size(lesson)
+    assert size['cells'] <= 90 and size['words'] <= 3000 and size['lines'] <= 25, size
 
 
 MOST = 8  # parameters; a function that needs more takes a config
