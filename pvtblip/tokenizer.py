@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from transformers import AutoTokenizer, BertTokenizerFast
+from transformers import AutoTokenizer, BertTokenizerFast, PretrainedConfig
 
 from .files import Size, check_value, read_json, reason, short
 
@@ -56,6 +56,12 @@ def _tokenizer_files(folder):
     return present
 
 
+def _beside_our_model(folder):
+    "Whether this package wrote the folder's config.json."
+    file = folder / 'config.json'
+    return file.is_file() and read_json(file, dict).get('library') == 'pvtblip'
+
+
 def _not_loaded(name_or_path, present, error):
     "The error to raise where no tokenizer came of `present` files."
     if present:
@@ -81,8 +87,10 @@ def load_tokenizer(
         return check_wordpiece(BertTokenizerFast.from_pretrained(bundled.parent))
     # so that an error names the file and the line
     present = _tokenizer_files(Path(name_or_path))
+    # the config of a model of ours says nothing about words, and transformers would warn of its kind
+    known = dict(config=PretrainedConfig()) if _beside_our_model(Path(name_or_path)) else {}
     try:
-        loaded = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False, **known)
         tokenizer = check_wordpiece(loaded)
         # some settings are looked at only here
         tokenizer(['a dog'], add_special_tokens=False, split_special_tokens=True, verbose=False)
