@@ -22,7 +22,7 @@ setup(
     install_requires=settings['requirements'].split(),
     extras_require={
         name: settings[f'{name}_requirements'].split()
-        for name in ('dev', 'eval', 'datasets', 'webdataset', 'lora', 'tensorboard')
+        for name in ('dev', 'eval', 'datasets', 'webdataset', 'lora', 'tensorboard', 'page')
     },
     entry_points={
         'console_scripts': settings['console_scripts'].split(),
