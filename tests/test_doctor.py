@@ -202,7 +202,7 @@ def test_there_are_thirty_sound_variations_and_more():
 
 
 def test_an_untrained_captioner_and_a_young_one_are_called_so(taught):
-    for steps, word in ((0, 'untrained'), (20, 'too short a time')):
+    for steps, word in ((0, 'untrained'), (10, 'too short a time')):
         model = small_captioner(3)
         if steps:
             teach(model, steps)
