@@ -95,8 +95,12 @@ class Wishes:
 
 # %% ../nbs/27_page.ipynb #f6dac538
 _PLAINLY = {  # what an error says, as a pattern: how to tell a visitor
-    '^(prefix|force_words_ids) .* forbids': 'A word is both asked for and ruled out; take it out of one of the two fields.',
-    r'^image \d+: no \d+ caption|^caption \d+: no word is left': 'No caption keeps to all of this; ask for fewer words, or rule out fewer.',
+    '^(prefix|force_words_ids) .* forbids': (
+        'A word is both asked for and ruled out; take it out of one of the two fields.'
+    ),
+    r'^image \d+: no \d+ caption|^caption \d+: no word is left': (
+        'No caption keeps to all of this; ask for fewer words, or rule out fewer.'
+    ),
     'force_words_ids need': 'These words do not fit into one caption; ask for fewer.',
     '^prefix .* tokens': 'That beginning is too long for a caption; shorten it.',
     '^prefix .* is not among': 'This model does not know all words of that beginning; choose other words.',

@@ -2,7 +2,8 @@
 installed over HTTP, and where a browser is too, in that.
 """
 
-import html, http.server, io, json, os, re, shutil, signal, subprocess, sys, threading, time, urllib.error, urllib.request
+import html, http.server, io, json, os, re, shutil, signal, subprocess, sys, threading, time
+import urllib.error, urllib.request
 from pathlib import Path
 
 import pytest, torch
@@ -145,7 +146,7 @@ def test_wishes_out_of_bounds_are_refused_in_a_sentence(talk, changes):
         (dict(prefix='red ' * 40), 'too long'),
         (dict(force_words='giraffe'), "'giraffe' is not among the words"),
         (dict(force_words='red', bad_words='red'), 'both asked for and ruled out'),
-        (dict(force_words=', '.join(f'{"red " * 5}{n}' for n in ('ring', 'star', 'moon', 'heart', 'cross'))), 'do not fit'),
+        (dict(force_words=', '.join(f'{"red " * 5}{n}' for n in ('ring', 'star', 'moon', 'heart'))), 'do not fit'),
     ],
 )  # fmt: skip
 def test_what_cannot_be_said_is_told_without_names_of_settings(talk, changes, says):
@@ -351,7 +352,8 @@ def asked(address, path='', body=None, **headers):
 def uploaded(address, content, name='a.png'):
     "Upload as the browser does: (status, text)."
     mark = 'x-mark-x'
-    head = f'--{mark}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: image/png\r\n\r\n'
+    disposition = f'Content-Disposition: form-data; name="files"; filename="{name}"'
+    head = f'--{mark}\r\n{disposition}\r\nContent-Type: image/png\r\n\r\n'
     body = head.encode() + content + f'\r\n--{mark}--\r\n'.encode()
     return asked(
         address, 'gradio_api/upload', body, **{'Content-Type': f'multipart/form-data; boundary={mark}'}
