@@ -165,7 +165,8 @@ def body(exporter, notebook, known):
     parts = []
     for cell in nb.cells:
         directives = re.findall(r'^#\|\s*(\w+)', cell.source, re.M)
-        if 'hide' in directives or 'default_exp' in directives or not cell.source.strip():
+        folded = 'hide' in directives and 'export' in directives
+        if 'hide' in directives and not folded or 'default_exp' in directives or not cell.source.strip():
             continue
         if cell.cell_type == 'markdown':
             cell.source = with_formulas(with_links(cell.source, known))
@@ -177,10 +178,12 @@ def body(exporter, notebook, known):
         names = defined(code) if 'export' in directives else []
         anchors = ''.join(f'<a id="{name.lower()}"></a>' for name in names)
         label = '<span class="exported">exported</span>' if 'export' in directives else ''
-        if code:
-            parts.append(
-                f'<div class="code">{anchors}{label}{highlight(code, PythonLexer(), HtmlFormatter())}</div>'
-            )
+        shown = highlight(code, PythonLexer(), HtmlFormatter())
+        if folded:
+            what = ', '.join(name for name in names if '.' not in name) or 'settings'
+            parts.append(f'{anchors}<details><summary>exported: {what}</summary>{shown}</details>')
+        elif code:
+            parts.append(f'<div class="code">{anchors}{label}{shown}</div>')
         for output in cell.get('outputs', []):
             parts.append(f'<div class="out">{output_html(output)}</div>')
     text = anchored('\n'.join(parts))
