@@ -146,7 +146,8 @@ def test_wishes_out_of_bounds_are_refused_in_a_sentence(talk, changes):
         (dict(prefix='red ' * 40), 'too long'),
         (dict(force_words='giraffe'), "'giraffe' is not among the words"),
         (dict(force_words='red', bad_words='red'), 'both asked for and ruled out'),
-        (dict(force_words=', '.join(f'{"red " * 5}{n}' for n in ('ring', 'star', 'moon', 'heart'))), 'do not fit'),
+        (dict(force_words=', '.join(f'{"red " * 5}{n}' for n in ('ring', 'star', 'moon', 'heart', 'cross'))),
+         'do not fit'),
     ],
 )  # fmt: skip
 def test_what_cannot_be_said_is_told_without_names_of_settings(talk, changes, says):
