@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_MODEL', 'MOST_BYTES', 'join_words', 'Wishes', 'plainly', 'Spoken', 'photo_pixels', 'captions_of', 'word_truths',
-           'photo_uri', 'map_uri', 'Explanation', 'explain', 'visitors_photo', 'Talk', 'create_gradio_demo',
+           'photo_uri', 'map_uri', 'Explanation', 'explain', 'visitors_photo', 'Talk', 'Uploads', 'create_gradio_demo',
            'launch_settings', 'serve_page']
 
 # %% ../nbs/27_page.ipynb #78d30a56
@@ -621,6 +621,26 @@ def _fields(gr):
     return fields
 
 # %% ../nbs/27_page.ipynb #14ccbf49
+class Uploads:
+    "The folder for what is uploaded: Gradio knows one for all pages of a program, so it goes with the last of them."
+
+    folder = None
+    pages = 0
+
+    def __init__(self):
+        if not Uploads.pages:
+            Uploads.folder = tempfile.TemporaryDirectory(prefix='pvtblip-page-')
+            os.environ['GRADIO_TEMP_DIR'] = Uploads.folder.name
+        Uploads.pages += 1
+        self.name = Uploads.folder.name
+
+    def cleanup(self):
+        "A page is closed."
+        Uploads.pages -= 1
+        if not Uploads.pages:
+            Uploads.folder.cleanup()
+
+
 def create_gradio_demo(
     model_or_path=None,  # a Captioner, a model folder, or a name on the hub
     sure=0.8,  # with a calibrated model: share of right captions among those that are called sure
@@ -633,8 +653,7 @@ def create_gradio_demo(
     gr = _gradio()
     model, folder = _load(model_or_path)
     # what is uploaded lies in a folder that goes when the program ends
-    uploads = tempfile.TemporaryDirectory(prefix='pvtblip-page-')
-    os.environ['GRADIO_TEMP_DIR'] = uploads.name
+    uploads = Uploads()
     talk = Talk(model, uploads.name, _judge(model, folder, sure))
     # what stands on the page
     demo = gr.Blocks(title='pvtblip', analytics_enabled=False, delete_cache=(60, 600))
@@ -675,7 +694,7 @@ def create_gradio_demo(
         draw.click(talk.draw, None, [photo], api_visibility='private')
     demo.queue(max_size=16)
     demo.launch = functools.partial(demo.launch, **launch_settings())
-    demo.uploads = uploads  # gone when the page is
+    demo.uploads = uploads  # gone when the last page is
     return demo
 
 

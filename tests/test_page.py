@@ -19,6 +19,7 @@ from pvtblip.page import (
     MOST_BYTES,
     Talk,
     Wishes,
+    Uploads,
     create_gradio_demo,
     explain,
     join_words,
@@ -481,15 +482,22 @@ def test_two_visitors_get_each_their_own(page):
     assert 'Caption 1: a blue moon' in found['two'] and 'red ring' not in found['two']
 
 
-def test_nothing_stays_when_the_page_closes(folder, tmp_path, capsys):
+def test_nothing_stays_when_the_last_page_closes(folder, monkeypatch):
     pytest.importorskip('gradio', reason='the page needs gradio: pip install gradio')
-    demo = create_gradio_demo(folder)
-    _, address, _ = demo.launch(prevent_thread_lock=True)
-    place = Path(demo.uploads.name)
+    # as in a program of its own: another test's page may be open
+    monkeypatch.setattr(Uploads, 'pages', 0)
+    monkeypatch.setattr(Uploads, 'folder', None)
+    monkeypatch.setenv('GRADIO_TEMP_DIR', '')
+    first, second = create_gradio_demo(folder), create_gradio_demo(folder)
+    _, address, _ = first.launch(prevent_thread_lock=True)
+    place = Path(first.uploads.name)
     uploaded(address, b'x')
     assert any(place.rglob('*'))
-    demo.close()
-    demo.uploads.cleanup()
+    second.close()
+    second.uploads.cleanup()
+    uploaded(address, b'x')
+    first.close()
+    first.uploads.cleanup()
     assert not place.exists()
 
 
