@@ -15,9 +15,9 @@ setup(
     author_email=settings['author_email'],
     keywords=settings['keywords'],
     license='Apache-2.0',
-    license_files=['LICENSE', 'pvtblip/vocab.NOTICE'],
+    license_files=['LICENSE', 'pvtblip/vocab.NOTICE', 'pvtblip/models/*/NOTICE'],
     packages=['pvtblip'],
-    package_data={'pvtblip': ['vocab.txt', 'vocab.NOTICE']},
+    package_data={'pvtblip': ['vocab.txt', 'vocab.NOTICE', 'models/*/*']},
     python_requires='>=' + settings['min_python'],
     install_requires=settings['requirements'].split(),
     extras_require={

@@ -35,7 +35,8 @@ from pvtblip.decoder import (
     evaluation_mode,
     load_bert_weights,
 )
-from .evaluation import cider_score, diversity, gap_of, has_coco_code, shuffled_losses
+from .evaluation import cider_score, has_coco_code
+from .truth import diversity, gap_of, shuffled_losses
 from .generation import GenerationConfig, text_ids
 from .pvt_encoder import EncoderConfig, ImageEncoder, image_transform
 from .shapes import ShapesDataset, make_scene, score_captions

@@ -834,7 +834,7 @@ def split_by_name(
     records: list[Record],
     share: float = 0.05,  # about this share of the photos goes into the second list, 0 to 1
 ) -> tuple[list[Record], list[Record]]:  # (training, validation)
-    "Split by a hash of the file name: a photo stays on its side when others are added, removed or reordered"
+    "Split by a hash of the file name: a photo stays on its side when others come, go or move"
     if not 0 <= share <= 1:
         raise ValueError(f'share is {share}; give a number from 0 to 1')
     sides = [], []
@@ -845,8 +845,8 @@ def split_by_name(
 
 # %% ../nbs/06_data.ipynb #6c1a9fab
 def hold_out(records: list[Record]) -> tuple[list[Record], list[Record]]:  # (training, validation)
-    """What is held out where nobody divides the photos: about 2 % by `split_by_name`, a larger share of a
-    small set, so that two photos at least are held out where there are enough
+    """What is held out where nobody divides the photos: about 2 % by `split_by_name`, a larger
+    share of a small set, so that two photos at least are held out where there are enough
     """
     for share in (0.02, 0.1, 0.3, 0.5):
         kept, held = split_by_name(records, share)

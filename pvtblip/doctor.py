@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,8 +30,8 @@ from torch import nn
 
 from . import generation, training
 from .data import read_captions
-from .decoder import Captioner, evaluation_mode
-from .evaluation import words_said
+from .decoder import Captioner, checkpoint_folder, evaluation_mode, their_class
+from .truth import words_said
 from .files import read_json, reason, refuse_outputs, write_json
 from .pvt_encoder import IMAGENET_MEAN, IMAGENET_STD, load_image
 from .shapes import make_scene
@@ -155,6 +155,13 @@ class Patient:
     tied: bool | None = None  # is the output layer the word embedding? None: it need not be
     features: Callable | None = None  # pixel_values -> what the decoder's projection of the image is given
     missing: list = field(default_factory=list)  # weights that its file did not have
+    # of transformers' captioners, whose captions `18_guests` makes
+    look: Callable | None = None  # pixel_values -> image tokens (B, S, D)
+    # (image tokens (N, S, D), input_ids (N, T), **of their decoders) -> what these return
+    say: Callable | None = None
+    start: int | None = None  # id of the token that every caption begins with
+    settings: object = None  # their GenerationConfig
+    squashes: bool = False  # is the whole photo seen, whatever its shape?
 
     @property
     def end(self):
@@ -255,8 +262,24 @@ def adapt_encoder_decoder(
     def loss(pixel_values, input_ids, labels):
         return model(pixel_values=pixel_values, labels=labels[:, 1:]).loss
 
+    # eyes and mouth apart
+    def look(pixel_values):
+        hidden = model.encoder(pixel_values=pixel_values).last_hidden_state
+        return model.enc_to_dec_proj(hidden) if hasattr(model, 'enc_to_dec_proj') else hidden
+
+    def say(image_tokens, input_ids, **more):
+        return model.decoder(input_ids=input_ids, encoder_hidden_states=image_tokens, **more)
+
     trainable = None not in (of(config, 'pad_token_id'), of(config, 'decoder_start_token_id'))
-    patient = Patient(logits, model, loss=loss if trainable else None, image_size=config.encoder.image_size)
+    patient = Patient(
+        logits,
+        model,
+        loss=loss if trainable else None,
+        look=look,
+        say=say,
+        settings=settings,
+        image_size=of(config.encoder, 'image_size') or 224,
+    )
     return _of_transformers(patient, start, ends, settings.pad_token_id, tokenizer, processor)
 
 
@@ -266,6 +289,7 @@ def adapt_blip(
     processor=None,  # its image processor
 ) -> Patient:
     "transformers' BLIP that captions."
+    # its two halves apart, and both together
     text = model.config.text_config
     forward = lambda pixel_values, input_ids, labels=None: model(
         pixel_values=pixel_values, input_ids=input_ids, labels=labels
@@ -273,9 +297,15 @@ def adapt_blip(
     patient = Patient(
         lambda pixel_values, input_ids: forward(pixel_values, input_ids).logits,
         model,
+        look=lambda pixel_values: model.vision_model(pixel_values=pixel_values).last_hidden_state,
+        say=lambda image_tokens, input_ids, **more: model.text_decoder(
+            input_ids=input_ids, encoder_hidden_states=image_tokens, **more
+        ),
+        settings=model.text_decoder.generation_config,
         loss=lambda pixel_values, input_ids, labels: forward(pixel_values, input_ids, labels).loss,
         image_size=model.config.vision_config.image_size,
     )
+    # who says which token ends a caption
     ends = {'config.text_config (sep)': text.sep_token_id, 'the tokenizer': _end_of(tokenizer)}
     return _of_transformers(patient, text.bos_token_id, ends, text.pad_token_id, tokenizer, processor)
 
@@ -288,6 +318,11 @@ def _end_of(tokenizer):
     return tokenizer and _first_of(tokenizer.sep_token_id, tokenizer.eos_token_id, -1)
 
 
+def _their_pixels(images, processor):
+    "Photos as their image processor gives them to their eyes."
+    return processor(images=[load_image(image) for image in images], return_tensors='pt')['pixel_values']
+
+
 def _of_transformers(patient, start, ends, pad, tokenizer, processor):
     "The same with what the two of transformers have in common."
     model, size = patient.module, patient.image_size
@@ -295,7 +330,7 @@ def _of_transformers(patient, start, ends, pad, tokenizer, processor):
     end = next(iter(ends.values()), None)
     pad = 0 if pad is None else pad
 
-    # captions out, captions in, photos in
+    # captions out, captions in
     def generate(pixel_values, min_length=0, **options):
         options = dict(do_sample=False, num_beams=1) | options | dict(min_length=min_length)
         rows = model.generate(pixel_values=pixel_values, **options).tolist()
@@ -311,9 +346,6 @@ def _of_transformers(patient, start, ends, pad, tokenizer, processor):
         lengths = torch.tensor([[len(row)] for row in rows])
         return dict(input_ids=ids, labels=ids.where((places >= before) & (places < lengths), -100))
 
-    def transform(images):
-        return processor(images=[load_image(image) for image in images], return_tensors='pt')['pixel_values']
-
     return replace(
         patient,
         generate=generate,
@@ -321,13 +353,19 @@ def _of_transformers(patient, start, ends, pad, tokenizer, processor):
         tokenizer=tokenizer,
         end_ids=ends,
         pad=pad,
+        start=start,
         prompt='',
         mean=getattr(processor, 'image_mean', None),
         std=getattr(processor, 'image_std', None),
         image_size=size if isinstance(size, int) else size[0],
-        transform=transform if processor is not None else None,
+        transform=partial(_their_pixels, processor=processor) if processor is not None else None,
+        squashes=not any(getattr(processor, f'do_{cut}', None) for cut in _CUTS),
         tables={'the embedding': len(_words_of(model).weight)},
     )
+
+
+# what an image processor can do to a photo besides making it a square
+_CUTS = 'center_crop', 'pad', 'thumbnail', 'align_long_axis'
 
 
 def _words_of(model):
@@ -1660,29 +1698,40 @@ def describe(
     return '\n'.join(lines)
 
 # %% ../nbs/09_doctor.ipynb #5200ffad
+def _load_theirs(folder, kind):
+    "(model, tokenizer, image processor, weights that are missing) of a folder; None for what is not there."
+    import transformers
+
+    # what belongs to it, where that is there; never code, never a pickle
+    there = lambda *names: any((folder / name).is_file() for name in names)
+    load = lambda name: getattr(transformers, name).from_pretrained(folder, trust_remote_code=False)
+    words = there('tokenizer.json', 'vocab.txt', 'vocab.json')
+    pixels = there('preprocessor_config.json', 'processor_config.json')
+    tokenizer = load('AutoTokenizer') if words else None
+    processor = load('AutoImageProcessor') if pixels else None
+    # attention that is computed step by step can be looked at
+    how = dict(use_safetensors=True, output_loading_info=True, attn_implementation='eager')
+    loaded, info = getattr(transformers, kind).from_pretrained(folder, **how)
+    # a pooler takes no part in captions
+    return loaded.eval(), tokenizer, processor, sorted(n for n in info['missing_keys'] if 'pooler' not in n)
+
+
 def load_patient(
     model,  # folder, or name on the Hugging Face hub, of ours, a VisionEncoderDecoder or a BLIP
 ) -> Patient:
     "Load a captioner to be examined; raises ValueError or OSError as its own loader does."
-    file = Path(model) / 'config.json'
-    config = read_json(file, dict) if file.is_file() else {}
-    theirs = {'vision-encoder-decoder': 'VisionEncoderDecoderModel', 'blip': 'BlipForConditionalGeneration'}
-    if config.get('library') == 'pvtblip' or config.get('model_type') not in theirs:
+    folder = checkpoint_folder(model)
+    if (kind := their_class(folder)) is None:
         return adapt(Captioner.from_pretrained(model))
-    import transformers
-
-    # what belongs to it, where that is there
-    there = lambda *names: any((Path(model) / name).is_file() for name in names)
-    tokenizer = processor = None
-    if there('tokenizer.json', 'vocab.txt', 'vocab.json'):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    if there('preprocessor_config.json', 'processor_config.json'):
-        processor = transformers.AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
-    # the weights, and which of them the file did not have
-    kind = getattr(transformers, theirs[config['model_type']])
-    loaded, info = kind.from_pretrained(model, trust_remote_code=False, output_loading_info=True)
-    missing = sorted(name for name in info['missing_keys'] if 'decoder' in name)
-    return replace(adapt(loaded.eval(), tokenizer, processor), missing=missing)
+    if not any(folder.glob('*.safetensors')):
+        raise ValueError(f'{model}: no .safetensors file; pickled weights are not loaded, convert them first')
+    try:
+        *parts, missing = _load_theirs(folder, kind)
+        return replace(adapt(*parts), missing=missing)
+    except Exception as error:  # damaged files make transformers fail in any way
+        raise ValueError(
+            f'{model}: no {kind} can be loaded from it ({reason(error)}); copy or download it again'
+        ) from error
 
 
 def read_batch(

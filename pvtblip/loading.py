@@ -242,6 +242,8 @@ class PhotoCache:
     photo can be read."""
 
     FORMAT = 1  # part of the name; goes up when the decoding changes
+    kind = 'photos'  # of what is kept, the beginning of its name
+    dtype = '|u1'  # of what is kept, as numpy writes it
 
     def __init__(
         self,
@@ -255,7 +257,7 @@ class PhotoCache:
             raise ValueError('no photos; give the paths of the photos to keep')
         self.size = size
         self.rows = {file: row for row, file in enumerate(sorted({str(file) for file in files}))}
-        self.folder = Path(folder) / f'photos-{self._fingerprint()}'
+        self.folder = Path(folder) / f'{self.kind}-{self._fingerprint()}'
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         if not self.folder.is_dir():
             with FileLock(f'{self.folder}.lock'):
@@ -264,6 +266,11 @@ class PhotoCache:
                     self._build(num_threads, progress)
         self.broken = read_json(self.folder / 'broken.json', dict)  # file -> what is wrong with it
         self._pixels = None
+
+    @property
+    def shape(self):
+        "Of a photo, as it is kept"
+        return 3, self.size, self.size
 
     def _fingerprint(self):
         "Hash of all that decides the pixels"
@@ -277,7 +284,7 @@ class PhotoCache:
 
     def _remove_left(self):
         "Delete what killed processes left of other caches; nobody holds their lock."
-        for path in self.folder.parent.glob('.photos-*.tmp'):
+        for path in self.folder.parent.glob(f'.{self.kind}-*.tmp'):
             name = path.name.removeprefix('.').removesuffix('.tmp')
             if name == self.folder.name:
                 continue
@@ -289,7 +296,7 @@ class PhotoCache:
 
     def _build(self, num_threads, progress):
         "Write all photos; whole or not at all"
-        needed = len(self.rows) * 3 * self.size**2
+        needed = len(self.rows) * math.prod(self.shape) * np.dtype(self.dtype).itemsize
         remedy = f'it needs {needed / 1e9:.1f} GB: free some space, or give another folder'
         with whole_folder(self.folder, needed=needed, remedy=remedy) as temporary:
             broken = self._write(temporary / 'pixels.npy', num_threads, progress)
@@ -304,24 +311,27 @@ class PhotoCache:
         with (
             open(path, 'wb') as out,
             ThreadPoolExecutor(num_threads) as pool,
-            tqdm(total=len(files), desc='photo cache', disable=not progress) as bar,
+            tqdm(total=len(files), desc=f'{self.kind} cache', disable=not progress) as bar,
         ):
             # numpy's own header, then the bytes: `np.load` can map the file afterwards
             np.lib.format.write_array_header_1_0(
-                out, dict(descr='|u1', fortran_order=False, shape=(len(files), 3, self.size, self.size))
+                out, dict(descr=self.dtype, fortran_order=False, shape=(len(files), *self.shape))
             )
             # in pieces, so that no more than 256 photos wait in memory
             for start in range(0, len(files), 256):
-                for file, pixels in zip(
-                    files[start : start + 256], pool.map(self._read, files[start : start + 256])
-                ):
-                    if isinstance(pixels, str):
-                        broken[file], pixels = pixels, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-                    out.write(pixels.numpy().tobytes())
+                piece = files[start : start + 256]
+                for file, kept in zip(piece, self._read_all(piece, pool)):
+                    if isinstance(kept, str):
+                        broken[file], kept = kept, torch.zeros(self.shape)
+                    out.write(kept.numpy().astype(self.dtype).tobytes())
                     bar.update()
         if len(broken) == len(files):
             raise ValueError(f'not one of {len(files)} photos can be read; the first: {broken[files[0]]}')
         return broken
+
+    def _read_all(self, files, pool):
+        "What is kept of each, or what is wrong with it"
+        return pool.map(self._read, files)
 
     def _read(self, file):
         try:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from .decoder import AttentionWeights, Captioner, attention_weights, photo_map
-from .evaluation import described, in_box
+from .truth import described, in_box
 from .generation import generate, process_image
 from .pvt_encoder import load_image, token_places
 

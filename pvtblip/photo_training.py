@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['refuse_model', 'captioner_config', 'words_of', 'DataConfig', 'PhotoRun', 'divide_photos', 'photo_sets',
            'photo_loader', 'refuse_shards', 'ShardSet', 'held_out_measures', 'photo_material', 'shard_material',
-           'first_model', 'own_captions', 'describe_run', 'dry_figures', 'fixed_settings', 'train_on_photos',
-           'put_together', 'finish_run', 'refuse_run', 'look_at_folder', 'begin_run']
+           'first_model', 'check_rewards', 'own_captions', 'MapCache', 'map_shapes', 'MirrorMap', 'encoded_sets',
+           'takes_maps', 'describe_run', 'dry_figures', 'fixed_settings', 'train_on_photos', 'put_together',
+           'finish_run', 'refuse_run', 'look_at_folder', 'begin_run']
 
 # %% ../nbs/17_photo_training.ipynb #fc0f9804
-import itertools, os
-from contextlib import nullcontext
+import hashlib, itertools, math, os, random
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,14 @@ from pvtblip.files import (
     write_json,
     write_whole,
 )
-from .decoder import Captioner, CaptionerConfig, DecoderConfig, load_bert_weights, load_whole
+from pvtblip.decoder import (
+    Captioner,
+    CaptionerConfig,
+    DecoderConfig,
+    evaluation_mode,
+    load_bert_weights,
+    load_whole,
+)
 from .evaluation import cider_score, has_coco_code
 from .generation import generate
 from pvtblip.loading import (
@@ -45,10 +54,11 @@ from pvtblip.loading import (
     Variation,
     caption_lengths,
     pixel_loader,
+    swap_sides,
 )
 from .config import to_toml
 from .practice import HeldOutCaptions, HeldOutLoss, PracticeConfig, dry_run, measures, run_training
-from .pvt_encoder import EncoderConfig
+from .pvt_encoder import EncoderConfig, ImageEncoder, normalise_pixels
 from .reward import CiderReward, RewardMeter, add_rewards, bleu, caption_rows, reward_loader
 from .sources import ShardDataset, ShardReading, Source, open_source
 from .tokenizer import CaptionTokenizer
@@ -129,6 +139,8 @@ class DataConfig:
     strict: bool = False  # stop at the first broken photo instead of skipping it
     like_lengths: bool = True  # captions of like length in one batch: less padding
     cache: str | None = None  # folder for decoded photos: each is decoded once, for all epochs and runs
+    # with freeze_encoder: keep in the cache what the backbone makes of each photo, instead of its pixels
+    encode_once: bool = False
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)  # how photos are varied
 
     def __post_init__(self):
@@ -169,6 +181,22 @@ class PhotoRun:
                 f'bleu_weight is {self.bleu_weight}, but without self_critical nothing is rewarded; '
                 'set self_critical too'
             )
+        if self.data.encode_once:
+            self._check_encode_once()
+
+    def _check_encode_once(self):
+        "ValueError where a photo does not look the same to the backbone each time, or there is no place for it."
+        only_flips = replace(self.data.augmentation, flip=0.0, regardless_of_captions=False)
+        for fault, remedy in (
+            (not self.freeze_encoder, 'the backbone must stay as it is; set freeze_encoder too'),
+            (not self.data.cache, 'there must be a place for it; set data.cache to a folder'),
+            (
+                only_flips != AugmentationConfig(),
+                'photos may only be mirrored; leave crops and colours as they are',
+            ),
+        ):
+            if fault:
+                raise ValueError(f'data.encode_once: {remedy}')
 
     @property
     def vocabulary(self):
@@ -233,7 +261,7 @@ def photo_sets(
         raise ValueError('data.cache keeps photos of a folder; leave it out for this source')
     # photos are decoded at each look, or once and kept
     load = pixel_loader(encoder, data.augmentation)
-    if data.cache:
+    if data.cache and not data.encode_once:
         load = PhotoCache(
             [photos / record.file for record in [*records, *held]],
             data.augmentation.decode_size(encoder.image_size),
@@ -443,15 +471,17 @@ def first_model(run: PhotoRun) -> Captioner:
     return model
 
 # %% ../nbs/17_photo_training.ipynb #b66219f9
-def own_captions(run, model, dataset, loader):
-    """The loader with the model's own captions, rewarded by CIDEr and BLEU-4, and what notes the reward;
-    ValueError for single captions.
-    """
-    if dataset.captions_per_image < 2:
+def check_rewards(run, dataset):
+    "ValueError where a photo's captions cannot be compared with each other."
+    if run.self_critical and dataset.captions_per_image < 2:
         raise ValueError(
             f"{run.data.captions}: a photo's captions are compared with each other, and "
             f'{dataset.captions_per_image} is drawn; set data.captions_per_image to 2 or more'
         )
+
+
+def own_captions(run, model, dataset, loader):
+    """The loader with the model's own captions, rewarded by CIDEr and BLEU-4, and what notes the reward."""
     # what captions are compared with, and what a likeness is worth
     people = [
         caption_rows(model.tokenizer(list(record.captions))['input_ids'], model.tokenizer)
@@ -465,6 +495,140 @@ def own_captions(run, model, dataset, loader):
     return reward_loader(
         model, loader, reward, run.training.gradient_accumulation_steps, run.training.seed
     ), [RewardMeter()]
+
+# %% ../nbs/17_photo_training.ipynb #1ceee14d
+class MapCache(PhotoCache):
+    """What a frozen backbone makes of photos, as float16 in one memory-mapped file; a load function for data sets
+
+    Its name follows from the photos and from the backbone's weights. ValueError where a map does not fit float16."""
+
+    kind = 'maps'
+    dtype = '<f2'
+
+    def __init__(
+        self,
+        files: list,  # the photos' paths
+        encoder: ImageEncoder,  # its backbone is frozen
+        folder: str | Path,  # where caches are kept; made if it is not there
+        mirrored: bool = False,  # keep the map of the mirrored photo, too
+        progress: bool = False,  # show a bar while it is built
+    ):
+        self.encoder = encoder
+        self.looks = (False, True) if mirrored else (False,)
+        # the maps of all chosen stages, one behind the other
+        self.numbers = sum(math.prod(shape) for shape in map_shapes(encoder))
+        with evaluation_mode(encoder):
+            super().__init__(files, encoder.config.image_size, folder, progress=progress)
+        self.encoder = None
+
+    @property
+    def shape(self):
+        return len(self.looks), self.numbers
+
+    def _fingerprint(self):
+        "Hash of all that decides the maps"
+        config = replace(self.encoder.config, weights=None)  # they are looked at themselves
+        digest = hashlib.sha256(f'{super()._fingerprint()} {self.looks} {config}'.encode())
+        for name, weight in self.encoder.backbone.state_dict().items():
+            digest.update(
+                name.encode() + weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+        return digest.hexdigest()[:24]
+
+    def _read_all(self, files, pool):
+        "The maps of photos, 16 at a time"
+        for start in range(0, len(files), 16):
+            photos = list(pool.map(self._read, files[start : start + 16]))
+            whole = [photo for photo in photos if not isinstance(photo, str)]
+            maps = iter(self._encode(torch.stack(whole)) if whole else ())
+            yield from (photo if isinstance(photo, str) else next(maps) for photo in photos)
+
+    @torch.inference_mode()
+    def _encode(self, photos):  # (B, 3, H, W) uint8
+        "(B, looks, numbers) float16"
+        pixels = normalise_pixels(self.encoder.config)(photos).to(next(self.encoder.parameters()).device)
+        looks = []
+        for flipped in self.looks:
+            maps = self.encoder.features(pixels.flip(-1) if flipped else pixels)
+            looks.append(torch.cat([stage.flatten(1) for stage in maps], dim=1).half().cpu())
+        looks = torch.stack(looks, dim=1)
+        if not looks.isfinite().all():
+            raise ValueError('a feature map does not fit 16 bits; leave data.encode_once out')
+        return looks
+
+
+def map_shapes(encoder: ImageEncoder) -> list:
+    "(channels, height, width) of every chosen stage's map."
+    channels = [encoder.backbone.channels[i] for i in encoder.chosen]
+    return [(count, *grid) for count, grid in zip(channels, encoder.grids())]
+
+# %% ../nbs/17_photo_training.ipynb #120025c1
+class MirrorMap:
+    "Chooses a photo's map or that of its mirror image, as its captions allow; depends on (seed, place) alone."
+
+    def __init__(
+        self,
+        flip=0.0,  # chance of the mirror image
+        seed=0,
+    ):
+        self.flip = flip
+        self.seed = seed
+
+    def __call__(
+        self,
+        item,  # with pixel_values (looks, numbers) of a `MapCache` and captions, or a BrokenImage
+        *place,  # epoch and index
+    ):  # with pixel_values (1, 1, numbers)
+        if isinstance(item, BrokenImage):
+            return item
+        captions = item['captions']
+        mirrored = random.Random(f'mirror {self.seed} {" ".join(map(str, place))}').random() < self.flip
+        if mirrored:
+            swapped = [swap_sides(caption) for caption in captions]
+            mirrored = None not in swapped
+            captions = swapped if mirrored else captions
+        return item | dict(
+            pixel_values=item['pixel_values'][int(mirrored)].float()[None, None], captions=captions
+        )
+
+
+def encoded_sets(
+    run: PhotoRun,
+    encoder: ImageEncoder,
+    dataset,
+    held_set,  # of `photo_sets`
+    progress=True,  # show a bar while the cache is built
+):  # (training set, held-out set)
+    "The same sets with the maps of the frozen backbone in the place of pixels."
+    photos = [
+        photo_set.images / record.file for photo_set in (dataset, held_set) for record in photo_set.records
+    ]
+    flip = run.data.augmentation.flip
+    maps = MapCache(photos, encoder, run.data.cache, flip > 0, progress)
+
+    def encoded(photo_set, vary):
+        photo_set = copy(photo_set)
+        photo_set.dataset = copy(photo_set.dataset)
+        photo_set.dataset.load, photo_set.vary = maps, vary
+        return photo_set
+
+    return encoded(dataset, MirrorMap(flip, run.training.seed)), encoded(held_set, MirrorMap())
+
+
+@contextmanager
+def takes_maps(encoder: ImageEncoder):
+    "Inside, the encoder takes items of `encoded_sets` in the place of pixels."
+    shapes = map_shapes(encoder)
+
+    def features(values):  # (B, 1, 1, numbers)
+        stages = values.flatten(1).split([math.prod(shape) for shape in shapes], dim=1)
+        return [stage.unflatten(1, shape) for stage, shape in zip(stages, shapes)]
+
+    encoder.features = features
+    try:
+        yield
+    finally:
+        del encoder.features
 
 # %% ../nbs/17_photo_training.ipynb #56afffb9
 def describe_run(run, model, dataset, held_set) -> str:
@@ -524,7 +688,8 @@ def train_on_photos(
     main = processes().is_main_process
     # everything that can be wrong is said before work starts
     if dry:
-        run = replace(run, data=replace(run.data, cache=None))  # it would be written
+        # they would be written
+        run = replace(run, data=replace(run.data, cache=None, encode_once=False))
     else:
         by_first(lambda: look_at_folder(out, resume))
     # the photos and the captioner
@@ -532,9 +697,12 @@ def train_on_photos(
     run, dataset, held_set, loader = (shard_material if source.shards else photo_material)(
         run, source, progress and main
     )
+    check_rewards(run, dataset)
     model = first_model(run)
     if main:
         log(describe_run(run, model, dataset, held_set))
+        if dry and asked.data.encode_once:
+            log('measured with photos that are encoded at every step, which data.encode_once will save')
 
     def pieces(model):
         return own_captions(run, model, dataset, loader) if run.self_critical else (loader, [])
@@ -542,24 +710,31 @@ def train_on_photos(
     # only measured, or trained
     if dry:
         return dry_figures(run, model, dataset, pieces)
-    loader, callbacks = pieces(model)
     quiet = log if main else lambda line: None
     with only_run(out / 'model.safetensors'):
         by_first(lambda: begin_run(out, asked, resume))
-        history = run_training(
-            model,
-            dataset,
-            run.training,
-            run.practice,
-            out / 'states',
-            resume,
-            held_out_measures(model, held_set, quiet),
-            progress,
-            callbacks,
-            quiet,
-            loader,
-            dict(source=fixed_settings(run, dataset)),
-        )
+        # a frozen backbone looks now, and no more
+        takes = nullcontext()
+        if run.data.encode_once:
+            dataset, held_set = encoded_sets(run, model.encoder, dataset, held_set, progress and main)
+            loader = photo_loader(run, dataset, model.tokenizer)
+            takes = takes_maps(model.encoder)
+        loader, callbacks = pieces(model)
+        with takes:
+            history = run_training(
+                model,
+                dataset,
+                run.training,
+                run.practice,
+                out / 'states',
+                resume,
+                held_out_measures(model, held_set, quiet),
+                progress,
+                callbacks,
+                quiet,
+                loader,
+                dict(source=fixed_settings(run, dataset)),
+            )
         model = put_together(model, run)
         return finish_run(model, history, out, run.data.captions, log) if main else {}
 

@@ -43,7 +43,7 @@ from .decoder import Captioner
 from .generation import GenerationConfig, GenerationOutput, generate, word_ids
 from .confidence import Judge, token_confidence
 from .looking_inside import plot_attention
-from .pvt_encoder import load_image, load_pixels, normalise_pixels
+from .pvt_encoder import load_image
 from .sources import PHOTO_SUFFIXES, find_shards, read_shard
 
 # %% ../nbs/23_pipeline.ipynb #eac2f63c
@@ -223,14 +223,14 @@ class PhotoReader:
 
     def __init__(
         self,
-        size: int,  # side of the square, pixels
+        read,  # a function from a path, or the bytes of an image file, to a tensor
     ):
-        self.size = size
+        self.read = read
 
     def __getitem__(
         self,
         photo,  # a `Photo` or a path
-    ):  # (the photo without its content; its pixels (3, size, size) uint8, or a string that says what is wrong)
+    ):  # (the photo without its content; its pixels (3, H, W), or a string that says what is wrong)
         "Decode a photo; no photo, however broken, raises."
         name, content, problem = photo if isinstance(photo, Photo) else Photo(str(photo))
         if content is not None:
@@ -240,13 +240,13 @@ class PhotoReader:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # what matters becomes a problem, named
             try:
-                return photo, load_pixels(name if content is None else content, self.size)
+                return photo, self.read(name if content is None else content)
             except (ValueError, OSError) as error:
                 return photo, str(error).removeprefix(f'{name if content is None else "photo"}: ')
 
 
 def _together(items):
-    "(photos, problems, pixels (B', 3, size, size) of those that could be read, or None)"
+    "(photos, problems, pixels (B', 3, H, W) of those that could be read, or None)"
     pixels = [found for _, found in items if torch.is_tensor(found)]
     return (
         [photo for photo, _ in items],
@@ -362,9 +362,9 @@ def caption_batches(
     check_value('num_workers', num_workers, Workers)
     options = options.check(model)  # so that what `generate` refuses later is a photo
     device = next(model.parameters()).device
-    normalise = normalise_pixels(model.config.encoder)
+    read, normalise = model.pixel_reader()
     loader = DataLoader(
-        PhotoReader(model.config.encoder.image_size),
+        PhotoReader(read),
         batch_sampler=_groups(photos, batch_size),
         num_workers=num_workers,
         collate_fn=_together,
@@ -876,12 +876,15 @@ def caption_files(
     model = load_model(model, dtype=run.dtype)
     if judge:
         judge.check(model)
+    options = run.options(model)
+    if look:
+        replace(options, output_attentions=True).check(model)  # who shows no attention says so now
     # captions as they come; JSON is one text, so it waits for the last
     results = []
     failed = 0
     seen = 0
     batches = caption_batches(
-        list_photos(inputs), model, run.options(model), run.batch_size, run.workers(total), run.seed or 0
+        list_photos(inputs), model, options, run.batch_size, run.workers(total), run.seed or 0
     )
     for batch in batches:
         for result in caption_results(batch, model, as_json, judge):

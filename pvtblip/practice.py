@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Subset
 from .training import Collate
 from .files import Count, StopAtSignal, Within, check_settings
 from .decoder import BertDecoder
-from .evaluation import gap_of, shuffled_losses
+from .truth import gap_of, shuffled_losses
 from .pvt_encoder import Stage
 from pvtblip.training import (
     Callback,

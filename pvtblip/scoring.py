@@ -18,19 +18,21 @@ from .data import read_captions
 from pvtblip.evaluation import (
     METRICS,
     by_reference,
-    check_clip,
-    clip_score,
     coco_code,
     coco_scores,
-    compare,
-    confidence_intervals,
     describe_problems,
-    diversity,
-    gap_of,
     pair_captions,
-    plot_best_and_worst,
     read_hypotheses,
     read_references,
+)
+from pvtblip.truth import (
+    check_clip,
+    clip_score,
+    compare,
+    confidence_intervals,
+    diversity,
+    gap_of,
+    plot_best_and_worst,
     shuffled_losses,
 )
 from .fast import best_device, fingerprint, load_model, model_files

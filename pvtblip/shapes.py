@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import permutations, product
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image
 
 # %% ../nbs/05_shapes.ipynb #11bffafd
@@ -30,20 +31,12 @@ COLOURS = {
 }
 SIZES = ('small', 'large')
 RELATIONS = ('left of', 'right of', 'above', 'below')
-HELD_OUT = frozenset(
-    {
-        ('red', 'heart'),
-        ('orange', 'ring'),
-        ('yellow', 'moon'),
-        ('green', 'square'),
-        ('blue', 'circle'),
-        ('purple', 'star'),
-        ('white', 'cross'),
-        ('black', 'triangle'),
-    }
-)
+# one kind for each colour
+_HELD_OUT_KINDS = ('heart', 'ring', 'moon', 'square', 'circle', 'star', 'cross', 'triangle')
+HELD_OUT = frozenset(zip(COLOURS, _HELD_OUT_KINDS))
 SPLITS = ('train', 'unseen_scenes', 'unseen_pairs')
-RADII = {'small': (0.10, 0.13), 'large': (0.19, 0.22)}  # half the height of a full-sized kind, in image sides
+# half the height of a full-sized kind, in image sides
+RADII = {'small': (0.10, 0.13), 'large': (0.19, 0.22)}
 
 # %% ../nbs/05_shapes.ipynb #3e44f58e
 @dataclass(frozen=True)
@@ -53,26 +46,16 @@ class ShapeObject:
     kind: str  # one of KINDS
     colour: str  # one of COLOURS
     size: str  # 'small' or 'large'
-    # x0, y0, x1, y1 in image sides (0 to 1), y downwards; touches the drawn shape on all four sides
+    # x0, y0, x1, y1 in image sides (0 to 1), y downwards
     box: tuple
     # added to the colour's red, green and blue (0 to 255): no two reds are quite alike
     tint: tuple = (0.0, 0.0, 0.0)
 
     def __post_init__(self):
         for what, names in (('kind', KINDS), ('colour', COLOURS), ('size', SIZES)):
-            if getattr(self, what) not in names:
-                raise ValueError(f'{what} {getattr(self, what)!r} is unknown; use one of {", ".join(names)}')
-
-
-@dataclass(frozen=True)
-class Background:
-    "A muted ground: one shade, and a faint pattern on it"
-
-    shade: tuple = (128.0, 128.0, 128.0)  # red, green, blue, 0 to 255
-    pattern: str = 'plain'  # 'plain', 'gradient', 'stripes' or 'checks'
-    contrast: tuple = (0.0, 0.0, 0.0)  # how far the pattern moves red, green and blue either way
-    angle: float = 0.0  # direction of the pattern, radians
-    period: float = 0.25  # width of one stripe pair or check pair, image sides
+            value = getattr(self, what)
+            if value not in names:
+                raise ValueError(f'{what} {value!r} is unknown; use one of {", ".join(names)}')
 
 # %% ../nbs/05_shapes.ipynb #7d5e156c
 def _star(x, y):
@@ -110,25 +93,33 @@ def _cross(x, y):
 def _moon(x, y):
     return np.maximum(np.hypot(x, y) - 1, 0.85 - np.hypot(x - 0.55, y))
 
-
-# kind: (half width, half height of its box in radii, signed distance from (x, y) in radii, y downwards:
-# negative inside)
+# %% ../nbs/05_shapes.ipynb #59d1df6d
+# kind: (half width, half height of its box in radii,
+# signed distance from (x, y) in radii, y downwards: negative inside)
+_COS = math.cos(0.2 * math.pi)
 _OUTLINES = {
     'circle': (1, 1, lambda x, y: np.hypot(x, y) - 1),
     'square': (0.92, 0.92, lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.92),
     'triangle': (1, 0.87, _triangle),
-    'star': (
-        math.sin(0.4 * math.pi),
-        (1 + math.cos(0.2 * math.pi)) / 2,
-        lambda x, y: _star(x, (1 - math.cos(0.2 * math.pi)) / 2 - y),
-    ),
+    'star': (math.sin(0.4 * math.pi), (1 + _COS) / 2, lambda x, y: _star(x, (1 - _COS) / 2 - y)),
     'heart': (1, 0.9142, lambda x, y: _heart(x * 0.60355, 0.55178 - y * 0.60355) / 0.60355),
     'cross': (1, 1, _cross),
     'ring': (1, 1, lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.28),
     'moon': (0.76364, 1, lambda x, y: _moon(x - 0.23636, y)),
 }
 
-# %% ../nbs/05_shapes.ipynb #df4ddd48
+# %% ../nbs/05_shapes.ipynb #67cae70f
+@dataclass(frozen=True)
+class Background:
+    "A muted ground: one shade, and a faint pattern on it"
+
+    shade: tuple = (128.0, 128.0, 128.0)  # red, green, blue, 0 to 255
+    pattern: str = 'plain'  # 'plain', 'gradient', 'stripes' or 'checks'
+    contrast: tuple = (0.0, 0.0, 0.0)  # how far the pattern moves red, green and blue either way
+    angle: float = 0.0  # direction of the pattern, radians
+    period: float = 0.25  # width of one stripe pair or check pair, image sides
+
+
 def _ground(background, image_size):
     "The background without noise: (H, W, 3) float32"
     # the middles of the pixels, and how far along the pattern's direction they lie
@@ -151,36 +142,41 @@ def _ground(background, image_size):
         )
     return pattern[..., None] * np.float32(background.contrast) + np.float32(background.shade)  # (H, W, 3)
 
-
+# %% ../nbs/05_shapes.ipynb #df4ddd48
 def _paint(image, shape):
     "Paints one shape into the (H, W, 3) float image, touching only the pixels near its box"
     half_width, half_height, outline = _OUTLINES[shape.kind]
     side = len(image)
     (x0, y0, x1, y1) = shape.box
     radius = (x1 - x0) * side / 2 / half_width  # pixels
-    left, top = max(math.floor(x0 * side) - 1, 0), max(math.floor(y0 * side) - 1, 0)
-    right, bottom = min(math.ceil(x1 * side) + 1, side), min(math.ceil(y1 * side) + 1, side)
-    x = (np.arange(left, right, dtype=np.float32) + 0.5 - (x0 + x1) * side / 2) / radius  # (w,)
-    y = (np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - (y0 + y1) * side / 2) / radius  # (h, 1)
-    cover = np.clip(0.5 - outline(x, y) * radius, 0, 1)  # (h, w) share of the pixel inside the outline
+    # the pixels near the box, and their middles seen from its middle
+    left, top = (max(math.floor(edge * side) - 1, 0) for edge in (x0, y0))
+    right, bottom = (min(math.ceil(edge * side) + 1, side) for edge in (x1, y1))
+    place = lambda first, last, middle: np.arange(first, last, dtype=np.float32) + 0.5 - middle
+    x = place(left, right, (x0 + x1) * side / 2) / radius  # (w,)
+    y = place(top, bottom, (y0 + y1) * side / 2)[:, None] / radius  # (h, 1)
+    # (h, w) share of each pixel inside the outline
+    cover = np.clip(0.5 - outline(x, y) * radius, 0, 1)
     crop = image[top:bottom, left:right]
-    crop += cover[..., None] * (np.add(COLOURS[shape.colour], shape.tint, dtype=np.float32) - crop)
+    colour = np.add(COLOURS[shape.colour], shape.tint, dtype=np.float32)
+    crop += cover[..., None] * (colour - crop)
 
-
+# %% ../nbs/05_shapes.ipynb #a1ec61f1
 def draw(
     objects,  # ShapeObjects, drawn in this order
     background=Background(),  # the ground beneath them
     image_size=64,  # side of the square picture, pixels
     noise_seed=None,  # seed of the pixel noise; None draws a clean picture
 ):  # (H, W, 3) uint8
-    "Draws shapes with soft edges from signed distances; raises ValueError for an unknown background pattern"
+    """Draws shapes with soft edges from signed distances; raises ValueError for an unknown
+    background pattern
+    """
     image = _ground(background, image_size)
     for shape in objects:
         _paint(image, shape)
     if noise_seed is not None:
-        noise = np.frombuffer(np.random.default_rng(noise_seed).bytes(image.size), np.uint8).reshape(
-            image.shape
-        )
+        noise = np.random.default_rng(noise_seed).bytes(image.size)
+        noise = np.frombuffer(noise, np.uint8).reshape(image.shape)
         image += (noise & 7) + (noise >> 3 & 7)  # 0 to 14, mostly near 7
         image -= 7
     return np.clip(image, 0, 255).astype(np.uint8)
@@ -190,8 +186,8 @@ def relation(
     box,  # x0, y0, x1, y1 of the one that is spoken of
     other,  # x0, y0, x1, y1 of the one that it is compared with
 ):  # one of RELATIONS, or None where no single word is clearly right
-    """Where `box` lies seen from `other`: clear of it along one axis, with centres 1.5 times as far apart
-    there as on the other axis
+    """Where `box` lies seen from `other`: clear of it along one axis, with centres 1.5 times as
+    far apart there as on the other axis
     """
     dx = (box[0] + box[2] - other[0] - other[2]) / 2
     dy = (box[1] + box[3] - other[1] - other[3]) / 2
@@ -214,9 +210,7 @@ def _between(rng, low, high):
 
 
 def _place(halves, rng, margin=0.015):
-    """Boxes for shapes of these half widths and heights: inside the picture, and each pair with one clear
-    relation
-    """
+    "Boxes of these half widths and heights, inside the picture, each pair with one clear relation"
     while True:
         boxes = []
         for half_width, half_height in halves:
@@ -253,14 +247,13 @@ def _objects(number, split, rng):
     # places, for which the box of each must be known
     radii = [_between(rng, *RADII[size]) for size in sizes]
     outlines = [_OUTLINES[kind] for _, kind in names]
-    halves = [(radius * width, radius * height) for radius, (width, height, _) in zip(radii, outlines)]
+    halves = [(r * width, r * height) for r, (width, height, _) in zip(radii, outlines)]
     boxes = _place(halves, rng)
     # tints: lighter or darker as a whole, and each colour a little by itself
     light = [_between(rng, -14, 14) for _ in names]
-    return tuple(
-        ShapeObject(kind, colour, size, box, tuple(lightness + _between(rng, -8, 8) for _ in 'rgb'))
-        for (colour, kind), size, box, lightness in zip(names, sizes, boxes, light)
-    )
+    tints = [tuple(one + _between(rng, -8, 8) for _ in 'rgb') for one in light]
+    parts = zip(names, sizes, boxes, tints)
+    return tuple(ShapeObject(kind, colour, *rest) for (colour, kind), *rest in parts)
 
 
 def _background(rng):
@@ -324,7 +317,7 @@ def plural(
     "The name of several of a kind"
     return kind + ('es' if kind.endswith('s') else 's')
 
-# %% ../nbs/05_shapes.ipynb #799dbca7
+# %% ../nbs/05_shapes.ipynb #2d5df59e
 def _phrase(shape, shared, rng):
     "A noun phrase for a shape, without the attribute that the caption has already given to all"
     size = '' if shared == 'size' or rng.random() < 0.5 else _pick(rng, SIZE_WORDS[shape.size]) + ' '
@@ -349,6 +342,16 @@ def _all(objects, shared, rng):
     return f'{number} {adjective}shapes'
 
 
+def _slot(slot, named, shared, rng):
+    "Words for a slot of a template: all shapes, one shape, or how one lies from another"
+    if slot == 'all':
+        return _all(list(named.values()), shared, rng)
+    if len(slot) == 1:
+        return _phrase(named[slot], shared, rng)
+    place = relation(named[slot[0]].box, named[slot[1]].box)
+    return _pick(rng, (RELATION_WORDS_IT if slot.endswith('it') else RELATION_WORDS)[place])
+
+# %% ../nbs/05_shapes.ipynb #799dbca7
 def write_caption(
     objects,  # the ShapeObjects of a scene, one to three
     rng,  # numpy Generator: picks order, template and words
@@ -361,19 +364,11 @@ def write_caption(
     template = _pick(rng, TEMPLATES[len(order)])
     named = dict(zip('abc', order))
     # what all have in common may be said once, of all
-    sharing = [what for what in ('kind', 'colour', 'size') if len({getattr(o, what) for o in order}) == 1]
+    same = lambda what: len({getattr(shape, what) for shape in order}) == 1
+    sharing = [what for what in ('kind', 'colour', 'size') if same(what)]
     shared = _pick(rng, [None, *sharing]) if '{all}' in template else None
-    # words for every slot: all shapes, one shape, or how one lies from another
-    words = {}
-    for slot in re.findall(r'{(\w+)}', template):
-        if slot == 'all':
-            words[slot] = _all(order, shared, rng)
-        elif len(slot) == 1:
-            words[slot] = _phrase(named[slot], shared, rng)
-        else:
-            place = relation(named[slot[0]].box, named[slot[1]].box)
-            words[slot] = _pick(rng, (RELATION_WORDS_IT if slot.endswith('it') else RELATION_WORDS)[place])
-    return template.format(**words)
+    slots = re.findall(r'{(\w+)}', template)
+    return template.format(**{slot: _slot(slot, named, shared, rng) for slot in slots})
 
 # %% ../nbs/05_shapes.ipynb #63acbcf7
 @dataclass(frozen=True)
@@ -382,57 +377,15 @@ class Statement:
 
     about: str  # 'kind', 'colour', 'size', 'relation' or 'count'
     value: str  # for example 'circle', 'red', 'small', 'left of', 'two shapes'
-    # positions of the objects in the scene; a relation holds from the first to the second; () where no object
-    # fits
+    # positions of the objects in the scene; a relation holds from the first to the second;
+    # () where no object fits
     objects: tuple
     # what the caption said; two statements are equal if they claim the same
     words: str = field(default='', compare=False)
 
     def __repr__(self):
-        return f'{self.about} {self.value!r} of {self.objects}' + (f' ({self.words})' if self.words else '')
-
-# %% ../nbs/05_shapes.ipynb #e40548a6
-@dataclass(frozen=True)
-class Scene:
-    "A few shapes on a ground: drawn when `image` is asked for, described when `captions` is"
-
-    objects: tuple  # ShapeObjects
-    background: Background  # what they lie on
-    key: tuple  # seed, number of the split, index: all that the scene depends on, besides its size
-    image_size: int = 64  # side of the picture, pixels
-
-    @cached_property
-    def image(self):
-        "The picture, (H, W, 3) uint8"
-        return draw(self.objects, self.background, self.image_size, [*self.key, 1])
-
-    @cached_property
-    def captions(self):
-        "Five different true captions"
-        rng = np.random.default_rng([*self.key, 2])
-        captions = {}
-        while len(captions) < 5:
-            captions[write_caption(self.objects, rng)] = None
-        return tuple(captions)
-
-    @property
-    def facts(self):
-        "Everything that can be said: three Statements a shape, one relation for each ordered pair, one count"
-        named = [
-            Statement(about, getattr(shape, about), (i,))
-            for i, shape in enumerate(self.objects)
-            for about in ('kind', 'colour', 'size')
-        ]
-        placed = [
-            Statement('relation', place, (i, j))
-            for i, j in permutations(range(len(self.objects)), 2)
-            if (place := relation(self.objects[i].box, self.objects[j].box))
-        ]
-        return (
-            *named,
-            *placed,
-            Statement('count', _count_words(len(self.objects)), tuple(range(len(self.objects)))),
-        )
+        said = f' ({self.words})' if self.words else ''
+        return f'{self.about} {self.value!r} of {self.objects}{said}'
 
 # %% ../nbs/05_shapes.ipynb #72f73eed
 def _count_words(number, attributes=()):
@@ -447,17 +400,52 @@ def _count_words(number, attributes=()):
         ]
     )
 
-# %% ../nbs/05_shapes.ipynb #f311633c
-def make_scene(
-    seed: int,  # which world
-    index: int,  # which scene of it, from 0
-    split='train',  # one of SPLITS; each has its own random stream
-    max_objects=2,  # one to three shapes; n shapes are n times as frequent as one
-    image_size=64,  # side of the picture, pixels: the same scene at any size
-):  # Scene
-    """The scene with this number: the same on every machine and in every process; raises ValueError for what
-    cannot be drawn
-    """
+# %% ../nbs/05_shapes.ipynb #0229e237
+def _facts(objects):
+    "Three Statements a shape, one relation for each ordered pair, one count"
+    everyone = tuple(range(len(objects)))
+    named = [
+        Statement(about, getattr(shape, about), (i,))
+        for i, shape in enumerate(objects)
+        for about in ('kind', 'colour', 'size')
+    ]
+    placed = [
+        Statement('relation', place, (i, j))
+        for i, j in permutations(everyone, 2)
+        if (place := relation(objects[i].box, objects[j].box))
+    ]
+    return (*named, *placed, Statement('count', _count_words(len(objects)), everyone))
+
+# %% ../nbs/05_shapes.ipynb #e40548a6
+@dataclass(frozen=True)
+class Scene:
+    "A few shapes on a ground: drawn when `image` is asked for, described when `captions` is"
+
+    objects: tuple  # ShapeObjects
+    background: Background  # what they lie on
+    key: tuple  # seed, number of the split, index: all that the scene depends on, besides its size
+    image_size: int = 64  # side of the picture, pixels
+
+    @cached_property
+    def image(self):  # (H, W, 3) uint8
+        return draw(self.objects, self.background, self.image_size, [*self.key, 1])
+
+    @cached_property
+    def captions(self):
+        "Five different true captions"
+        rng = np.random.default_rng([*self.key, 2])
+        captions = {}
+        while len(captions) < 5:
+            captions[write_caption(self.objects, rng)] = None
+        return tuple(captions)
+
+    @property
+    def facts(self):  # Statements: everything that can be said
+        return _facts(self.objects)
+
+# %% ../nbs/05_shapes.ipynb #184cca2a
+def _check_scene(seed, index, split, max_objects, image_size):
+    "ValueError for what cannot be drawn"
     if split not in SPLITS:
         raise ValueError(f'split {split!r} is unknown; use one of {", ".join(SPLITS)}')
     if not 1 <= max_objects <= 3:
@@ -466,6 +454,17 @@ def make_scene(
         raise ValueError(f'seed {seed} and index {index} must not be negative')
     if image_size < 16:
         raise ValueError(f'image_size is {image_size}; below 16 pixels the shapes cannot be told apart')
+
+# %% ../nbs/05_shapes.ipynb #f311633c
+def make_scene(
+    seed: int,  # which world
+    index: int,  # which scene of it, from 0
+    split='train',  # one of SPLITS; each has its own random stream
+    max_objects=2,  # one to three shapes; n shapes are n times as frequent as one
+    image_size=64,  # side of the picture, pixels: the same scene at any size
+):  # Scene
+    "The scene with this number, the same in every process; ValueError for what cannot be drawn"
+    _check_scene(seed, index, split, max_objects, image_size)
     key = (seed, SPLITS.index(split), index)
     rng = np.random.default_rng([*key, 0])
     number = _pick(rng, [n for n in range(1, max_objects + 1) for _ in range(n)])
@@ -522,15 +521,19 @@ class ShapesDataset:
         )
 
 # %% ../nbs/05_shapes.ipynb #8758251f
+def _roles(role, names):
+    return [(word, (role, name)) for name, words in names.items() for word in words]
+
+
 _LEXICON = {
     tuple(phrase.split()): meaning
     for phrase, meaning in [
         *((kind, ('kind', kind)) for kind in KINDS),
         *((plural(kind), ('kinds', kind)) for kind in KINDS),
         *((colour, ('colour', colour)) for colour in COLOURS),
-        *((word, ('size', size)) for size, words in SIZE_WORDS.items() for word in words),
-        *((word, ('relation', place)) for place, words in RELATION_WORDS.items() for word in words),
-        *((word, ('relation_it', place)) for place, words in RELATION_WORDS_IT.items() for word in words),
+        *_roles('size', SIZE_WORDS),
+        *_roles('relation', RELATION_WORDS),
+        *_roles('relation_it', RELATION_WORDS_IT),
         *((word, ('number', number)) for number, word in enumerate(NUMBERS) if number > 1),
         *((word, (word, None)) for word in ('one', 'shape', 'shapes', 'in', 'and', 'with')),
         *((word, ('alone', None)) for word in ('alone', 'on its own')),
@@ -538,7 +541,7 @@ _LEXICON = {
     ]
 }
 
-
+# %% ../nbs/05_shapes.ipynb #cc6a88ea
 def _split(caption):
     "The caption's words from left to right, longest known phrase first, as (role, value)"
     words = re.findall(r'[^\W_]+|,', caption.lower())
@@ -549,18 +552,15 @@ def _split(caption):
 
 # %% ../nbs/05_shapes.ipynb #e9ac9c40
 class CaptionReader:
-    """Reads a caption into mentions of shapes, relations between mentions, counts, and words that it does not
-    know
-    """
+    "Reads a caption into mentions of shapes, relations between them, counts, and unknown words"
 
-    def __init__(self, caption: str):  # any text; case and punctuation other than commas do not matter
-        self.mentions = []
-        self.relations = []
-        self.counts = []
-        self.unknown = []
+    def __init__(
+        self,
+        caption: str,  # any text; case and punctuation other than commas do not matter
+    ):
+        self.mentions, self.relations, self.counts, self.unknown = [], [], [], []
         # of the phrase that is being read
-        self.attributes = []
-        self.number = None
+        self.attributes, self.number = [], None
         # of the words before it
         self.group = []  # said of all shapes
         self.inside = False  # just after "in"
@@ -572,109 +572,146 @@ class CaptionReader:
             self.inside = role == 'in'
         self._gap()
 
-    def _unknown(self, word):
-        self.unknown.append(word)
+# %% ../nbs/05_shapes.ipynb #02c3b056
+@patch
+def _unknown(self: CaptionReader, word):
+    self.unknown.append(word)
 
-    def _mention(self):
-        """Ends a phrase: a shape has been mentioned; what was said of all holds for it unless it says
-        otherwise
-        """
-        said = {about for about, _ in self.attributes}
-        self.mentions.append(
-            self.attributes + [(about, value) for about, value in self.group if about not in said]
-        )
-        here = len(self.mentions) - 1
-        # [value, subject, reference]: fill the first gap, reference before subject
-        for place in self.relations:
-            if place[2] is None:
-                place[2] = here
-            elif place[1] is None:
-                place[1] = here
-        self.attributes = []
-        self.number = None
-        self.joined = False
 
-    def _header(self):
-        "Ends a phrase with a number: all shapes have been counted"
-        self.counts.append((self.number, self.attributes))
-        self.group = self.attributes
-        self.attributes = []
-        self.number = None
+@patch
+def _size(self: CaptionReader, value):
+    self._attribute('size', value)
 
-    def _gap(self, _=None):
-        "Ends a phrase without a noun: 'one red and one blue'"
-        if self.attributes and self.number in (None, 1):
-            self._mention()
-        elif self.number:
-            self._header()
 
-    def _attribute(self, about, value):
-        if self.inside and self.mentions and not self.attributes:
-            self.mentions[-1].append((about, value))  # a circle in red
-        else:
-            self.attributes.append((about, value))
+@patch
+def _colour(self: CaptionReader, value):
+    self._attribute('colour', value)
 
-    def _size(self, value):
-        self._attribute('size', value)
 
-    def _colour(self, value):
-        self._attribute('colour', value)
+@patch
+def _header(self: CaptionReader):
+    "Ends a phrase with a number: all shapes have been counted"
+    self.counts.append((self.number, self.attributes))
+    self.group = self.attributes
+    self.attributes = []
+    self.number = None
 
-    def _number(self, value):
+
+@patch
+def _in(self: CaptionReader, _):
+    self._gap()
+
+# %% ../nbs/05_shapes.ipynb #6f96523a
+@patch
+def _attribute(self: CaptionReader, about, value):
+    if self.inside and self.mentions and not self.attributes:
+        self.mentions[-1].append((about, value))  # a circle in red
+    else:
+        self.attributes.append((about, value))
+
+
+@patch
+def _gap(self: CaptionReader, _=None):
+    "Ends a phrase without a noun: 'one red and one blue'"
+    if self.attributes and self.number in (None, 1):
+        self._mention()
+    elif self.number:
+        self._header()
+
+# %% ../nbs/05_shapes.ipynb #1688d100
+@patch
+def _mention(self: CaptionReader):
+    "Ends a phrase: a shape has been mentioned; what was said of all holds unless it says otherwise"
+    said = {about for about, _ in self.attributes}
+    self.mentions.append(self.attributes + [one for one in self.group if one[0] not in said])
+    here = len(self.mentions) - 1
+    # [value, subject, reference]: fill the first gap, reference before subject
+    for place in self.relations:
+        if place[2] is None:
+            place[2] = here
+        elif place[1] is None:
+            place[1] = here
+    self.attributes = []
+    self.number = None
+    self.joined = False
+
+# %% ../nbs/05_shapes.ipynb #14041212
+@patch
+def _noun(self: CaptionReader, kind, several):
+    if kind:
+        self.attributes.append(('kind', kind))
+    counted = self.number and (several or self.number > 1 or not self.attributes)
+    self._header() if counted else self._mention()
+
+
+@patch
+def _one(self: CaptionReader, _):
+    if self.attributes:
+        self._mention()  # a red one
+    else:
         self._gap()
-        self.number = value
+        self.number = 1  # one shape, one red
 
-    def _one(self, _):
-        if self.attributes:
-            self._mention()  # a red one
-        else:
-            self._gap()
-            self.number = 1  # one shape, one red
+# %% ../nbs/05_shapes.ipynb #39f5e209
+@patch
+def _kind(self: CaptionReader, value):
+    self._noun(value, False)
 
-    def _noun(self, kind, several):
-        if kind:
-            self.attributes.append(('kind', kind))
-        counted = self.number and (several or self.number > 1 or not self.attributes)
-        self._header() if counted else self._mention()
 
-    def _kind(self, value):
-        self._noun(value, False)
+@patch
+def _kinds(self: CaptionReader, value):
+    self._noun(value, True)
 
-    def _kinds(self, value):
-        self._noun(value, True)
 
-    def _shape(self, _):
-        self._noun(None, False)
+@patch
+def _shape(self: CaptionReader, _):
+    self._noun(None, False)
 
-    def _shapes(self, _):
-        self._noun(None, True)
 
-    def _relation(self, value):
-        self._gap()
-        subject = len(self.mentions) - 1 if self.mentions else None
-        if self.joined and self.relations:
-            subject = self.relations[-1][1]
-        self.relations.append([value, subject, None])
+@patch
+def _shapes(self: CaptionReader, _):
+    self._noun(None, True)
 
-    def _relation_it(self, value):
-        self._gap()
-        last = len(self.mentions) - 1
-        self.relations.append([value, last, last - 1 if self.anchor is None else self.anchor])
 
-    def _in(self, _):
-        self._gap()
+@patch
+def _number(self: CaptionReader, value):
+    self._gap()
+    self.number = value
 
-    def _and(self, _):
-        self._gap()
-        self.joined = True
 
-    def _with(self, _):
-        self._gap()
-        self.anchor = len(self.mentions) - 1
+@patch
+def _and(self: CaptionReader, _):
+    self._gap()
+    self.joined = True
 
-    def _alone(self, _):
-        self._gap()
-        self.counts.append((1, []))
+
+@patch
+def _alone(self: CaptionReader, _):
+    self._gap()
+    self.counts.append((1, []))
+
+# %% ../nbs/05_shapes.ipynb #32ced983
+@patch
+def _relation(self: CaptionReader, value):
+    self._gap()
+    subject = len(self.mentions) - 1 if self.mentions else None
+    if self.joined and self.relations:
+        subject = self.relations[-1][1]
+    self.relations.append([value, subject, None])
+
+
+@patch
+def _relation_it(self: CaptionReader, value):
+    self._gap()
+    last = len(self.mentions) - 1
+    anchor = last - 1 if self.anchor is None else self.anchor
+    self.relations.append([value, last, anchor])
+
+
+@patch
+def _with(self: CaptionReader, _):
+    self._gap()
+    self.anchor = len(self.mentions) - 1
 
 # %% ../nbs/05_shapes.ipynb #e4bf9582
 @dataclass(frozen=True)
@@ -697,12 +734,12 @@ def _fits(attributes, shape):
 
 
 def _match(reader, objects, most=8):
-    "For each mention the object it speaks of, or None: the one-to-one choice that makes most statements true"
+    "For each mention the object it speaks of, or None: the choice that makes most statements true"
     considered = min(len(reader.mentions), most)
     best = (-1, -1)
     # for each object its mention or none, in every way
     for choice in product([None, *range(considered)], repeat=len(objects)):
-        used = {mention: i for i, mention in enumerate(choice) if mention is not None}  # one object a mention
+        used = {mention: i for i, mention in enumerate(choice) if mention is not None}
         good = sum(_fits(reader.mentions[mention], objects[i]) for mention, i in used.items())
         good += sum(
             relation(objects[used[a]].box, objects[used[b]].box) == value
@@ -715,13 +752,21 @@ def _match(reader, objects, most=8):
             answer = used
     return [answer.get(mention) for mention in range(len(reader.mentions))]
 
-
+# %% ../nbs/05_shapes.ipynb #01464a1c
 def _as_words(mention):
     "A mention as one says it: size, colour, kind."
     order = ('size', 'colour', 'kind')
     return ' '.join(value for _, value in sorted(mention, key=lambda said: order.index(said[0]))) or 'shape'
 
 
+def _counted(reader, objects):
+    "How many there are, of all shapes or of those with some attributes"
+    for number, attributes in reader.counts:
+        counted = tuple(i for i, shape in enumerate(objects) if _fits(attributes, shape) == len(attributes))
+        words = _count_words(number, attributes)
+        yield Statement('count', words, counted, words), len(counted) == number
+
+# %% ../nbs/05_shapes.ipynb #d9adbb4e
 def _statements(reader, objects):
     "Every statement of a caption, with whether it is true"
     who = _match(reader, objects)
@@ -729,25 +774,17 @@ def _statements(reader, objects):
     # what each mention says of its object
     for mention, i, words in zip(reader.mentions, who, text):
         for about, value in mention:
-            yield (
-                Statement(about, value, () if i is None else (i,), words),
-                i is not None and getattr(objects[i], about) == value,
-            )
+            statement = Statement(about, value, () if i is None else (i,), words)
+            yield statement, i is not None and getattr(objects[i], about) == value
     # how two of them lie; an end may be no mention, or one without an object
     for value, *ends in reader.relations:
         known = all(end is not None and 0 <= end < len(who) for end in ends)
-        pair = tuple(who[end] for end in ends) if known and all(who[end] is not None for end in ends) else ()
+        pair = tuple(who[end] for end in ends) if known else (None,)
+        pair = () if None in pair else pair
         subject, reference = [text[end] if known else 'nothing' for end in ends]
-        words = f'{subject} {value} {reference}'
-        yield (
-            Statement('relation', value, pair, words),
-            bool(pair) and relation(*(objects[i].box for i in pair)) == value,
-        )
-    # how many there are, of all shapes or of those with some attributes
-    for number, attributes in reader.counts:
-        counted = tuple(i for i, shape in enumerate(objects) if _fits(attributes, shape) == len(attributes))
-        words = _count_words(number, attributes)
-        yield Statement('count', words, counted, words), len(counted) == number
+        statement = Statement('relation', value, pair, f'{subject} {value} {reference}')
+        yield statement, bool(pair) and relation(*(objects[i].box for i in pair)) == value
+    yield from _counted(reader, objects)
 
 # %% ../nbs/05_shapes.ipynb #a7b8fa2d
 def check_caption(
@@ -759,47 +796,47 @@ def check_caption(
     judged = list(_statements(reader, scene.objects))
     true, false = [s for s, holds in judged if holds], [s for s, holds in judged if not holds]
     said = {(s.about, tuple(sorted(s.objects))) for s in true}
-    missing = [
-        fact
-        for fact in scene.facts
-        if (fact.about, tuple(sorted(fact.objects))) not in said
-        and fact.objects == tuple(sorted(fact.objects))
-    ]
+    # one direction of each relation will do
+    once = [fact for fact in scene.facts if fact.objects == tuple(sorted(fact.objects))]
+    missing = [fact for fact in once if (fact.about, fact.objects) not in said]
     return Check(true, false, missing, reader.unknown)
 
-# %% ../nbs/05_shapes.ipynb #405b5cd1
-def score_captions(
-    captions,  # list of str, one for each scene
-    scenes,  # list of Scene
-):  # dict of shares from 0 to 1
-    """How much of what captions say is true, altogether and by what it is about; raises ValueError for lists
-    of different lengths
-    """
+# %% ../nbs/05_shapes.ipynb #f0b3edd5
+def _facts_once(scene):
+    return sum(fact.objects == tuple(sorted(fact.objects)) for fact in scene.facts)
+
+
+def _checked(captions, scenes):
+    "What each caption says of its scene; ValueError for lists of different lengths"
     captions, scenes = list(captions), list(scenes)
     if not captions or len(captions) != len(scenes):
         raise ValueError(
             f'{len(captions)} captions for {len(scenes)} scenes; give one caption for each scene, and '
             'at least one'
         )
-    # sort what each caption says, then count over all of them
-    checks = [check_caption(caption, scene) for caption, scene in zip(captions, scenes)]
+    return [check_caption(caption, scene) for caption, scene in zip(captions, scenes)]
+
+# %% ../nbs/05_shapes.ipynb #405b5cd1
+def score_captions(
+    captions,  # list of str, one for each scene
+    scenes,  # list of Scene
+):  # dict of shares from 0 to 1
+    """How much of what captions say is true, altogether and by what it is about; raises ValueError
+    for lists of different lengths
+    """
+    scenes = list(scenes)
+    checks = _checked(captions, scenes)
     about = lambda part: [s.about for check in checks for s in getattr(check, part)]
-    true = about('true')
-    false = about('false')
-    missing = about('missing')
-    facts = sum(map(_facts_once, scenes))
+    true, false = about('true'), about('false')
+    # a share for everything that is said at all
+    order = ('kind', 'colour', 'size', 'relation', 'count')
+    kinds = [what for what in order if what in true + false]
+    share = lambda what: true.count(what) / (true.count(what) + false.count(what))
     return dict(
         statements_true=len(true) / max(len(true) + len(false), 1),  # 0 where nothing is said
-        true_by_kind={
-            what: true.count(what) / (true.count(what) + false.count(what))
-            for what in ('kind', 'colour', 'size', 'relation', 'count')
-            if what in true + false
-        },
-        missing=len(missing) / facts,  # share of the facts left out, each relation counted once
+        true_by_kind={what: share(what) for what in kinds},
+        # share of the facts left out, each relation counted once
+        missing=len(about('missing')) / sum(map(_facts_once, scenes)),
         captions_true=sum(check.fully_true for check in checks) / len(checks),
         unknown_words=sum(len(check.unknown) for check in checks) / len(checks),  # a caption
     )
-
-
-def _facts_once(scene):
-    return sum(fact.objects == tuple(sorted(fact.objects)) for fact in scene.facts)

@@ -315,7 +315,7 @@ def parameter_groups(
 # %% ../nbs/03_training.ipynb #9868e9c1
 def seed_step(
     seed: int,  # of the run
-    step: int,  # optimizer steps done
+    step: int,  # its number; `train` counts from 1
     process: int = 0,  # each process drops out other activations
 ):
     """Seed every random generator from (seed, step): nothing random has to be saved, so nothing can
@@ -932,7 +932,7 @@ def _loop(run, model, batches, meter, evaluate, tell, save, bar):
     config = run.config
     due = lambda every: every and (run.step % every == 0 or run.step == config.max_steps)
     while run.step < config.max_steps and not run.should_stop:
-        # a step
+        # a step: its rate counts the steps done before it, its seed is its own number, from 1
         run.batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
         run.step += 1
         rate = _set_learning_rate(run)

@@ -4,6 +4,7 @@ import argparse, filecmp, os, re, shutil, subprocess, sys, sysconfig, tempfile, 
 from pathlib import Path
 
 import glossary, house
+from matplotlib import get_data_path
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +129,10 @@ def wheel():
             cwd=away,
         )
         run(pvtblip, '--help', cwd=away)
+        # the captioner that comes with the package, on a photo that Matplotlib brings
+        photo = Path(get_data_path()) / 'sample_data/grace_hopper.jpg'
+        run(pvtblip, 'models', cwd=away)
+        run(pvtblip, 'caption', photo, '--attention', 'hopper.png', cwd=away)
         run(pvtblip, 'demo', '--out', 'demo', '--max-steps', '4', '--scenes', '20', cwd=away)
         run(
             pvtblip,

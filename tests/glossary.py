@@ -19,6 +19,8 @@ TABLE = """
 04 beam search: keep the K likeliest unfinished captions (beams), extend each by every word, keep the K best again
 00 BERT: a language model of 2018 (arXiv:1810.04805) whose vocabulary and weights the decoder takes
 03 bfloat16: a number in 16 bits: the range of float32 with 3 digits; half the memory, less exact
+07b bootstrap: draw as many images as there are, with replacement, and score again, many times: how sure a score is
+07 brevity penalty: what BLEU takes off captions that are shorter than their closest reference
 02 cache: keys and values of earlier words and of the image, kept so that a step computes only the new word
 03 callback: an object of yours whose methods the training loop calls at given moments
 02 causal mask: forbids a position to see later words, among which its answer would be
@@ -35,6 +37,7 @@ TABLE = """
 03 DDP: distributed data parallel: every GPU has the whole model and a share of each batch; gradients are averaged
 00 #| default_exp: names the module that the notebook exports
 01 device: where a tensor lives: `cpu`, `cuda` (a GPU), or `meta`, which has shapes and no memory
+07b distinct-n: how many different n-grams the captions have, as a share of all that they have
 02 dropout: zero a share of the numbers at random while training, so that nothing leans on a single one
 00 embedding: the row of numbers that stands for a token; all rows are the embedding table
 00 entropy: the loss of the best guess that knows frequencies only: mean of -ln(frequency)
@@ -69,6 +72,7 @@ TABLE = """
 00 NaN: "not a number", the result of 0/0; whatever it touches becomes NaN
 00 nat: unit of surprise: -ln(1/2) = 0.69 nats for a fair coin
 01 normaliser: the layer that brings image features to one scale before the decoder reads them
+07b p-value: how often chance alone would turn a difference round or make it vanish; small means seldom
 00 padding: filler tokens [PAD] that make the rows of a batch equally long
 01 parameter: a number that training changes
 01 patch: a square of the photo that becomes a token; in code, `@patch` (fastcore) adds a function to a class
@@ -80,6 +84,7 @@ TABLE = """
 01 PVT: Pyramid Vision Transformer: attention in four stages with fewer and wider tokens
 01 query: what a token asks: it is compared with keys
 01 reduction: keys and values of R × R tokens gathered into one, so that all ask and few answer
+07 reference: what a person wrote about the picture; metrics compare captions with it
 04 repetition penalty: divides the score of what was said already, so that it is less likely to come again
 01 residual path: the sum that carries a token's vector past each layer, which only adds to it
 02 safetensors: a file format for weights that holds numbers only, no code
@@ -89,6 +94,7 @@ TABLE = """
 02 self-attention: attention of the words of a row on each other
 00 [SEP]: BERT's end token: the word for "I am done"
 00 shift: the answer to input i is label i + 1; done once, in the loss
+05 signed distance: how far a point is from an outline, negative inside; shapes are drawn with it
 03 #| slow: marks a cell that runs only when asked for (`nbdev_test --flags slow`)
 00 softmax: exp of each score, divided by their sum: shares that sum to 1
 01 stage: a part of PVT that works at one resolution
@@ -98,6 +104,7 @@ TABLE = """
 04 temperature: divides the scores before softmax: below 1 sharper, above 1 flatter
 00 test_eq: fastcore's test that two things are equal
 00 test_fail: fastcore's test that a call raises an error which contains given words
+07 tf-idf: the weight of a word: how often it is said here, times the logarithm of how rare it is elsewhere
 02 tied: the output layer uses the embedding table, so words mean the same at both ends
 01 timm: a library of image models by Ross Wightman; ours are compared with its
 00 token: a word or a piece of one; its id is a row number of the vocabulary
@@ -122,7 +129,7 @@ def anchor(term):
 
 def terms():
     "[(term, its meaning, name of the notebook that explains it)] as the table has them."
-    names = {file.stem[:2]: file.stem for file in ROOT.glob('nbs/[0-9][0-9]_*.ipynb')}
+    names = {file.stem.partition('_')[0]: file.stem for file in ROOT.glob('nbs/[0-9]*.ipynb')}
     rows = (line.split(' ', 1) for line in TABLE.strip().splitlines())
     return [(*rest.split(': ', 1), names[number]) for number, rest in rows]
 

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ('index', 'glossary', 'symptoms', 'from_blip', 'from_transformers')
+PAGES = ('index', 'glossary', 'symptoms', 'teaching', 'from_blip', 'from_transformers')
 PARTS = {'0': 'course', '1': 'practice', '2': 'use'}
 
 
 def is_reference(notebook):
-    "Three digits: it lies below all lessons, because they stand on it, and is not read in order."
-    return re.match(r'\d{3}_', notebook) is not None
+    "Three digits with 0 in front: it lies below all lessons, because they stand on it, and is not read in order."
+    return re.match(r'0\d\d_', notebook) is not None
 
 
 def part(notebook):
@@ -27,7 +27,9 @@ def notebooks():
     "{module: number of its notebook}, in the order of the numbers."
     numbers = {}
     for file in sorted(ROOT.glob('pvtblip/*.py')):
-        if found := re.search(r'File to edit: \.\./nbs/(\d+_\w+)\.ipynb', file.read_text(encoding='utf-8')):
+        if found := re.search(
+            r'File to edit: \.\./nbs/(\d+[a-z]?_\w+)\.ipynb', file.read_text(encoding='utf-8')
+        ):
             numbers[file.stem] = found[1]
     return dict(sorted(numbers.items(), key=lambda item: item[1]))
 
@@ -96,13 +98,14 @@ def reading_minutes(notebook):
 
 
 def lesson_size(notebook):
-    "What a learner has before them: cells, words, and lines of the longest cell of code."
+    "What a learner has before them: cells, words, lines of the longest cell of code, its widest line."
     read = read_cells(notebook)
     code = [re.sub(r'^#\|.*\n', '', text, flags=re.M) for kind, text in read if kind == 'code']
     return dict(
         cells=len(read),
         words=sum(words_in(text) for kind, text in read if kind == 'markdown'),
         lines=max(text.count('\n') + 1 for text in code),
+        width=max(len(line) for text in code for line in text.split('\n')),
     )
 
 

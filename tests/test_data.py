@@ -18,7 +18,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pvtblip.data import CaptionDataset, Record, clean_captions, read_captions, similar_files, split_by_name
+from pvtblip import data
+from pvtblip.data import (
+    CaptionDataset,
+    Record,
+    Row,
+    clean_captions,
+    find_fields,
+    object_rows,
+    read_captions,
+    similar_files,
+    split_by_name,
+)
 from pvtblip.pvt_encoder import BrokenImage
 from pvtblip.training import Collate, SeededBatchSampler
 from pvtblip.pvt_encoder import load_image
@@ -998,3 +1009,89 @@ def test_split_does_not_depend_on_the_other_photos():
     assert split_by_name(records, 0) == (records, []) and split_by_name(records, 1) == ([], records)
     with pytest.raises(ValueError, match='share is 5'):
         split_by_name(records, 5)
+
+
+# ---------------------------------------------------------------- the folded readers of 06_data, one by one
+
+
+def test_fields_have_many_names():
+    found = find_fields(['Image', 'split', 'text'], {})
+    assert found == dict(file=['Image'], caption=['text'], split=['split'], image_id=[])
+    assert find_fields(['image', 'caption_0', 'caption_1'], {})['caption'] == ['caption_0', 'caption_1']
+    with pytest.raises(ValueError, match="c.csv:1: no field for the file, among 'photo', 'text'; call one"):
+        data._needed_fields('c.csv', 1, ['photo', 'text'], {})
+    assert data._needed_fields('c.csv', 1, ['photo', 'text'], {'file': 'photo'})['file'] == ['photo']
+
+
+def test_members_of_json_keep_their_lines():
+    members = [(line, key, value) for line, key, _, value in data._json_members('{\n"a": [1],\n\n"b": 2}', 0)]
+    assert members == [(2, 'a', [1]), (4, 'b', 2)]
+    assert [line for line, *_ in data._json_members('[1,\n2,\n3]', 0)] == [1, 2, 3]
+
+
+def test_rows_of_an_object():
+    rows = lambda **entry: list(object_rows('c.jsonl', 1, entry, {}))
+    assert rows(image='a.jpg', caption=['one', 'two']) == [Row(1, 'a.jpg', 'one'), Row(1, 'a.jpg', 'two')]
+    assert rows(image='a.jpg', caption=[]) == [Row(1, 'a.jpg', data.NO_CAPTION)]
+    karpathy = dict(filepath='val2014', filename='a.jpg', split='test', cocoid=7)
+    sentences = [dict(raw='one', tokens=['one'])]
+    assert rows(**karpathy, sentences=sentences) == [Row(1, 'val2014/a.jpg', 'one', 'test', 7)]
+    with pytest.raises(ValueError, match="c.jsonl:1: 'image' is 3, not the name of a photo"):
+        rows(image=3, caption='one')
+
+
+def test_rows_of_json_files():
+    rows = lambda text: list(data._json_rows('c.json', text, {}))
+    assert rows('{\n"a.jpg": ["one", "two"],\n\n"b.jpg": ["three"]}') == [
+        Row(2, 'a.jpg', 'one'),
+        Row(2, 'a.jpg', 'two'),
+        Row(4, 'b.jpg', 'three'),
+    ]
+    lines = '{"file": "a.jpg", "text": "one"}\n{"file": "b.jpg", "text": "two"}'
+    assert rows(lines) == [Row(1, 'a.jpg', 'one'), Row(2, 'b.jpg', 'two')]
+    with pytest.raises(ValueError, match=r"c.json:2: 'a.jpg' stands here again \(first on line 1\)"):
+        rows('{"a.jpg": ["one"],\n "a.jpg": ["three"]}')
+
+
+def test_rows_of_tables():
+    rows = lambda text: list(data._text_rows('c.csv', text, {}))
+    assert rows('image,caption\na.jpg,"A ""good"" dog, a cat"') == [Row(2, 'a.jpg', 'A "good" dog, a cat')]
+    assert rows('text;file;split\n"A dog\nand a cat";a.jpg;val\nA cat;b.jpg;val') == [
+        Row(2, 'a.jpg', 'A dog\nand a cat', 'val'),
+        Row(4, 'b.jpg', 'A cat', 'val'),
+    ]
+    # without quotes: not CSV, but frequent
+    assert rows('image,caption\na.jpg,A dog, a cat') == [Row(2, 'a.jpg', 'A dog, a cat')]
+    for text, message in (
+        ('image,caption\na.jpg,"A dog', 'c.csv:2: a quoted field is not well formed'),
+        ('image,caption\na.jpg;A dog', 'it seems to be separated by semicolons'),
+        ('image:caption\na.jpg:A dog', "which seems to be separated by ':'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rows(text)
+
+
+def test_patterns_of_lines():
+    token, bar = (pattern for _, _, pattern, _ in data._LINES)
+    assert token.fullmatch('a.jpg#0\tA dog').groups() == ('a.jpg', 'A dog')
+    assert bar.fullmatch('a.jpg| 0| A dog | a cat').groups() == ('a.jpg', ' A dog | a cat')
+
+
+def test_a_file_of_an_old_mac_and_a_blank_one(tmp_path):
+    (tmp_path / 'mac.txt').write_bytes(b'\xef\xbb\xbfhello\rcaf\xc3\xa9\r')
+    assert data._caption_text(tmp_path / 'mac.txt') == 'hello\ncafé\n'
+    (tmp_path / 'blank.txt').write_text(' \n')
+    with pytest.raises(ValueError, match='blank.txt:1: the file is empty'):
+        data._caption_text(tmp_path / 'blank.txt')
+
+
+def test_captions_are_cleaned_or_refused():
+    assert clean_captions(' a  dog ') == ['a dog']
+    assert clean_captions("['a dog', 'a cat ']") == ['a dog', 'a cat']
+    assert clean_captions("array(['one', 'two'], dtype=object)") == ['one', 'two']
+    for caption, message in (
+        ('[CLS] a dog [SEP]', r"holds '\[CLS\]', a token of a vocabulary"),
+        ('a dog ' * 2000, 'has 12,000 characters, more than 10,000'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            clean_captions(caption)

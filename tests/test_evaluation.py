@@ -11,18 +11,27 @@ from pvtblip.data import read_captions
 from pvtblip.evaluation import (
     METRICS,
     by_reference,
-    clip_score,
+    cider_score,
     coco_scores,
-    compare,
-    confidence_intervals,
-    diversity,
     odd_characters,
     pair_captions,
     ptb_tokenize,
+    read_entries,
     read_hypotheses,
     read_references,
 )
 from pvtblip.shapes import make_scene
+from pvtblip.truth import (
+    clip_score,
+    compare,
+    confidence_intervals,
+    described,
+    diversity,
+    in_box,
+    plot_best_and_worst,
+    shuffled_losses,
+    words_said,
+)
 
 ODD = [
     '',
@@ -175,13 +184,15 @@ def test_scores_need_pairs():
         coco_scores({'a': ['a dog']}, {'b': 'a dog'})
     with pytest.raises(ValueError, match='nothing to score'):
         coco_scores({}, {})
+    with pytest.raises(ValueError, match='nothing to score'):
+        cider_score({}, {})
     with pytest.raises(ValueError, match="'a' has no references"):
         coco_scores({'a': []}, {'a': 'a dog'})
 
 
 def test_corpus_scores_are_functions_of_sums(scores, original):
     "The intervals resample images; with each image once they must give the corpus scores."
-    once = evaluation._from_sums({part: rows.sum(0) for part, rows in scores.statistics.items()})
+    once = evaluation.metrics_from_sums({part: rows.sum(0) for part, rows in scores.statistics.items()})
     for name in METRICS:
         assert abs(once[name] - original[0][name]) < 1e-9
 
@@ -405,7 +416,7 @@ def test_captions_are_no_formulas():
 
     matplotlib.use('agg')
     scores = evaluation.Scores({}, {str(i): dict(CIDEr=float(i)) for i in range(2)}, {})
-    figure = evaluation.plot_best_and_worst(
+    figure = plot_best_and_worst(
         scores,
         lambda name: Image.new('RGB', (8, 8)),
         {str(i): [r'costs $\foo$ or $x'] for i in range(2)},
@@ -482,3 +493,63 @@ def test_clip_score(clip, tmp_path):
         assert np.allclose(clip_score(files, said, clip, batch_size=batch_size), expected, atol=1e-5)
     with pytest.raises(FileNotFoundError, match='no CLIP'):
         clip_score(files, said, tmp_path)
+    with pytest.raises(ValueError, match='3 files and 2 captions'):
+        clip_score(files, said[:2], clip)
+
+
+def test_entries_of_json_and_of_lines(tmp_path):
+    def read(name, text):
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        return read_entries(tmp_path / name)
+
+    assert read('doubled.json', '{"a": 1, "b": 2, "a": 3}') == ({'a': 1, 'b': 2}, ['a'])
+    # one value a line
+    assert read('lines.jsonl', '{"a": "red\u2028ring"}\n\n{"b": 2}\n')[0] == [
+        {'a': 'red\u2028ring'},
+        {'b': 2},
+    ]
+    for name, text, message in (
+        ('cut.json', '{"a": "a ring",\n "b": ', 'cut.json:2: not JSON .Expecting value'),
+        ('bad.jsonl', '{"a": 1}\n{"b": 2}\n{"c": }', 'bad.jsonl:3: not JSON'),
+        ('latin.json', '{"a": "café"}'.encode('latin-1'), 'latin.json:1: not UTF-8'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(name, text)
+    with pytest.raises(FileNotFoundError, match='none.json: no such file'):
+        read_entries(tmp_path / 'none.json')
+
+
+def test_captions_of_five_paths():
+    "`star.jpg` may be either star; `photos/moon.jpg` is paired by its name alone, and said to be."
+    files = {'7': 'ring.jpg', '8': 'old/star.jpg', '9': 'new/star.jpg', '10': 'val/moon.jpg'}
+    paths = ('photos/ring.jpg', '/data/new/star.jpg', 'star.jpg', 'photos/moon.jpg', 'heart.jpg')
+    found, unclear, alone = by_reference(dict.fromkeys(files), files, {path: path for path in paths})
+    assert {name: found[name] for name in ('7', '9', '10')} == dict(
+        zip(('7', '9', '10'), [*paths[:2], paths[3]])
+    )
+    assert unclear == ['star.jpg'] and alone == ['photos/moon.jpg'] and 'heart.jpg' in found
+
+
+def test_pairs_stand_in_the_order_of_the_references():
+    good = {'1': ['a ring', 'a red ring'], '2': ['a moon'], '3': ['a star']}
+    own, said, problems = pair_captions(good, {'3': 'a star', '2': 'a moon', '1': 'a ring'})
+    assert (list(own), list(said), problems) == (['1', '2', '3'], ['1', '2', '3'], {})
+    own, said, problems = pair_captions(good, {**dict.fromkeys('23', 'x'), '1': 'a\x07ring'}, go_on=True)
+    assert said['1'] == 'a ring' and problems == {'images with control characters': ['1']}
+
+
+def test_words_and_boxes_by_hand():
+    found = words_said("Don't stop: it's a T-shirt, size 5!")
+    assert found == ["don't", 'stop', "it's", 'a', 't', 'shirt', 'size', '5']
+    middles = (torch.arange(4) + 0.5) / 4
+    inside = in_box((0.25, 0.0, 0.75, 0.5), middles, middles).int().tolist()
+    assert inside == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    scene = next(one for one in (make_scene(0, i) for i in range(50)) if len(one.objects) == 1)
+    (thing,) = scene.objects
+    assert described(scene, ['a', thing.colour, thing.kind]) == [(2, thing.box)]
+    assert described(scene, ['a', thing.colour, thing.kind], 'colour') == [(1, thing.box)]
+
+
+def test_one_image_cannot_be_shuffled():
+    with pytest.raises(ValueError, match='one image cannot be shuffled'):
+        shuffled_losses(None, torch.zeros(1, 3, 8, 8), None, None)

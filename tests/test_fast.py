@@ -1,15 +1,19 @@
 "The packed captioner says what the plain one says, and is frozen."
 
 import copy
+import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from matplotlib import get_data_path
 from torch.testing import assert_close
 
 from pvtblip.decoder import Captioner, CaptionerConfig
-from pvtblip.fast import PackedLinear, pack
-from pvtblip.generation import generate, output_layer
+from pvtblip.fast import PackedLinear, boxed_models, load_model, model_folder, pack
+from pvtblip.generation import generate, generate_caption, output_layer
+from pvtblip.pvt_encoder import weights_in
 
 pytestmark = pytest.mark.usefixtures('one_seed')
 
@@ -146,3 +150,30 @@ def test_the_head_is_used_only_for_the_words_it_was_packed_for():
     assert output_layer(model) is model.packed_output_layer
     model.set_output_vocabulary([3000, 3001])
     assert output_layer(model).weight.shape[0] == 3  # and [SEP]
+
+
+@pytest.mark.parametrize('name', boxed_models())
+def test_a_model_in_the_box(name):
+    folder = boxed_models()[name]
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert {'README.md', 'NOTICE', 'model.safetensors'} <= files.keys()
+    assert sum(files.values()) <= 64e6
+    weights = weights_in(folder / 'model.safetensors')
+    assert sum(math.prod(shape) for shape, _ in weights.values()) <= 36e6
+    assert {kind for _, kind in weights.values()} <= {'F16', 'I64'}
+
+
+def test_the_captioner_of_photos(tmp_path, monkeypatch):
+    model = load_model(device='cpu')
+    photo = Path(get_data_path()) / 'sample_data/grace_hopper.jpg'
+    caption = generate_caption(model, photo)
+    assert {'hat'} <= set(caption.split()) and not model.training
+    (name, *_) = boxed_models()
+    assert generate_caption(load_model(name, 'cpu'), photo) == caption
+    # a folder of one's own goes before it
+    monkeypatch.chdir(tmp_path)
+    captioner()[0].save_pretrained(name)
+    assert model_folder(name) == name and model_folder('user/model') == 'user/model'
+    monkeypatch.setattr('pvtblip.fast._BOX', tmp_path / 'empty')
+    with pytest.raises(ValueError, match='no model lies there; give a model folder'):
+        load_model()

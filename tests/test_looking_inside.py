@@ -17,7 +17,7 @@ from pvtblip.decoder import (
     attention_weights,
     photo_map,
 )
-from pvtblip.evaluation import in_box, pointing_game
+from pvtblip.truth import in_box, pointing_game
 from pvtblip.generation import generate, process_image
 from pvtblip.looking_inside import (
     all_choices,

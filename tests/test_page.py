@@ -314,10 +314,14 @@ def test_no_photo_is_no_error(talk):
 # without a model, without gradio
 
 
-def test_without_a_model_one_line_says_what_to_give(capsys, drawing):
-    for call in (create_gradio_demo, lambda: explain(drawing)):
-        with pytest.raises(ValueError, match='no captioner comes with this version: give a model folder'):
-            call()
+def test_without_a_model_the_one_in_the_box_speaks(drawing):
+    assert len(explain(drawing).captions) == 3
+
+
+def test_with_an_empty_box_one_line_says_what_to_give(capsys, drawing, tmp_path, monkeypatch):
+    monkeypatch.setattr('pvtblip.fast._BOX', tmp_path)
+    with pytest.raises(ValueError, match='no model lies there; give a model folder'):
+        explain(drawing)
     code, out, err = pvtblip(capsys, 'app')
     assert code == 1 and err.count('\n') == 1 and 'give a model folder' in err
 

@@ -775,7 +775,9 @@ def test_a_bomb_costs_no_memory(tmp_path, model):
     Image.new('1', (20_000, 20_000)).save(tmp_path / 'bomb.png')
     (tmp_path / 'zeros.png').write_bytes((tmp_path / 'bomb.png').read_bytes())
     script = (
-        'import resource, sys\nfrom pvtblip.pipeline import PhotoReader\nreader = PhotoReader(64)\n'
+        'import resource, sys\nfrom functools import partial\n'
+        'from pvtblip.pipeline import PhotoReader\nfrom pvtblip.pvt_encoder import load_pixels\n'
+        'reader = PhotoReader(partial(load_pixels, size=64))\n'
         'before = '
         'resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nprint(reader[sys.argv[1]][1])\n'
         'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss '

@@ -39,7 +39,7 @@ from pvtblip.files import printable, setting_names, write_whole
 from pvtblip.generation import GenerationConfig
 from pvtblip.photo_training import PhotoRun
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
-from pvtblip.evaluation import gap_of, shuffled_losses
+from pvtblip.truth import gap_of, shuffled_losses
 from pvtblip.config import change_config, read_config, to_toml
 from pvtblip.practice import (
     HeldOutLoss,

@@ -69,6 +69,21 @@ def test_every_stage_equals_timm(name):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+def test_depthwise_weights_lie_as_the_maps_do():
+    "Also when loaded, copied and converted; one photo alone is then computed as in a batch, and not turned round."
+    backbone = PyramidVisionTransformerV2().eval()
+    theirs = timm.create_model('pvt_v2_b0').eval()
+    backbone.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 97, 131)
+    for model in (backbone, copy.deepcopy(backbone), copy.deepcopy(backbone).double().float()):
+        weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.groups > 1]
+        assert len(weights) == 8 and all(weight.stride() == (9, 1, 3, 1) for weight in weights)
+        with torch.inference_mode():
+            expected = theirs.forward_features(x[:1])
+            for images in (x[:1], x):
+                torch.testing.assert_close(model(images)[-1][:1], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_equal_timm():
     torch.manual_seed(0)
     theirs = timm.create_model('pvt_v2_b0', num_classes=0)

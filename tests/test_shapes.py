@@ -14,9 +14,11 @@ from importlib.resources import files
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from PIL import Image, ImageDraw
 
 from pvtblip.shapes import (
     _LEXICON,
+    _OUTLINES,
     COLOURS,
     HELD_OUT,
     KINDS,
@@ -273,3 +275,95 @@ def test_errors_say_what_to_do(arguments, message):
     if 'split' in arguments:
         with pytest.raises(ValueError, match=message):
             ShapesDataset(np.asarray, **arguments)
+    if 'max_objects' in arguments:
+        for too_many in (dict(index=-1), dict(max_objects=4)):
+            with pytest.raises(ValueError, match='negative|one to three'):
+                make_scene(0, **{'index': 0, **too_many})
+
+
+def test_every_kind_and_colour_is_held_out_once_and_colours_lie_further_apart_than_tints():
+    assert len(HELD_OUT) == 8
+    assert {kind for _, kind in HELD_OUT} == set(KINDS)
+    assert {colour for colour, _ in HELD_OUT} == set(COLOURS)
+    assert ('red', 'heart') in HELD_OUT and ('black', 'triangle') in HELD_OUT
+    distances = [math.dist(COLOURS[a], COLOURS[b]) for a in COLOURS for b in COLOURS if a < b]
+    assert min(distances) > 2 * math.sqrt(3) * 22
+
+
+def pillow(kind, side=768):
+    "White on black by Pillow: the kind with radius 0.4 of the side, in the middle, shrunk to 96 pixels"
+    at = lambda *points: [((x * 0.4 + 0.5) * side, (y * 0.4 + 0.5) * side) for x, y in points]
+    picture = Image.new('L', (side, side))
+    pen = ImageDraw.Draw(picture)
+    tip = [math.pi * k / 5 for k in range(10)]
+    shift = (1 - math.cos(math.pi / 5)) / 2
+    if kind == 'circle':
+        pen.ellipse(sum(at((-1, -1), (1, 1)), ()), fill=255)
+    if kind == 'triangle':
+        pen.polygon(at((0, -0.87), (1, 0.87), (-1, 0.87)), fill=255)
+    if kind == 'star':
+        corners = zip(tip, [1, 0.45] * 5)
+        pen.polygon(at(*((r * math.sin(t), shift - r * math.cos(t)) for t, r in corners)), fill=255)
+    if kind == 'cross':
+        for a, b in ((1, 0.36), (0.36, 1)):
+            pen.rectangle(sum(at((-a, -b), (a, b)), ()), fill=255)
+    return np.asarray(picture.resize((96, 96), Image.Resampling.BOX), float)
+
+
+@pytest.mark.parametrize('kind', ['circle', 'triangle', 'star', 'cross'])
+def test_another_library_draws_the_same(kind):
+    half_width, half_height, _ = _OUTLINES[kind]
+    box = (0.5 - 0.4 * half_width, 0.5 - 0.4 * half_height, 0.5 + 0.4 * half_width, 0.5 + 0.4 * half_height)
+    white = ShapeObject(kind, 'white', 'large', box, (17.0, 17.0, 17.0))
+    ours = draw([white], Background(shade=(0.0, 0.0, 0.0)), 96)[..., 0]
+    assert np.abs(ours - pillow(kind)).mean() < 1
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_drawing_fills_its_box(kind):
+    "At 96 pixels they may differ by one, and by two at tips, which are thinner than a pixel."
+    half_width, half_height, _ = _OUTLINES[kind]
+    box = (0.5 - 0.2 * half_width, 0.5 - 0.2 * half_height, 0.5 + 0.2 * half_width, 0.5 + 0.2 * half_height)
+    picture = draw([ShapeObject(kind, 'black', 'small', box)], image_size=96)[..., 0]
+    filled = picture < (COLOURS['black'][0] + 128) / 2  # more black than grey
+    rows, columns = np.where(filled.any(1))[0], np.where(filled.any(0))[0]
+    drawn = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    tips = kind in ('star', 'triangle', 'heart', 'moon')
+    assert np.abs(drawn - 96 * np.array(box)).max() <= (2 if tips else 1)
+
+
+def test_relations_by_hand():
+    middle = (0.4, 0.4, 0.6, 0.6)
+    assert relation((0.1, 0.4, 0.3, 0.6), middle) == 'left of'
+    assert relation(middle, (0.1, 0.4, 0.3, 0.6)) == 'right of'
+    assert relation((0.4, 0.1, 0.6, 0.3), middle) == 'above'
+    assert relation((0.45, 0.7, 0.65, 0.9), middle) == 'below'
+    assert relation((0.1, 0.1, 0.3, 0.3), middle) is None  # diagonally: no word is right
+
+
+def test_readings_by_hand():
+    reading = CaptionReader('two circles, a red one above a tiny blue one')
+    assert reading.counts == [(2, [('kind', 'circle')])]
+    small = [('size', 'small'), ('colour', 'blue'), ('kind', 'circle')]
+    assert reading.mentions == [[('colour', 'red'), ('kind', 'circle')], small]
+    assert reading.relations == [['above', 0, 1]]
+    assert CaptionReader('a green star with a moon on its left').relations == [['left of', 1, 0]]
+
+
+def test_more_errors_say_what_to_do():
+    for wrong, message in (
+        (lambda: write_caption((), np.random.default_rng(0)), '0 shapes'),
+        (lambda: ShapeObject('hexagon', 'red', 'small', (0, 0, 1, 1)), "kind 'hexagon' is unknown"),
+        (lambda: draw([], Background(pattern='zigzag')), 'zigzag'),
+        (lambda: score_captions(['a circle'], []), '1 captions for 0 scenes'),
+        (lambda: score_captions([], []), '0 captions for 0 scenes'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def test_a_scene_is_the_same_at_any_size():
+    scene = make_scene(0, 3)
+    sizes = [dataclasses.replace(scene, image_size=size) for size in (32, 96)]
+    assert [one.captions for one in sizes] == [scene.captions] * 2
+    assert [one.image.shape[0] for one in sizes] == [32, 96]
