@@ -384,7 +384,8 @@ class Explanation:
         notes = [_NOTE['plain' if best.probability is None else 'judged']]
         notes += [_NOTE['drawing']] if best.truths else []
         return _framed(
-            f'{_photo_html(self.photo, best.text)}<p class="note">{hint} {alone}</p><ol>{captions}</ol><p class="note">{" ".join(notes)}</p>',
+            f'{_photo_html(self.photo, best.text)}<p class="note">{hint} {alone}</p>'
+            f'<ol>{captions}</ol><p class="note">{" ".join(notes)}</p>',
             self.photo.width / self.photo.height,
         )
 
