@@ -228,7 +228,9 @@ def evaluate_photos(
         write_json(run.json_file, report)
     if run.sheet:
         save_figure(
-            plot_best_and_worst(scores, lambda name: load_image(photos[name][0]), own, hypotheses), run.sheet
+            plot_best_and_worst(scores, lambda name: load_image(photos[name][0]), own, hypotheses),
+            run.sheet,
+            bbox_inches='tight',  # titles and captions lie outside the axes
         )
     return report
 

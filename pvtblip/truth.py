@@ -276,7 +276,7 @@ def plot_best_and_worst(
     columns = min(5, number)
     rows = -(-number // columns)  # of the best; as many of the worst
     figure, axes = plt.subplots(
-        2 * rows, columns, figsize=(2.3 * columns, 5.8 * rows), squeeze=False, dpi=80, layout='constrained'
+        2 * rows, columns, figsize=(2.3 * columns, 6.4 * rows), squeeze=False, dpi=80, layout='constrained'
     )
     for ax in axes.flat:
         ax.axis('off')

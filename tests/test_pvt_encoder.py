@@ -338,7 +338,7 @@ def test_a_name_that_nobody_knows():
     [
         'hf-hub:someone/model',
         'hf_hub:someone/model',
-        'local-dir:/tmp/model',
+        'local-dir:/some/model',
         'timm/resnet18',
         '../resnet18',
         'https://example.org/x',
