@@ -146,13 +146,14 @@ def plot_attention(
     photos: list,  # paths or PIL images
     sequences,  # (B, T) what `generate` returned for them
     pixel_values,  # (B, 3, H, W) of the same photos
+    max_words: int = 12,  # columns at most
 ):  # a matplotlib figure
     "`plot_word_maps` of a captioned batch, mean over heads and layers, each photo under its caption."
     rows = [
         (photo, *word_maps(model, photo, ids, pixel_values=pixels[None]))
         for photo, ids, pixels in zip(photos, sequences, pixel_values)
     ]
-    return plot_word_maps(rows, model.tokenizer.decode_batch(sequences))
+    return plot_word_maps(rows, model.tokenizer.decode_batch(sequences), max_words)
 
 # %% ../nbs/21_looking_inside.ipynb #e16a9265
 def plot_heads(

@@ -925,6 +925,7 @@ def attention_drawer(
                 [load_image(str(photo)) for photo in batch.read],
                 batch.output.sequences[:, 0],
                 batch.pixel_values,
+                max_words=batch.output.sequences.shape[-1],  # all of them
             ),
             file,
         )

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from matplotlib import get_data_path
+from PIL import Image
 from torch.testing import assert_close
 
 from pvtblip.decoder import Captioner, CaptionerConfig
 from pvtblip.fast import PackedLinear, boxed_models, load_model, model_folder, pack
 from pvtblip.generation import generate, generate_caption, output_layer
+from pvtblip.pipeline import attention_drawer, caption_files
 from pvtblip.pvt_encoder import weights_in
 
 pytestmark = pytest.mark.usefixtures('one_seed')
@@ -177,3 +179,14 @@ def test_the_captioner_of_photos(tmp_path, monkeypatch):
     monkeypatch.setattr('pvtblip.fast._BOX', tmp_path / 'empty')
     with pytest.raises(ValueError, match='no model lies there; give a model folder'):
         load_model()
+
+
+def test_every_word_of_its_caption_is_drawn(tmp_path):
+    "A field of 84 pixels a token, and one for the photo."
+    photo = Path(get_data_path()) / 'sample_data/grace_hopper.jpg'
+    lines = []
+    caption_files(
+        [str(photo)], model_folder(), look=attention_drawer(tmp_path / 'words.png'), out=lines.append
+    )
+    words = lines[0].split('\t')[1].split()
+    assert Image.open(tmp_path / 'words.png').width >= 84 * (1 + len(words))

@@ -277,6 +277,16 @@ def test_word_maps_explain_what_is_said(model):
 
 
 # --- shares and pointing
+def test_every_word_of_a_long_caption_has_its_map(model):
+    "Twelve words are drawn unless more are asked for."
+    photo = Image.fromarray(make_scene(0, 0).image)
+    ids = model.tokenizer(['red ' * 20])['input_ids']
+    pixels = process_image(photo, model)
+    for asked, drawn in (({}, 12), (dict(max_words=ids.shape[1]), 20)):
+        figure = plot_attention(model, [photo], ids, pixels, **asked)
+        assert sum(text.get_text() == 'red' for ax in figure.axes for text in ax.texts) == drawn
+
+
 def test_head_shares_of_attention_put_by_hand(model):
     scenes = [make_scene(0, i, max_objects=1) for i in range(6)]
     tokens = model.tokenizer(
