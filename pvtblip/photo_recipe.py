@@ -10,11 +10,19 @@ import random, shutil
 from pathlib import Path
 
 import torch, torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
-from .decoder import BertDecoder, CaptionerConfig, DecoderConfig, load_bert_weights, save_tensors
+from pvtblip.decoder import (
+    BertDecoder,
+    CaptionerConfig,
+    DecoderConfig,
+    checkpoint_folder,
+    load_bert_weights,
+    save_tensors,
+)
 from .files import whole_folder
+from .photo_training import refuse_model
+from .pvt_encoder import read_weights
 from .tokenizer import CaptionTokenizer
 
 # %% ../nbs/19_photo_recipe.ipynb #recipe08
@@ -40,6 +48,24 @@ def _said_loss(decoder, rows, words, index, device):
     said = targets != -100
     return F.cross_entropy(decoder.logits(hidden[said], words).float(), index[targets[said]])
 
+
+def _read_captions(decoder, batches, loss_of, steps, learning_rate, draw):
+    "Train all but the cross-attention: the rate rises for a fifteenth of the steps, then falls to 0."
+    trained = [p for name, p in decoder.named_parameters() if 'crossattention' not in name]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98))
+    warm = max(1, steps // 15)
+    left = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+        # all batches once, in an order drawn anew
+        left = left or draw.sample(batches, len(batches))
+        loss = loss_of(left.pop())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
 # %% ../nbs/19_photo_recipe.ipynb #recipe09
 def warm_decoder(
     captions: list,  # texts without photos
@@ -51,7 +77,13 @@ def warm_decoder(
     held: int = 2000,  # captions that are only measured
     seed: int = 0,
 ) -> float:  # loss of the held-out captions, nats a token
-    "Teach a decoder the language of captions, before it sees a photo; ValueError for too few of them."
+    """Teach a decoder the language of captions, before it sees a photo; ValueError for too few of them,
+    FileExistsError where `out` holds a model.
+    """
+    # what can be wrong is said before the work
+    refuse_model(out)
+    if min(steps, batch_size, held) < 1:
+        raise ValueError(f'steps {steps}, batch_size {batch_size} and held {held} must be 1 or more')
     if len(captions) < held + batch_size:
         raise ValueError(f'{len(captions)} captions; {held} are held out and {batch_size} make a step')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -69,45 +101,37 @@ def warm_decoder(
     decoder = BertDecoder(DecoderConfig.from_pretrained(bert))
     load_bert_weights(decoder, bert)
     decoder.to(device).train()
-    trained = [p for name, p in decoder.named_parameters() if 'crossattention' not in name]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98))
-    warm = max(1, steps // 15)
-    batches = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-        # all batches once, in an order drawn anew
-        batches = batches or draw.sample(
-            range(0, len(rows) - batch_size + 1, batch_size), len(rows) // batch_size
-        )
-        start = batches.pop()
-        with torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'):
-            loss = _said_loss(decoder, rows[start : start + batch_size], words, index, device)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+
+    @torch.autocast(device, torch.bfloat16, enabled=device == 'cuda')
+    def loss_of(batch):
+        return _said_loss(decoder, batch, words, index, device)
+
+    whole = range(0, len(rows) - batch_size + 1, batch_size)
+    batches = [rows[start : start + batch_size] for start in whole]
+    _read_captions(decoder, batches, loss_of, steps, learning_rate, draw)
     # held out
     decoder.eval()
     with torch.inference_mode():
-        parts = [held_rows[i : i + batch_size] for i in range(0, len(held_rows), batch_size)]
-        losses = [_said_loss(decoder, part, words, index, device).item() * len(part) for part in parts]
+        parts = [held_rows[i : i + batch_size] for i in range(0, held, batch_size)]
+        loss = sum(loss_of(part).item() * len(part) for part in parts) / held
     # a BERT's folder, without what BERT does not have
     weights = {k: v.cpu() for k, v in decoder.state_dict().items() if 'crossattention' not in k}
-    with whole_folder(out) as folder:
+    with whole_folder(out, last='model.safetensors') as folder:
         save_tensors(weights, folder / 'model.safetensors')
-        for name in ('config.json', 'vocab.txt', 'tokenizer.json', 'tokenizer_config.json'):
-            if (Path(bert) / name).is_file():
-                shutil.copy(Path(bert) / name, folder)
-    return sum(losses) / len(held_rows)
+        shutil.copy(checkpoint_folder(bert) / 'config.json', folder)
+        tokenizer.tokenizer.save_pretrained(folder)
+    return loss
 
 # %% ../nbs/19_photo_recipe.ipynb #recipe24
 def average_models(
     folders: list,  # model folders that went on from one model
     out,  # a new folder
 ):
-    "Write the mean of several models' weights as a model; ValueError where they are not of one kind."
-    states = [load_file(Path(folder) / 'model.safetensors') for folder in folders]
+    """Write the mean of several models' weights as a model; ValueError where they are not of one kind,
+    FileExistsError where `out` holds a model.
+    """
+    refuse_model(out)
+    states = [read_weights(Path(folder) / 'model.safetensors') for folder in folders]
     if any(
         {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in states[0].items()}
         for state in states
@@ -122,7 +146,7 @@ def average_models(
         else weight
         for name, weight in states[0].items()
     }
-    with whole_folder(out) as folder:
+    with whole_folder(out, last='model.safetensors') as folder:
         for file in Path(folders[0]).iterdir():
             if file.suffix in ('.json', '.txt') and file.name != 'confidence.json':
                 shutil.copy(file, folder)
