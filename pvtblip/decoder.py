@@ -777,15 +777,13 @@ class Captioner(nn.Module):
     def __init__(
         self,
         config: CaptionerConfig,  # sizes, prompt, vocabulary
-        # None: the bundled BERT vocabulary; or a Hugging Face name, folder or tokenizer
-        tokenizer=None,
+        tokenizer=None,  # None: BERT's words, bundled; or a Hugging Face name, folder or tokenizer
     ):
         "Raises ValueError where tokenizer and decoder disagree about positions or words."
         super().__init__()
         self.config = config
         self.tokenizer = CaptionTokenizer(tokenizer, config.prompt, config.max_length)
         self._check_tokenizer()
-        # image tokens as wide as the decoder, which has to compare them with its words
         self.encoder = ImageEncoder(config.encoder, config.decoder.hidden_size)
         self.decoder = BertDecoder(config.decoder)
         self.set_output_vocabulary(config.output_vocabulary)
@@ -794,8 +792,10 @@ class Captioner(nn.Module):
         self,
         pixel_values,  # (B, 3, H, W), in any floating-point type
     ):
-        "Image tokens (B, S, D), in the type of the weights."
-        return self.encoder(pixel_values.to(self.decoder.word_embedding.dtype))
+        "Image tokens (B, S, D), in the type of the weights; ValueError for whole numbers."
+        if pixel_values.is_floating_point():
+            pixel_values = pixel_values.to(self.decoder.word_embedding.dtype)
+        return self.encoder(pixel_values)
 
 # %% ../nbs/02_decoder.ipynb #16cfa9e3
 @patch(as_prop=True)

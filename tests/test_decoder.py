@@ -929,3 +929,11 @@ def test_push_to_hub_and_back(captioner, step, tmp_path, monkeypatch):
     again = Captioner.from_pretrained('me/stars')
     assert torch.equal(again(*step).logits, captioner(*step).logits)
     assert not any(b'hf_77secret' in file.read_bytes() for file in (tmp_path / 'me/stars').iterdir())
+
+
+def test_pixels_that_nobody_normalised_are_refused():
+    model = Captioner(CaptionerConfig.tiny()).eval()
+    pixels = torch.zeros(1, 3, 64, 64)
+    close(model.encode_image(pixels.double()), model.encode_image(pixels))
+    with pytest.raises(ValueError, match='must be floats .* from image_transform, not torch.uint8'):
+        model.encode_image(pixels.byte())
