@@ -375,9 +375,10 @@ _collect(
 )
 
 # %% ../nbs/08_six_bugs.ipynb #f0895624
-def _divides_twice(original, config):
+def _divides_twice(original, model):
     "The pixels were already 0 to 1, and are divided by 255 once more."
-    right, mean, std = original(config), *(torch.tensor(x).view(3, 1, 1) for x in (config.mean, config.std))
+    config = model.config.encoder
+    right, mean, std = original(model), *(torch.tensor(x).view(3, 1, 1) for x in (config.mean, config.std))
     return lambda photo: ((right(photo) * std + mean) / 255 - mean) / std
 
 
@@ -400,7 +401,7 @@ _collect(
         cause='One part scales pixels to 0 to 1, and the next divides by 255 again. Every photo is nearly black.',
         fix='one function turns a file into pixel_values, for training and use',
         lesson='01_pvt_encoder',
-        overrides=((generation, 'image_transform', _divides_twice),),
+        overrides=((Captioner, 'photo_transform', _divides_twice),),
         check=check_pixels,
         finding='pixels',
     )
