@@ -27,6 +27,7 @@ TABLE = """
 01 channel: one of the numbers that every place of a map or every pixel has; a photo has three
 02 checkpoint: weights (and what belongs to them) in a folder, ready to be loaded
 03 checksum: a number computed from all bytes of a file; another number says that the file has changed
+07 CIDEr: how well the n-grams of a caption agree with those of the references, each weighted by tf-idf; 0 to 10
 03 clip: shorten the gradient of a step to a greatest length, so that one odd batch cannot throw the weights far
 00 [CLS]: BERT's start token; the first token of every row
 03 collate: the function that makes a batch of single records
