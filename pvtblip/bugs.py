@@ -436,8 +436,8 @@ _collect(
         when='training',
         symptom='captions that hardly depend on the photo; a loss that stays where a blind model ends',
         cause=(
-            'Features of a foreign backbone come at any size. Small ones drown in the position codes that '
-            'are added to them.'
+            'Features of a foreign backbone come at any size. Small ones need weights that are larger by as '
+            'much, which small steps do not reach.'
         ),
         fix='a LayerNorm with its own gain between backbone and projection',
         lesson='01_pvt_encoder',
