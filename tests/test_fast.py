@@ -12,6 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from pvtblip.decoder import Captioner, CaptionerConfig
+from pvtblip.confidence import Judge, load_confidence
 from pvtblip.fast import PackedLinear, boxed_models, load_model, model_folder, pack
 from pvtblip.generation import generate, generate_caption, output_layer
 from pvtblip.pipeline import attention_drawer, caption_files
@@ -163,6 +164,14 @@ def test_a_model_in_the_box(name):
     weights = weights_in(folder / 'model.safetensors')
     assert sum(math.prod(shape) for shape, _ in weights.values()) <= 36e6
     assert {kind for _, kind in weights.values()} <= {'F16', 'I64'}
+
+
+@pytest.mark.parametrize('name', boxed_models())
+def test_a_model_in_the_box_knows_when_it_is_sure(name):
+    judge = Judge(boxed_models()[name], 0.8)
+    judge.check(load_model(name, 'cpu'))
+    surest, *_, least = load_confidence(boxed_models()[name]).kept
+    assert surest[0] > judge.threshold > least[0]
 
 
 def test_the_captioner_of_photos(tmp_path, monkeypatch):
