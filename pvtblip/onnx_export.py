@@ -173,7 +173,7 @@ class GraphStep:
 
     def __init__(
         self,
-        model: 'OnnxCaptioner',
+        model,  # an `OnnxCaptioner`
         image_tokens,  # (B, 2 * layers, H, S, d) from its `encode_image`
     ):
         self.model = model

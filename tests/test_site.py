@@ -2,9 +2,12 @@
 
 import importlib.util
 import re
+import warnings
 from pathlib import Path
 
 import pytest
+from nbdev.process import NBProcessor
+from nbdev.processors import add_show_docs, exec_show_docs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,3 +68,13 @@ def test_names_lead_to_what_they_name(make):
 def test_formulas_become_mathml(make):
     assert '<math' in make.with_formulas(r'the rule $R \leftarrow \tfrac12 A$ of')
     assert make.with_formulas('costs $5 and $6') == 'costs $5 and $6'
+
+
+@pytest.mark.parametrize('notebook', sorted(path.name for path in (ROOT / 'nbs').glob('*.ipynb')))
+def test_nbdev_can_document_a_notebook(notebook, monkeypatch):
+    "`nbdev_proc_nbs`, which Quarto's site begins with, runs exported cells and those with imports, and no others."
+    monkeypatch.chdir(ROOT / 'nbs')
+    monkeypatch.setenv('MPLBACKEND', 'agg')
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Found cells containing imports and other code')
+        NBProcessor(ROOT / 'nbs' / notebook, procs=[add_show_docs, exec_show_docs]).process()
