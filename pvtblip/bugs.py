@@ -448,9 +448,9 @@ _collect(
 )
 
 # %% ../nbs/08_six_bugs.ipynb #f209cb59
-def _on_the_processor(original, grid, width, device=None):
+def _on_the_processor(original, grid, width, device=None, waves=16.0):
     "The device was forgotten."
-    return original(grid, width)
+    return original(grid, width, waves=waves)
 
 
 def check_device(model):

@@ -11,7 +11,7 @@ __all__ = ['PVT_CONFIGS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PHOTO_FORMATS', 'DRA
            'normalise_pixels', 'image_transform']
 
 # %% ../nbs/01_pvt_encoder.ipynb #cbea8a0d
-import io, json, re
+import io, json, math, re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -436,8 +436,8 @@ class EncoderConfig:
     freeze_batch_norm: bool = False
     # features of a foreign backbone come at any scale
     normaliser: Literal['layernorm', 'none'] = 'layernorm'
-    # codes of place, added to the tokens
-    position: Literal['sincos', 'none'] = 'sincos'
+    position: Literal['sincos', 'none'] = 'sincos'  # codes of place, added to the tokens
+    position_waves: Annotated[float, Within(0.5, 1000)] = 16.0  # across the image, of the finest code
     __post_init__ = _check_config
 
 # %% ../nbs/01_pvt_encoder.ipynb #217ed31c
@@ -458,10 +458,10 @@ def sincos_positions(
     grid: tuple,  # (h, w)
     width: int,  # D, a multiple of 4
     device=None,  # where to make it
+    waves=16.0,  # an image has of the finest code; the coarsest has half of one
 ):
     "One fixed code (h*w, D) per cell: sines and cosines of its centre's y (half of them) and x."
-    # half a wave per image, up to 16 waves
-    cycles = torch.logspace(-1, 4, width // 4, base=2, device=device)
+    cycles = torch.logspace(-1, math.log2(waves), width // 4, base=2, device=device)
     # the middles of the cells, from 0 to 1 whatever the grid
     centres = [(torch.arange(n, device=device) + 0.5) / n for n in grid]
     # (h, D/4) and (w, D/4), then (h, D/2) and (w, D/2)
@@ -677,7 +677,8 @@ def _tokens_of(self: ImageEncoder, i, feature_map):
     tokens = feature_map.flatten(2).transpose(1, 2)  # (B, h*w, C_i)
     tokens = self.projections[i](self.norms[i](tokens))  # (B, h*w, D)
     if self.config.position == 'sincos':
-        positions = sincos_positions(tuple(feature_map.shape[-2:]), self.width, tokens.device)
+        grid = tuple(feature_map.shape[-2:])
+        positions = sincos_positions(grid, self.width, tokens.device, self.config.position_waves)
         tokens = tokens + (self.position_scale[i] * positions).to(tokens.dtype)
     return tokens
 

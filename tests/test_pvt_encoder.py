@@ -280,6 +280,25 @@ def test_no_two_places_share_a_position_code(grid, width):
     assert nearest.min() > 0.1
 
 
+def test_position_codes_have_as_many_waves_as_they_are_told():
+    middles = (torch.arange(64) + 0.5) / 64
+    for waves in (2.0, 16.0):
+        codes = sincos_positions((1, 64), 128, waves=waves)
+        finest_of_x = codes[:, 64 + 31]  # behind y's 64 numbers, the last of 32 sines
+        torch.testing.assert_close(finest_of_x, (2 * torch.pi * waves * middles).sin(), atol=1e-4, rtol=0)
+    encoder = EncoderConfig.tiny(position_waves=2.0)
+    with pytest.raises(ValueError, match='position_waves'):
+        EncoderConfig.tiny(position_waves=0.0)
+    torch.manual_seed(0)
+    coarse = ImageEncoder(encoder, 64)
+    torch.manual_seed(0)
+    fine = ImageEncoder(EncoderConfig.tiny(), 64)
+    pixels = torch.rand(1, 3, 64, 64)
+    grid = coarse.grids()[0]
+    difference = sincos_positions(grid, 64, waves=2.0) - sincos_positions(grid, 64)
+    torch.testing.assert_close(coarse(pixels) - fine(pixels), difference[None], atol=1e-5, rtol=0)
+
+
 # --- weights
 # ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,43 @@
+"The captioner of the demo: its loss by hand, and what is saved of it."
+
+import pytest, torch
+import torch.nn.functional as F
+
+from pvtblip.decoder import Captioner
+from pvtblip.demo import PLACE_WORDS, DemoCaptioner, demo_config, demo_scenes
+from pvtblip.shapes import RELATIONS
+from pvtblip.training import Collate
+
+pytestmark = pytest.mark.usefixtures('one_seed')
+
+
+@pytest.fixture(scope='module')
+def batch():
+    config = demo_config()
+    scenes = demo_scenes(config)
+    model = DemoCaptioner(config, place_weight=3.0)
+    found = Collate(model.tokenizer)([scenes[i] for i in range(6)])
+    return model, [found[name] for name in ('pixel_values', 'input_ids', 'labels')]
+
+
+def test_words_of_place_count_more(batch):
+    model, inputs = batch
+    words = {relation.split()[0] for relation in RELATIONS}
+    assert words <= set(PLACE_WORDS) and 'of' not in PLACE_WORDS
+    output = model(*inputs)
+    said = model.tokenizer.tokenizer.convert_ids_to_tokens(model.output_ids[output.labels].tolist())
+    each = torch.tensor([3.0 if word in PLACE_WORDS else 1.0 for word in said])
+    assert each.max() == 3
+    by_hand = (each * F.cross_entropy(output.logits, output.labels, reduction='none')).sum() / each.sum()
+    torch.testing.assert_close(output.loss, by_hand)
+    plain = Captioner.forward(model, *inputs).loss
+    model.place_weight = 1.0
+    torch.testing.assert_close(model(*inputs).loss, plain)
+
+
+def test_what_is_saved_is_a_captioner(batch, tmp_path):
+    model, (pixel_values, *_) = batch
+    model.save_pretrained(tmp_path / 'model')
+    loaded = Captioner.from_pretrained(tmp_path / 'model')
+    assert type(loaded) is Captioner
+    torch.testing.assert_close(loaded.encode_image(pixel_values), model.eval().encode_image(pixel_values))
