@@ -156,6 +156,9 @@ def fingerprint(model: Captioner) -> str:  # 16 hexadecimal digits
     config = asdict(model.config)
     tokenizer = model.tokenizer.tokenizer
     config['encoder'].pop('weights', None)
+    # younger than the first marks, which must stay valid: counts only where it was changed
+    if model.config.encoder.position_waves == type(model.config.encoder).position_waves:
+        del config['encoder']['position_waves']
     digest = hashlib.blake2b(
         json.dumps(config).encode() + tokenizer.backend_tokenizer.to_str().encode(), digest_size=8
     )
