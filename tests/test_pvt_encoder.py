@@ -457,6 +457,7 @@ def test_every_field_refuses_what_it_cannot_be():
             else:
                 assert (f.name, value) in [
                     ('name', 'x'),
+                    ('position_waves', 1.5),
                     ('weights', 'x'),
                     ('weights', True),
                     ('weights', None),
