@@ -16,24 +16,24 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import torch
 
-from pvtblip.demo import DemoCaptioner, demo_config, demo_scenes, demo_training, score_scenes
+from pvtblip.demo import DemoCaptioner, demo_config, demo_scenes, demo_table, demo_training, score_scenes
 from pvtblip.fast import best_device
 from pvtblip.files import read_json, write_json
 from pvtblip.training import train
 
-# what is changed: the rate, the settings of the captioner, waves of the position codes, captions a drawing
 ROWS = {
     'as it is': {},
     'words of place count once': dict(captioner=dict(place_weight=1.0)),
     'image tokens as they come': dict(captioner=dict(token_scale=1.0)),
-    'rate 3e-3': dict(rate=3e-3),
-    'position codes of up to 16 waves': dict(waves=16.0),
-    'two captions a drawing': dict(captions=2),
-    'none of these': dict(
-        captioner=dict(place_weight=1.0, token_scale=1.0), rate=3e-3, waves=16.0, captions=2
-    ),
+    'rate 3e-3': dict(training=dict(learning_rate=3e-3)),
+    'position codes of up to 16 waves': dict(encoder=dict(position_waves=16.0)),
+    'two captions a drawing': dict(scenes=dict(captions_per_image=2)),
 }
-KINDS = ('kind', 'colour', 'size', 'count', 'relation')
+# {what is changed: {whose settings: their values}}, and all of it at once
+ROWS['none of these'] = {
+    whose: {name: value for row in ROWS.values() for name, value in row.get(whose, {}).items()}
+    for whose in ('captioner', 'training', 'encoder', 'scenes')
+}
 SEED = 1000  # of the scenes that are asked about; the demo's own figures use 0
 
 
@@ -41,30 +41,15 @@ def run(changes, steps, scenes):
     "Train with these changes, then count true statements."
     torch.manual_seed(0)
     config = demo_config()
-    if 'waves' in changes:
-        config = replace(config, encoder=replace(config.encoder, position_waves=changes['waves']))
+    config = replace(config, encoder=replace(config.encoder, **changes.get('encoder', {})))
     model = DemoCaptioner(config, **changes.get('captioner', {})).to(best_device())
-    dataset = demo_scenes(config, captions_per_image=changes.get('captions', 4))
-    train(model, dataset, demo_training(steps, learning_rate=changes.get('rate', 2e-3)))
+    dataset = demo_scenes(config, **changes.get('scenes', {}))
+    train(model, dataset, demo_training(steps, **changes.get('training', {})))
     model.eval()
-    found = {split: score_scenes(model, split, scenes, SEED) for split in ('unseen_scenes', 'unseen_pairs')}
+    scores = {split: score_scenes(model, split, scenes, SEED) for split in ('unseen_scenes', 'unseen_pairs')}
     return {
-        split: dict(all=score['statements_true'], **score['true_by_kind']) for split, score in found.items()
+        split: dict(all=score['statements_true'], **score['true_by_kind']) for split, score in scores.items()
     }
-
-
-def table(results):
-    "Unseen scenes before the bar, unseen pairs behind it, in per cent."
-    lines = [f'{"":34}  {"all":>11}  ' + '  '.join(f'{kind:>11}' for kind in KINDS)]
-    for name, found in results.items():
-        shares = [
-            ' | '.join(
-                f'{100 * found[split][key]:4.0f}' if key in found[split] else '   –' for split in found
-            )
-            for key in ('all', *KINDS)
-        ]
-        lines.append(f'{name:34}  ' + '  '.join(f'{share:>11}' for share in shares))
-    return '\n'.join(lines)
 
 
 def main():
@@ -74,23 +59,20 @@ def main():
     parser.add_argument('--scenes', type=int, default=600)
     parser.add_argument('--json', type=Path, default=Path(__file__).with_name('demo.json'))
     options = parser.parse_args()
+
+    # What is there already?
     settings = dict(steps=options.steps, scenes=options.scenes)
+    file = options.json
+    stored = read_json(file, dict) if file.is_file() else dict(settings=settings, results={})
+    if stored['settings'] != settings:
+        raise SystemExit(f'{file} was made with {stored["settings"]}; choose another file')
+
+    # Row by row
     for name in options.rows:
-        # another process may have added its rows
-        stored = (
-            read_json(options.json, dict) if options.json.is_file() else dict(settings=settings, results={})
-        )
-        if stored['settings'] != settings:
-            raise SystemExit(f'{options.json} was made with {stored["settings"]}; choose another file')
-        if name in stored['results']:
-            continue
-        found = run(ROWS[name], options.steps, options.scenes)
-        if options.json.is_file():
-            stored = read_json(options.json, dict)
-        stored['results'][name] = found
-        write_json(options.json, stored)
-        print(table({name: found}), flush=True)
-    print(table(read_json(options.json, dict)['results']))
+        if name not in stored['results']:
+            stored['results'][name] = run(ROWS[name], options.steps, options.scenes)
+            write_json(file, stored)
+    print(demo_table(stored['results']))
 
 
 if __name__ == '__main__':

@@ -448,9 +448,9 @@ _collect(
 )
 
 # %% ../nbs/08_six_bugs.ipynb #f209cb59
-def _on_the_processor(original, grid, width, device=None, waves=16.0):
+def _on_the_processor(original, grid, width, device=None, *waves):
     "The device was forgotten."
-    return original(grid, width, waves=waves)
+    return original(grid, width, None, *waves)
 
 
 def check_device(model):

@@ -15,6 +15,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 
 from . import decoder
+from .pvt_encoder import noted_settings
 from .decoder import Captioner, checkpoint_folder, their_class
 from .generation import output_layer
 
@@ -155,10 +156,7 @@ def fingerprint(model: Captioner) -> str:  # 16 hexadecimal digits
     "A hash of weights, sizes and vocabulary: the same for the same model, wherever it lies."
     config = asdict(model.config)
     tokenizer = model.tokenizer.tokenizer
-    config['encoder'].pop('weights', None)
-    # younger than the first marks, which must stay valid: counts only where it was changed
-    if model.config.encoder.position_waves == type(model.config.encoder).position_waves:
-        del config['encoder']['position_waves']
+    config['encoder'] = noted_settings(config['encoder'])
     digest = hashlib.blake2b(
         json.dumps(config).encode() + tokenizer.backend_tokenizer.to_str().encode(), digest_size=8
     )

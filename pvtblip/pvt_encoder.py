@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PVT_CONFIGS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'PHOTO_FORMATS', 'DRAFT_MARGIN', 'OverlapPatchEmbed', 'to_map',
            'attend', 'ReducedAttention', 'ConvFeedForward', 'Block', 'call_block', 'Stage', 'initialise_pvt',
-           'PyramidVisionTransformerV2', 'EncoderConfig', 'sincos_positions', 'TimmBackbone', 'weights_in',
-           'read_weights', 'check_weights', 'load_weights', 'make_backbone', 'ImageEncoder', 'token_places',
-           'orientation', 'upright', 'to_rgb', 'read_photo', 'load_image', 'BrokenImage', 'load_pixels',
+           'PyramidVisionTransformerV2', 'EncoderConfig', 'noted_settings', 'sincos_positions', 'TimmBackbone',
+           'weights_in', 'read_weights', 'check_weights', 'load_weights', 'make_backbone', 'ImageEncoder',
+           'token_places', 'orientation', 'upright', 'to_rgb', 'read_photo', 'load_image', 'BrokenImage', 'load_pixels',
            'normalise_pixels', 'image_transform']
 
 # %% ../nbs/01_pvt_encoder.ipynb #cbea8a0d
@@ -439,6 +439,23 @@ class EncoderConfig:
     position: Literal['sincos', 'none'] = 'sincos'  # codes of place, added to the tokens
     position_waves: Annotated[float, Within(0.5, 1000)] = 16.0  # across the image, of the finest code
     __post_init__ = _check_config
+
+# %% ../nbs/01_pvt_encoder.ipynb #n0ted5et
+# settings that came when models, states and marks had been saved already
+_LATER = {'position_waves': EncoderConfig.position_waves}
+
+
+def noted_settings(
+    settings: dict,  # of an encoder, as `asdict` gives them; a foreign captioner has others
+) -> dict:
+    """What marks of models and states of runs note of an encoder: not its file of weights, and a later setting only
+    where it is not the default, so that what was noted before it came still agrees.
+    """
+    return {
+        name: value
+        for name, value in settings.items()
+        if name != 'weights' and not (name in _LATER and value == _LATER[name])
+    }
 
 # %% ../nbs/01_pvt_encoder.ipynb #217ed31c
 @patch(cls_method=True)

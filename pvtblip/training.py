@@ -42,7 +42,7 @@ from pvtblip.files import (
     whole_folder,
     write_json,
 )
-from .pvt_encoder import BrokenImage
+from .pvt_encoder import BrokenImage, noted_settings
 from .tokenizer import CaptionTokenizer
 
 # %% ../nbs/03_training.ipynb #63e78314
@@ -725,12 +725,12 @@ class Meter:
 def _run_settings(config, model, dataset, num_processes, callbacks, more):
     "What makes a run this run, flat and as JSON gives it back; how often to log or save is free."
     free = {'logging_steps', 'eval_steps', 'save_steps', 'save_total_limit', 'dataloader_num_workers'}
-    model = asdict(model.config)
+    captioner = asdict(model.config)
     parts = dict(
         training={k: v for k, v in asdict(config).items() if k not in free},
-        encoder=model.pop('encoder') | dict(weights=None),
-        decoder=model.pop('decoder'),
-        captioner=model,
+        encoder=noted_settings(captioner.pop('encoder')) | dict(weights=None),
+        decoder=captioner.pop('decoder'),
+        captioner=captioner,
         data=dict(images=len(dataset), processes=num_processes),
         **{type(callback).__name__: callback.settings() for callback in callbacks},
         **(more or {}),

@@ -31,7 +31,7 @@ def test_words_of_place_count_more(batch):
     by_hand = (each * F.cross_entropy(output.logits, output.labels, reduction='none')).sum() / each.sum()
     torch.testing.assert_close(output.loss, by_hand)
     plain = Captioner.forward(model, *inputs).loss
-    model.place_weight = 1.0
+    model.word_weights.fill_(1.0)
     torch.testing.assert_close(model(*inputs).loss, plain)
 
 

@@ -11,7 +11,7 @@ import sys
 import tracemalloc
 import warnings
 import zlib
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from pvtblip.pvt_encoder import (
     load_image,
     load_pixels,
     orientation,
+    noted_settings,
     sincos_positions,
 )
 
@@ -297,6 +298,14 @@ def test_position_codes_have_as_many_waves_as_they_are_told():
     grid = coarse.grids()[0]
     difference = sincos_positions(grid, 64, waves=2.0) - sincos_positions(grid, 64)
     torch.testing.assert_close(coarse(pixels) - fine(pixels), difference[None], atol=1e-5, rtol=0)
+
+
+def test_a_later_setting_is_noted_where_it_is_not_the_default():
+    before = asdict(EncoderConfig.tiny())
+    assert before.keys() - noted_settings(before).keys() == {'weights', 'position_waves'}
+    changed = noted_settings(asdict(EncoderConfig.tiny(position_waves=2.0)))
+    assert changed == noted_settings(before) | dict(position_waves=2.0)
+    assert noted_settings(dict(weights='w', image_size=3)) == dict(image_size=3)  # of a guest
 
 
 # --- weights
