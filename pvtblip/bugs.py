@@ -511,7 +511,7 @@ def check_future(model):
     far = (one - other).abs().max().item()
     assert far < 1e-4, f'changing later words moves earlier logits by {far:.2f}'
 
-
+# %% ../nbs/08_six_bugs.ipynb #b1ffc2c8
 def check_image(model):
     "Another photo changes what is said."
     pixel_values, rows, _ = _sample(model)
@@ -586,7 +586,7 @@ def check_shift(model):
         f'the loss {own:.2f} is that of the word {nearest} places on ({by_hand[nearest]:.2f})'
     )
 
-
+# %% ../nbs/08_six_bugs.ipynb #a1f3e72c
 _collect(
     Specimen(
         name='labels_not_shifted',
@@ -642,7 +642,7 @@ def _learns_pads(original, tokenizer, captions=None, *args, **kwargs):
         batch['labels'].masked_fill_(batch['attention_mask'] == 0, tokenizer.pad_token_id)
     return batch
 
-
+# %% ../nbs/08_six_bugs.ipynb #e7b169a5
 _collect(
     Specimen(
         name='mask_forgets_cls',
@@ -675,6 +675,8 @@ _collect(
         finding='end',
     )
 )
+
+# %% ../nbs/08_six_bugs.ipynb #cfecdd21
 _collect(
     Specimen(
         name='pads_in_loss',
@@ -725,7 +727,7 @@ _collect(
     )
 )
 
-
+# %% ../nbs/08_six_bugs.ipynb #c0e7d23c
 def _draws_anew(original, model, file):
     "The decoder's weights are not those of the file."
     original(model, file)
@@ -763,7 +765,7 @@ def _pickles(original, tensors, file, metadata=None):
     "Weights as PyTorch saves whatever it is given."
     torch.save(tensors, file)
 
-
+# %% ../nbs/08_six_bugs.ipynb #8c4df3e5
 def check_pickle(model):
     "A saved model opens without unpickling."
     with tempfile.TemporaryDirectory() as folder:
@@ -828,6 +830,8 @@ _collect(
         finding='decode',
     )
 )
+
+# %% ../nbs/08_six_bugs.ipynb #2b6e56d4
 _collect(
     Specimen(
         name='image_repeated_per_beam',
@@ -859,7 +863,7 @@ def check_top_p(model):
     kept = [int((generation.keep_top_p(logits, p) > -torch.inf).sum()) for p in (0.5, 0.7, 0.95)]
     assert kept == [1, 2, 3], f'for p of 0.5, 0.7 and 0.95 there stay {kept} words, not [1, 2, 3]'
 
-
+# %% ../nbs/08_six_bugs.ipynb #716138bc
 _collect(
     Specimen(
         name='top_p_drops_the_crossing_word',
@@ -891,7 +895,7 @@ def check_min_length(model):
     short = int((out.sequences != model.tokenizer.pad_token_id).sum(-1).min())
     assert short >= 20, f'a caption of {short} positions where min_length is 20'
 
-
+# %% ../nbs/08_six_bugs.ipynb #9920cf78
 def check_lengths(model):
     "Captions end by themselves."
     pixel_values = generation.process_image(photos(unseen(16)), model)
@@ -962,6 +966,8 @@ _collect(
         finding='start',
     )
 )
+
+# %% ../nbs/08_six_bugs.ipynb #8e8b0eb5
 _collect(
     Specimen(
         name='another_end_token',
@@ -999,7 +1005,7 @@ def check_mode(model):
     hook.remove()
     assert not any(modes), 'dropout was on while a caption was made'
 
-
+# %% ../nbs/08_six_bugs.ipynb #8320fc02
 _collect(
     Specimen(
         name='training_mode',
@@ -1027,7 +1033,7 @@ def check_finite(model):
     wrong = int((~logits.isfinite()).sum())
     assert not wrong, f'{wrong:,} of {logits.numel():,} logits are no numbers'
 
-
+# %% ../nbs/08_six_bugs.ipynb #e927425b
 _collect(
     Specimen(
         name='half_precision_overflows',
@@ -1084,6 +1090,8 @@ _collect(
         finding='pairs',
     )
 )
+
+# %% ../nbs/08_six_bugs.ipynb #bde3bf96
 _collect(
     Specimen(
         name='flip_under_left',
@@ -1113,7 +1121,7 @@ def check_schedule(model):
         f'the first step has {rates[0]:.2f} of the rate, the last {rates[1]:.2f}'
     )
 
-
+# %% ../nbs/08_six_bugs.ipynb #8ce2a02c
 _collect(
     Specimen(
         name='warmup_from_zero',
@@ -1138,7 +1146,7 @@ def _forgets_the_optimizer(original, state, model, optimizer, *args, **kwargs):
     optimizer.load_state_dict(fresh)
     return facts
 
-
+# %% ../nbs/08_six_bugs.ipynb #ac7cbd00
 def check_resume(model):
     "Stopped after two steps and resumed, a run ends where the uninterrupted one does."
     drawn = ShapesDataset(
@@ -1167,7 +1175,7 @@ class _StopAtTwo(training.Callback):
     def on_step_end(self, run):
         run.should_stop = run.step == 2 and not self.done
 
-
+# %% ../nbs/08_six_bugs.ipynb #a7e6df67
 _collect(
     Specimen(
         name='resume_forgets',
@@ -1199,7 +1207,7 @@ def check_flag(model):
         return
     assert drawn is False, f"do_sample='False' means {drawn}"
 
-
+# %% ../nbs/08_six_bugs.ipynb #461f44ab
 _collect(
     Specimen(
         name='flag_that_stays_on',
@@ -1236,7 +1244,7 @@ def check_free(model):
     same = sum(count(caption) == count(scene.captions[0]) for caption, scene in zip(said, scenes))
     assert same < 24, f'{same} of 32 captions are exactly as long as their reference'
 
-
+# %% ../nbs/08_six_bugs.ipynb #48f77a82
 _collect(
     Specimen(
         name='teacher_forced_scores',
@@ -1314,7 +1322,7 @@ def _with_interval(found, key):
     mean, half = interval(values)
     return f'{mean:.2f}' + ('' if half is None else f' ± {half:.2f}')
 
-
+# %% ../nbs/08_six_bugs.ipynb #d51312b7
 def ablation_table(
     results,  # {'bug|seed' or 'bug+bug|seed' or 'none|seed': of `look`}
 ) -> str:  # Markdown
@@ -1350,7 +1358,7 @@ def _number(value):
     "Two digits behind the point; in words what is no number."
     return f'{value:.2f}' if abs(value) < 1e4 else 'infinite' if value == value else 'no number'
 
-
+# %% ../nbs/08_six_bugs.ipynb #bbecb2b9
 def rows_of(results, names) -> dict:  # {seed: of `look`}
     "What was measured of a row."
     title = '+'.join(names) or 'none'

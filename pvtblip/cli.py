@@ -84,7 +84,7 @@ def _checked(kind, settings):
 
     return check
 
-
+# %% ../nbs/28_cli.ipynb #7955dd79
 def _option(flag, names, settings):
     "The parameter that stands for a flag: type, bounds, default and help of its settings."
     settings = {name: settings[name] for name in names.split()}
@@ -140,7 +140,7 @@ def _value(text):
         return text if hasattr(value, 'isoformat') else value  # no setting is a date
     return text
 
-
+# %% ../nbs/28_cli.ipynb #f8a759f8
 class SettingsCommand(TyperCommand):
     "A command with a config: its flags are those of a table, and `--set` changes every setting."
 
@@ -260,7 +260,7 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name='data')
 
-
+# %% ../nbs/28_cli.ipynb #fa414dfd
 @data_app.command('check')
 def data_check_command(
     captions: Annotated[
@@ -366,7 +366,7 @@ class TrainCommand(SettingsCommand):
 
         return PhotoRun
 
-
+# %% ../nbs/28_cli.ipynb #18784768
 @app.command('train', cls=TrainCommand)
 def train_command(
     ctx: typer.Context,
@@ -497,7 +497,7 @@ def _run_of(command, given):
         given = {f'{command.part}num_beams': 1} | given
     return change_config(command.config()(), given)
 
-
+# %% ../nbs/28_cli.ipynb #cad8ae38
 @app.command('caption', cls=CaptionCommand)
 def caption_command(
     ctx: typer.Context,
@@ -557,7 +557,7 @@ def caption_command(
         failed = caption_files(images, model, run, as_json, look, out, _complain, _say)
     raise typer.Exit(1 if failed else 0)
 
-
+# %% ../nbs/28_cli.ipynb #6f4981f6
 def _drawer(attention, images, model):
     "What draws the attention, or None."
     if attention is None:
@@ -654,7 +654,7 @@ class EvaluateCommand(SettingsCommand):
 
         return EvaluationRun
 
-
+# %% ../nbs/28_cli.ipynb #8375b6ca
 @app.command('evaluate', cls=EvaluateCommand)
 def evaluate_command(
     ctx: typer.Context,
@@ -852,7 +852,7 @@ def _print_json(text):
         text = re.sub('[^\x00-\x7f]+', lambda found: json.dumps(found[0])[1:-1], text)
     _line(text)
 
-
+# %% ../nbs/28_cli.ipynb #c32efd1a
 def _say(text):
     "Lines on stderr, above a progress bar where there is one."
     from tqdm import tqdm

@@ -365,7 +365,7 @@ def load_confidence(
         raise ValueError(f'{file}: {problem}; calibrate anew')
     return Calibration(**saved)
 
-
+# %% ../nbs/22_confidence.ipynb #1aaa2145
 def _unusable(saved):
     "What is wrong with a calibration's values, or None."
     if saved['measure'] not in MEASURES:
@@ -480,7 +480,7 @@ def confidences_and_scores(
                 )
     return ids, [found[name] for name in ids], [images[name][metric] for name in ids]
 
-
+# %% ../nbs/22_confidence.ipynb #398a324d
 def _shown(value):
     return 'missing' if value is None else f'{value!r:.30}'
 
@@ -528,7 +528,7 @@ def _good(text):
             'CIDEr=0.5'
         ) from None
 
-
+# %% ../nbs/22_confidence.ipynb #26c69ec9
 def calibration_table(
     calibration,  # of `fit_confidence`
     confidences,  # one a caption

@@ -99,7 +99,7 @@ def _whole_letters(text, name):
         raise ValueError(f'{name} is {short(text)}, which TOML cannot say; rename the file in UTF-8')
     return text
 
-
+# %% ../nbs/11_config.ipynb #9324fec9
 def to_toml(
     config,  # a dataclass, perhaps of dataclasses
     above='',  # dotted name of the part

@@ -122,7 +122,7 @@ _FIELDS = dict(
     image_id=('image_id', 'cocoid', 'imgid', 'img_id'),
 )
 
-
+# %% ../nbs/06_data.ipynb #7394e27b
 def find_fields(
     names: Iterable[str],  # the fields that an object or a table has
     columns: dict[str, str],  # role -> name, as the caller chose them
@@ -184,7 +184,7 @@ def caption_list(
     )
     return [value] if name is None else caption_list(value[name])
 
-
+# %% ../nbs/06_data.ipynb #525bf09e
 def object_rows(
     path: Path,  # the source, for the error
     line: int,  # of it
@@ -252,7 +252,7 @@ def _coco_entries(
             raise _problem(path, line, f'an entry of {kind!r} has no {lacking!r}: {_shown(entry)}', remedy)
         yield line, image_id, entry[name]
 
-
+# %% ../nbs/06_data.ipynb #31a23399
 def _coco_rows(path: Path, text: str, starts: dict[str, int]) -> Iterator[Row]:
     "Rows of COCO's captions_*.json (https://cocodataset.org/#format-data)"
     # the photos by number, each number and each name once
@@ -284,7 +284,7 @@ def _coco_rows(path: Path, text: str, starts: dict[str, int]) -> Iterator[Row]:
         for number, caption in [(line, NO_CAPTION), *captions[image_id]]:
             yield Row(number, file, caption, None, image_id)
 
-
+# %% ../nbs/06_data.ipynb #dc89a30c
 def _without_images(
     path: Path, text: str, line: int, start: int, columns: dict[str, str], by_number: bool
 ) -> Iterator[Row]:
@@ -366,7 +366,7 @@ def _has_objects(value: object) -> bool:
     "Is this a list that holds an object?"
     return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
 
-
+# %% ../nbs/06_data.ipynb #d99ccbd4
 def _json_object_rows(
     path: Path, text: str, members: list, columns: dict[str, str], by_number: bool
 ) -> Iterator[Row]:
@@ -449,7 +449,7 @@ def _csv_header(line: str, columns: dict[str, str]) -> tuple[str, list[str]] | N
             return delimiter, names
     return None
 
-
+# %% ../nbs/06_data.ipynb #dc6f9f96
 def _csv_records(
     path: Path, lines: list[str], start: int, delimiter: str, width: int, open_end: bool
 ) -> Iterator[tuple[int, list[str]]]:
@@ -482,7 +482,7 @@ def _csv_records(
         if any(field.strip() for field in fields):
             yield number, fields
 
-
+# %% ../nbs/06_data.ipynb #c20ce034
 def _csv_rows(
     path: Path, lines: list[str], start: int, header: tuple[str, list[str]], columns: dict[str, str]
 ) -> Iterator[Row]:
@@ -561,7 +561,7 @@ def _unescaped(text: str) -> str:
 
     return _ESCAPE.sub(meaning, text) if '\\' in text else text
 
-
+# %% ../nbs/06_data.ipynb #a67dc4df
 def _printed_list(
     text: str,  # a caption
 ) -> list[str] | None:  # the texts of a list; None: this is no list
@@ -629,7 +629,7 @@ def _clean(caption: str) -> list[str]:
         raise ValueError(f'holds {found[0]!r}, a token of a vocabulary and no word; remove the token')
     return [text]
 
-
+# %% ../nbs/06_data.ipynb #657de7d3
 def _checked_captions(path: Path, row: Row) -> list[str]:
     "The captions of a row; ValueError that names its line"
     if row.caption is NO_CAPTION:
@@ -727,7 +727,7 @@ def similar_files(
             found[file] = (place / near).as_posix()
     return found
 
-
+# %% ../nbs/06_data.ipynb #ecfe4541
 def _check_photos(path: Path, records: list[Record], images: Path) -> None:
     "FileNotFoundError that names the first of the photos which are not in the folder `images`"
     if not images.is_dir():
@@ -796,7 +796,7 @@ def gather_records(
         if file in captions
     ]
 
-
+# %% ../nbs/06_data.ipynb #64b52522
 def read_captions(
     path: str | Path,  # a caption file; its format is recognised by what it contains, never by its name
     images: str | Path | None = None,  # the folder of the photos; None: do not look whether they are there

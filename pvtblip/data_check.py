@@ -370,7 +370,7 @@ def _split_of(records: list[Record]) -> tuple[dict[str, str], str]:
         for record in side
     }, 'none stated; by a hash of the name'
 
-
+# %% ../nbs/14_data_check.ipynb #2a6b9b67
 def _content_of(images: Path | Mapping | None) -> Callable[[str], Path | bytes] | None:
     """file -> path or bytes of the photo, for a folder and for the tables of `datasets`; None where there are
     no photos
@@ -520,7 +520,7 @@ class _ShardLook:
         if place < 12:
             self.sheet[place : place + 1] = [photo]
 
-
+# %% ../nbs/14_data_check.ipynb #63ea1fe9
 def _check_shards(
     source: str, shards: list[str], tokenizer: CaptionTokenizer, full: bool, progress: bool
 ) -> tuple[DataReport, list]:
@@ -612,7 +612,7 @@ def check_data(
     report.remarks += left_out + _remarks(report)
     return report
 
-
+# %% ../nbs/14_data_check.ipynb #ba41b529
 def _draw_sheet(report: DataReport, chosen: list[tuple], sheet: str | Path) -> None:
     "A contact sheet of the photos that can really be decoded; the others go into the report"
     problems = {file: photo_problem(file, photo, True) for file, photo, _ in chosen}

@@ -37,6 +37,8 @@ from pvtblip.files import (
     write_whole,
 )
 from .tokenizer import CaptionTokenizer, load_tokenizer
+
+# %% ../nbs/02_decoder.ipynb #cc744d4f
 from pvtblip.pvt_encoder import (
     PVT_CONFIGS,
     EncoderConfig,
@@ -102,7 +104,7 @@ def tiny(
     )
     return cls(**(small | kwargs))
 
-
+# %% ../nbs/02_decoder.ipynb #d96d063e
 @patch(cls_method=True)
 def from_pretrained(
     cls: DecoderConfig,
@@ -160,7 +162,7 @@ def checkpoint_folder(
             'was downloaded before'
         ) from error
 
-
+# %% ../nbs/02_decoder.ipynb #efcee10a
 def their_class(
     folder: Path,  # of a model
 ) -> str | None:  # None: ours, or nobody's
@@ -195,7 +197,7 @@ def _our_name(key):
     key = key.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias')
     return key if key.startswith(('bert.', 'cls.')) else 'bert.' + key
 
-
+# %% ../nbs/02_decoder.ipynb #66e226ff
 def _check_sizes(config, held, file, above=''):
     """ValueError where config.json states other sizes than the weights have: a wrong one may fill the memory
     before anything else is noticed.
@@ -504,7 +506,7 @@ def _init_weights(self: BertDecoder, module):
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         nn.init.zeros_(module.weight[module.padding_idx])
 
-
+# %% ../nbs/02_decoder.ipynb #7e4a925f
 @patch
 def _check_rows(self: BertDecoder, input_ids, cache):
     "ValueError where rows share no image evenly, or the text has more tokens than there are positions."
@@ -819,7 +821,7 @@ def _check_tokenizer(self: Captioner):
             f'{config.decoder.vocab_size}; they must agree'
         )
 
-
+# %% ../nbs/02_decoder.ipynb #4a88497a
 @patch
 def set_output_vocabulary(
     self: Captioner,
@@ -855,7 +857,7 @@ def _check_images(self: Captioner, pixel_values, input_ids):
             'needs the same number of captions'
         )
 
-
+# %% ../nbs/02_decoder.ipynb #222efb20
 @patch
 def _as_outputs(self: Captioner, targets):  # (M,) token ids
     "Labels as indices into the output vocabulary."
@@ -944,7 +946,7 @@ def save_pretrained(
 # what transformers adds to a config.json that it saves
 _OF_TRANSFORMERS = {'model_type', 'architectures', 'auto_map', 'dtype', 'torch_dtype', 'transformers_version'}
 
-
+# %% ../nbs/02_decoder.ipynb #2d9f0cbe
 @patch(cls_method=True)
 def from_pretrained(
     cls: Captioner,
@@ -991,7 +993,7 @@ def from_pretrained(
     load_whole(model, weights)
     return model.eval()
 
-
+# %% ../nbs/02_decoder.ipynb #92733ff0
 @patch
 def push_to_hub(
     self: Captioner,

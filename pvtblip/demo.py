@@ -124,7 +124,7 @@ PLACE_WORDS = sorted(
     - {'to', 'the', 'on', 'of', 'than'}
 )
 
-
+# %% ../nbs/25_demo.ipynb #384abb0e
 class DemoCaptioner(Captioner):
     "A captioner that learns more from words of place than from others: it meets few, and they are hard."
 
@@ -159,7 +159,7 @@ class DemoCaptioner(Captioner):
             output.loss = F.cross_entropy(output.logits.float(), output.labels, weight=self.word_weights)
         return output
 
-
+# %% ../nbs/25_demo.ipynb #caf3d088
 def demo_training(
     max_steps=1700,  # optimizer steps
     seed=0,
@@ -269,7 +269,7 @@ def demo(
     log(describe_demo(report, out))
     return report
 
-
+# %% ../nbs/25_demo.ipynb #cfa79a84
 def _train_demo(out, max_steps, seed, scenes, log, progress):
     "Train, measure and save; returns the report."
     # the captioner, the scenes and the settings

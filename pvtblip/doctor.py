@@ -116,7 +116,7 @@ SYMPTOMS = [
     ),
 ]
 
-
+# %% ../nbs/09_doctor.ipynb #05e865ad
 def symptom_index() -> str:  # Markdown
     "From what people see to checks, causes by frequency, and lessons."
     lines = ['| what you see | checks | causes in the field | lessons |', '| --- | --- | --- | --- |']
@@ -228,7 +228,7 @@ def adapt_captioner(model: Captioner) -> Patient:
         features=features,
     )
 
-
+# %% ../nbs/09_doctor.ipynb #41e2d0c0
 def _to_the_end(row, end, first):
     "Token ids up to the first end behind the prompt."
     rest = row[first:]
@@ -282,7 +282,7 @@ def adapt_encoder_decoder(
     )
     return _of_transformers(patient, start, ends, settings.pad_token_id, tokenizer, processor)
 
-
+# %% ../nbs/09_doctor.ipynb #848bc712
 def adapt_blip(
     model,  # a BlipForConditionalGeneration
     tokenizer=None,
@@ -322,7 +322,7 @@ def _their_pixels(images, processor):
     "Photos as their image processor gives them to their eyes."
     return processor(images=[load_image(image) for image in images], return_tensors='pt')['pixel_values']
 
-
+# %% ../nbs/09_doctor.ipynb #d4f42020
 def _of_transformers(patient, start, ends, pad, tokenizer, processor):
     "The same with what the two of transformers have in common."
     model, size = patient.module, patient.image_size
@@ -363,7 +363,7 @@ def _of_transformers(patient, start, ends, pad, tokenizer, processor):
         tables={'the embedding': len(_words_of(model).weight)},
     )
 
-
+# %% ../nbs/09_doctor.ipynb #237cdf2c
 # what an image processor can do to a photo besides making it a square
 _CUTS = 'center_crop', 'pad', 'thumbnail', 'align_long_axis'
 
@@ -463,7 +463,7 @@ NEEDED = dict(
     words='captions, or a tokenizer',
 )
 
-
+# %% ../nbs/09_doctor.ipynb #3e0c7e06
 class Examination:
     "A patient, a batch, and what has been measured so far, each once."
 
@@ -584,7 +584,7 @@ def mean_loss(patient, pixel_values, rows, ids=None):
     nats, labels = losses_of(patient, pixel_values, rows, ids).sum(1).tolist()
     return nats / labels if labels else math.inf
 
-
+# %% ../nbs/09_doctor.ipynb #8a280895
 def surely_better(one, other):
     "By how many nats a label the first has less, and two standard errors of that over photos."
     (nats, labels), (others, _) = one, other
@@ -611,7 +611,7 @@ def first(self):
     "The rows and photos that most checks use: up to 32."
     return self.pixels[: self.many], tuple(part[: self.many] for part in self.rows)
 
-
+# %% ../nbs/09_doctor.ipynb #371df36d
 @_cached
 def measured(self):
     "Loss, entropy of what it expects, gap, unigram entropy of the labels, all in nats; TV."
@@ -648,7 +648,7 @@ def _entropy(counts):
     share = counts / counts.sum()
     return -(share * share.log()).sum().item()
 
-
+# %% ../nbs/09_doctor.ipynb #aa715756
 @_cached
 def said(self):
     "Id lists of what it says, of up to 32 photos."
@@ -688,7 +688,7 @@ def state(self):
     unsure = m['loss'] - m['entropy'] < 0.5 and not (self.learnt_long and m['loss'] > m['unigram'])
     return 'young' if m['loss'] > 0.75 * m['unigram'] and unsure else 'trained'
 
-
+# %% ../nbs/09_doctor.ipynb #f9ac8365
 @_cached
 def made(self):
     "{part: share of its norms and biases that are exactly as they were made: ones and zeros}."
@@ -717,7 +717,7 @@ def tiny(self):
     )
     return [name for name, p in matrices if 0 < p.std() < 1e-6]
 
-
+# %% ../nbs/09_doctor.ipynb #296597ca
 @_cached
 def learnt_long(self):
     "No norm or bias is as it was made, and gains are far from 1, where they begin."
@@ -928,7 +928,7 @@ def _other_beginning(x, trained):
     right = f'{name(trained)!r}, {x.measured["loss"]:.2f}'
     return finding('start', 'error', what, f'{name(begins)!r}, loss {cost:.2f}', right)
 
-
+# %% ../nbs/09_doctor.ipynb #7ef647e9
 def _behind(rows, length, begin):
     "The same captions behind other first tokens."
     ids, labels = rows
@@ -962,7 +962,7 @@ def _round_trip(x):
         what = 'a caption is another text after encoding and decoding'
         yield finding('vocabulary', 'warning', what, f'{lost} of {len(texts)}', 'none, but for accents')
 
-
+# %% ../nbs/09_doctor.ipynb #0c07a2d7
 def _other_words(x):
     "{in words: the rows with other ids}: moved by one or two, or of the bundled vocabulary."
     # what is a word, and not padding or the like
@@ -1028,7 +1028,7 @@ def check_end(x):
         yield finding('end', 'error' if share > 0.5 else 'warning', what, f'{share:.0%} cut', 'below 10 %')
     yield from _end_is_said(x, last)
 
-
+# %% ../nbs/09_doctor.ipynb #4961cdde
 def _end_is_said(x, last):
     "P(end) at the true end, what is said there instead, and captions that run to the limit."
     p, (pixels, (ids, labels)) = x.patient, x.first
@@ -1062,7 +1062,7 @@ def _end_is_said(x, last):
 def _word(patient, token):
     return repr(patient.tokenizer.convert_ids_to_tokens(token)) if patient.tokenizer else f'id {token}'
 
-
+# %% ../nbs/09_doctor.ipynb #65c572bc
 @_check('generate', 'numbers')
 def check_decode(x):
     "Generation against the forward pass, and against itself."
@@ -1109,7 +1109,7 @@ def check_decode(x):
                 f'{shortest + 2} and more',
             )
 
-
+# %% ../nbs/09_doctor.ipynb #231ec857
 def _agreement(x, pixels, said, tie):
     "How many generated tokens are the likeliest of the forward pass, ties apart; and how many there are."
     agree = total = 0
@@ -1181,7 +1181,7 @@ def check_text(x):
 
 ENDINGS = {'a', 'an', 'the', 'of', 'with', 'in', 'on', 'and', 'to'}
 
-
+# %% ../nbs/09_doctor.ipynb #f0daf654
 def _runs(said):
     "Lengths of runs of one word."
     length = 0
@@ -1189,7 +1189,7 @@ def _runs(said):
         length = length + 1 if word == before else 1
         yield length
 
-
+# %% ../nbs/09_doctor.ipynb #ccfa38c9
 @_check('module', 'numbers')
 def check_weights(x):
     "Are they trained, are they those of training, is the head the words' own?"
@@ -1233,7 +1233,7 @@ def check_weights(x):
             'weights', 'warning', what, f'loss {m["loss"]:.2f}', f'{m["entropy"]:.2f} that it expects'
         )
 
-
+# %% ../nbs/09_doctor.ipynb #bdc440f0
 @_check('captions', 'numbers')
 def check_labels(x):
     "Which positions are learnt, which word is compared with which, and what padding does."
@@ -1268,7 +1268,7 @@ def check_labels(x):
     if x.patient.loss is not None:
         yield from _own_loss(x)
 
-
+# %% ../nbs/09_doctor.ipynb #a5f65a21
 def _first_word(x):
     "Where the caption begins in rows of training; None where nobody knows."
     model = x.patient.module
@@ -1276,7 +1276,7 @@ def _first_word(x):
         return model.tokenizer.prompt_length
     return None
 
-
+# %% ../nbs/09_doctor.ipynb #224d677d
 def _own_loss(x):
     "Its own loss, against the cross-entropy at several distances by hand; with more padding."
     p, (pixels, (ids, labels)) = x.patient, x.first
@@ -1315,7 +1315,7 @@ def _own_loss(x):
     if moved > 0.01:
         yield finding('labels', 'error', 'more padding changes the loss', f'by {moved:.2f}', '0.00')
 
-
+# %% ../nbs/09_doctor.ipynb #bc137b01
 def _loss_at(p, pixels, ids, labels, shift):
     "Cross-entropy of the labels with the logits so many places before them."
     logits = p.logits(pixels, ids).float()
@@ -1358,7 +1358,7 @@ def check_overfit(x):
             'overfit', 'warning', what, f'loss {losses[0]:.2f} to {losses[-1]:.2f}', 'below a third'
         )
 
-
+# %% ../nbs/09_doctor.ipynb #fff4095f
 @_check('hypotheses', 'captions', 'tokenizer')
 def check_scores(x):
     "Hypotheses exactly as long as their references have read them."
@@ -1388,7 +1388,7 @@ def check_plan(x):
             'plan', 'error', 'the warm-up lasts half of the run', f'{warmup} of {steps} steps', 'below 50 %'
         )
 
-
+# %% ../nbs/09_doctor.ipynb #d8698b24
 @_check()
 def check_finite(x):
     "Weights and logits are numbers, well inside the range of their type."
@@ -1448,7 +1448,7 @@ def check_golden(x):
         what = f'it computes something else than when the answer was kept{" with " + ", ".join(other) if other else ""}'
         yield finding('golden', 'warning', what, f'logits up to {far:.3f} away', '0.000')
 
-
+# %% ../nbs/09_doctor.ipynb #e8776fb1
 @torch.no_grad()
 def keep_answer(
     patient,  # a Patient, or what `adapt` takes
@@ -1472,7 +1472,7 @@ def keep_answer(
         versions={name: version(name) for name in ('torch', 'transformers', 'timm')},
     )
 
-
+# %% ../nbs/09_doctor.ipynb #20c13102
 @_check('module')
 def check_device(x):
     "One device, one type; and a forward pass on the meta device, which shows tensors made elsewhere."
@@ -1502,7 +1502,7 @@ def _ghost(tensor):
     ghost = tensor.detach().to('meta')
     return nn.Parameter(ghost, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ghost
 
-
+# %% ../nbs/09_doctor.ipynb #a03e9a18
 @_check('module')
 def check_mode(x):
     "Nothing is in training mode, neither now nor while captions are made."
@@ -1538,7 +1538,7 @@ def check_batch(x):
             'batch', 'error', 'a photo has another caption in company than alone', f'TV {far:.4f}', '0'
         )
 
-
+# %% ../nbs/09_doctor.ipynb #a312e0da
 def _is_half(x):
     return x.patient.module is not None and any(
         p.dtype in (torch.float16, torch.bfloat16) for p in x.patient.module.parameters()
@@ -1572,7 +1572,7 @@ def check_causal(x):
             '0.00',
         )
 
-
+# %% ../nbs/09_doctor.ipynb #f937fb82
 @_check('items', 'module')
 def check_pairs(x):
     "Row i of a batch is photo i, not mirrored."
@@ -1733,7 +1733,7 @@ def load_patient(
             f'{model}: no {kind} can be loaded from it ({reason(error)}); copy or download it again'
         ) from error
 
-
+# %% ../nbs/09_doctor.ipynb #7e6d6fd7
 def read_batch(
     patient: Patient,
     images=None,  # folder of photos
@@ -1767,7 +1767,7 @@ def read_batch(
 
 PHOTOS = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff'}
 
-
+# %% ../nbs/09_doctor.ipynb #ec2f9eff
 def _not_loaded(folder, error):
     "The report on a folder that is no model."
     why = reason(error).replace(f'{folder}/', '')[:200]

@@ -528,7 +528,7 @@ def _some(names, number=3):
         ', …' if len(names) > number else ''
     )
 
-
+# %% ../nbs/07_evaluation.ipynb #f394c3bc
 def describe_problems(
     problems,  # {problem: [ids]}
 ) -> str:  # one line, each problem counted and its first ids named

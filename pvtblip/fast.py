@@ -25,7 +25,7 @@ _BFLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # Intel's matrix units; older torch cannot tell
 _AMX = getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
 
-
+# %% ../nbs/20_fast.ipynb #0829eb25
 class PackedLinear(nn.Module):
     """A linear layer whose weights are packed for few rows on a processor; elsewhere it computes as
     `nn.Linear` does.
@@ -130,7 +130,7 @@ def model_folder(
     # a folder of one's own goes before a model of the same name
     return str(name if Path(name).is_dir() else boxed.get(str(name), name))
 
-
+# %% ../nbs/20_fast.ipynb #79b3715e
 def load_model(
     # a folder that `save_pretrained` or a command wrote, the name of a model in the box or on the Hugging
     # Face hub; a BLIP or a VisionEncoderDecoder of transformers becomes a `Guest` of `18_guests`;

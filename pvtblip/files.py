@@ -60,7 +60,7 @@ def decode_text(
             f'{where}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); save the file as UTF-8'
         ) from None
 
-
+# %% ../nbs/000_files.ipynb #90aafab1
 def read_text(
     file: str | Path,  # path
 ) -> str:  # without a byte order mark; line ends as they are
@@ -95,7 +95,7 @@ def _too_deep(value):
         ]
     return bool(level)
 
-
+# %% ../nbs/000_files.ipynb #00b13d31
 def _parsed(parse, kind, text, where, line):
     "What a parser makes of `text`; ValueError where:line for all that it can object to."
     # JSON that the parser itself cannot follow, and JSON that others could not, are too deep alike
@@ -133,7 +133,7 @@ def parse_json(
     "`json.loads`, and every error is a ValueError FILE:LINE."
     return _parsed(lambda text: json.loads(text, object_pairs_hook=pairs), 'JSON', text, where, line)
 
-
+# %% ../nbs/000_files.ipynb #61046e9c
 def read_json(
     file: str | Path,  # path
     kind: type = object,  # dict, list: what the document must be
@@ -229,7 +229,7 @@ def whole_file(
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
 
-
+# %% ../nbs/000_files.ipynb #0ff01865
 def write_whole(
     file: str | Path,  # path
     text: str,  # what it is to hold
@@ -247,7 +247,7 @@ def delete(path: Path):
     else:
         path.unlink(missing_ok=True)
 
-
+# %% ../nbs/000_files.ipynb #007327a5
 @contextmanager
 def whole_folder(
     folder: str | Path,  # made where it lacks
@@ -284,7 +284,7 @@ def whole_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-
+# %% ../nbs/000_files.ipynb #6870c2ec
 def _move_in(temporary, folder, last):
     "One file after the other, `last` behind the others; while they change it is not there."
     names = [file.name for file in temporary.iterdir() if file.name != last]
@@ -340,7 +340,7 @@ def write_json(
         marked = [mark | entry if i == 0 else entry for i, entry in enumerate(value)]
     write_whole(file, json.dumps(marked, indent=1, ensure_ascii=False))
 
-
+# %% ../nbs/000_files.ipynb #646bf4dc
 def save_figure(
     figure,  # of matplotlib
     file: str | Path,  # a .png
@@ -361,7 +361,7 @@ def _identity(path):
         return os.path.realpath(path)
     return found.st_dev, found.st_ino
 
-
+# %% ../nbs/000_files.ipynb #e7b70fe5
 def refuse_outputs(
     outputs: Mapping[str, str | Path | None],  # flag or name -> file to be written; None: not asked for
     # files and folders that the command reads, a million photos among them
@@ -400,7 +400,7 @@ def refuse_outputs(
                 f'{name}: is there already, and {MARK} did not write it; give another file, or remove it'
             )
 
-
+# %% ../nbs/000_files.ipynb #83dc8228
 def _refuse_place(name, folder):
     "ValueError where a file cannot be made in `folder`, or in the folders that would have to be made."
     while not folder.exists():
@@ -472,7 +472,7 @@ _TYPES = {
     type(None): 'not set',
 }
 
-
+# %% ../nbs/000_files.ipynb #10ce272a
 def _fits(value, hint):
     """Whether a plain value may stand where a type is asked for: a whole number for a float, a list for a
     tuple; nan and infinity nowhere.
@@ -508,7 +508,7 @@ def _fits(value, hint):
         return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     return isinstance(value, kind)
 
-
+# %% ../nbs/000_files.ipynb #1e4ea9d7
 def _wanted(hint):
     "What `_fits` asks for, in words."
     kind = typing.get_origin(hint) or hint
@@ -545,7 +545,7 @@ def check_value(
     if not _fits(value, hint):
         raise ValueError(f'{name} is {short(value)}; it must be {_wanted(hint)}')
 
-
+# %% ../nbs/000_files.ipynb #ec918ccb
 def settings_of(
     cls,  # a dataclass
 ) -> list:  # of (field, annotation)
@@ -604,7 +604,7 @@ def meant(
         return f'; did you mean {" or ".join(near[:3])}?'
     return f'; there are {", ".join(paths[:5])}' + (f' and {len(paths) - 5} more' if len(paths) > 5 else '')
 
-
+# %% ../nbs/000_files.ipynb #c07cf50a
 def from_plain(
     cls,  # a dataclass, perhaps of dataclasses
     values: dict,  # as TOML or JSON give it

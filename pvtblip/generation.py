@@ -28,7 +28,7 @@ from .tokenizer import collapse_whitespace
 # %% ../nbs/04_generation.ipynb #f49e6342
 _Few = Annotated[int, Within(1, 1000)]
 
-
+# %% ../nbs/04_generation.ipynb #2d00b69d
 @dataclass
 class GenerationConfig:
     "How captions are chosen; names and meanings are those of transformers' `GenerationConfig`."
@@ -397,7 +397,7 @@ def _rows_of(images, R):  # (B',) -> (B'*R,)
     "The R adjacent rows of each image."
     return (images[:, None] * R + torch.arange(R, device=images.device)).flatten()
 
-
+# %% ../nbs/04_generation.ipynb #02e70f90
 def _not_stuck(values, going, rows, t):  # (N, V'), (N,), (N,)
     "Values with which every row can go on; raises ValueError where a row that must go on has no word left."
     stuck = values.amax(-1) == -torch.inf
@@ -492,7 +492,7 @@ class _Beams:
         )
         return both.pick(both.scores.topk(self.scores.shape[1])[1])
 
-
+# %% ../nbs/04_generation.ipynb #5eab0ece
 def _first(good, n):  # (M, k) bool
     "Places of the first n good ones, in order; where there are fewer, others behind them. (M, n)"
     return (~good).to(torch.uint8).argsort(dim=1, stable=True)[:, :n]
@@ -761,7 +761,7 @@ def _ways(words):
     )
     return [one for word in words for one in (word if nested(word) else [word])]
 
-
+# %% ../nbs/04_generation.ipynb #95d16cf2
 def _check_ids(option, words, size):  # size of the vocabulary
     "Words are lists of token ids."
     for ids in words:
@@ -800,7 +800,7 @@ def _check_repeats(model, one, prompt, prefix, n):
             f'no_repeat_ngram_size={n} forbids; drop one of them'
         )
 
-
+# %% ../nbs/04_generation.ipynb #118e3fa5
 def _check_together(model, forced, n):
     "Any two forced words can be said in one caption, in some way."
     for word, other in ((word, other) for i, word in enumerate(forced) for other in forced[:i]):
@@ -970,7 +970,7 @@ def process_image(
         )
     return torch.stack(tensors).to(model.device)
 
-
+# %% ../nbs/04_generation.ipynb #17bf8383
 def _is_one(images):
     "Is this one image, and not a batch or a list?"
     return isinstance(images, (str, Path, Image.Image)) or (torch.is_tensor(images) and images.dim() == 3)
@@ -1008,7 +1008,7 @@ def _with_words(model, options, force_words, bad_words):
         options['bad_words_ids'] = word_ids(model, bad_words)
     return options
 
-
+# %% ../nbs/04_generation.ipynb #26946dff
 def generate_caption(
     model: Captioner,  # trained
     images,  # a path, a PIL image, a (3, H, W) tensor, a (B, 3, H, W) tensor, or a list
@@ -1068,7 +1068,7 @@ def stream_caption(
         )
     return _stream(model, process_image(image, model), config.check(model), generator)
 
-
+# %% ../nbs/04_generation.ipynb #19f3923f
 def _stream(model, pixel_values, config, generator):
     "The words; between two of them the model is in its own mode."
     search = None

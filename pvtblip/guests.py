@@ -99,7 +99,7 @@ class GuestTokenizer:
         "Are its pieces WordPieces, of which one can tell where a word begins?"
         return any(token.startswith('##') for token in self.tokenizer.get_vocab())
 
-
+# %% ../nbs/18_guests.ipynb #273ce753
 @dataclass
 class GuestDecoder:
     "Its sizes, by the names of `DecoderConfig`."
@@ -173,7 +173,7 @@ def _config_of(patient):
     most = settings.max_length or (settings.max_new_tokens or 19) + 1  # transformers' own default is 20
     return GuestConfig(GuestDecoder(decoder.vocab_size, positions), config, min(most, positions))
 
-
+# %% ../nbs/18_guests.ipynb #c7205261
 @torch.inference_mode()
 def _eyes_of(patient):
     "Where its tokens lie; None where the photo is cut, or the tokens are no square with a few in front."
@@ -246,7 +246,7 @@ def pixel_reader(self: Guest):
     "The same in two steps, of which the second has nothing left to do."
     return self.photo_transform(), _as_they_are
 
-
+# %% ../nbs/18_guests.ipynb #23fc6ab6
 @patch
 def suit(self: Guest, config: GenerationConfig) -> GenerationConfig:
     "The options with the guest's own wishes; ValueError for what it cannot do."
@@ -276,7 +276,7 @@ def attention_layers(
     said = self.patient.say(image_tokens, sequences, output_attentions=True, use_cache=False)
     return [(w, seen[..., self.encoder.first :]) for w, seen in zip(said.attentions, said.cross_attentions)]
 
-
+# %% ../nbs/18_guests.ipynb #c62ef471
 @patch
 def forward(
     self: Guest,

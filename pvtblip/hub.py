@@ -39,6 +39,8 @@ from pvtblip.files import (
     write_whole,
 )
 from .generation import GenerationConfig, generate, text_ids
+
+# %% ../nbs/26_hub.ipynb #efcb472f
 from pvtblip.pvt_encoder import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -52,7 +54,7 @@ from .tokenizer import CaptionTokenizer, load_tokenizer
 # %% ../nbs/26_hub.ipynb #0b2cbeb7
 _THEIR_NAMES = {'max_length': 'caption_length'}  # of our settings, where transformers means something else
 
-
+# %% ../nbs/26_hub.ipynb #771263d1
 class PvtBlipConfig(PretrainedConfig):
     "What config.json says, in the form in which transformers' classes hand it around."
 
@@ -128,7 +130,7 @@ def _folder(name, options):
         )
     return checkpoint_folder(name, **{key: value for key, value in where.items() if value is not None})
 
-
+# %% ../nbs/26_hub.ipynb #465cc651
 def _dtype(wanted, folder):
     "The type to compute in; None: float32, as `Captioner.from_pretrained`. ValueError for what is no such type."
     if wanted is None:
@@ -198,7 +200,7 @@ def _search_settings(
             )
     return {name: value for name, value in given.items() if name in _SEARCH}
 
-
+# %% ../nbs/26_hub.ipynb #90a8ec79
 class PvtBlipForImageTextToText(PreTrainedModel, GenerationMixin):
     "A captioner as transformers' Auto classes, pipelines and Trainer know models."
 
@@ -383,7 +385,7 @@ def _with_settings(captioner, wanted):
         ) from error
     return changed.eval()
 
-
+# %% ../nbs/26_hub.ipynb #f4a9168f
 def _rows(captioner, input_ids, attention_mask, B):
     "Each row's tokens without padding, as tuples; ValueError where a row does not begin with the model's prompt."
     prompt = captioner.tokenizer.prompt_ids
@@ -413,7 +415,7 @@ def _prefix(captioner, row):
         )
     return text
 
-
+# %% ../nbs/26_hub.ipynb #7176f215
 def _lengths(config, given, start, most):
     "`max_length` and `min_length` from numbers of new tokens, as a row of `start` tokens has them."
     new = {name: given[name] for name in ('max_new_tokens', 'min_new_tokens') if name in given}
@@ -465,7 +467,7 @@ def _flat(images):
     "One list of photos: pipelines put those of each text into a list of their own."
     return [one for some in _listed(images) for one in _listed(some)]
 
-
+# %% ../nbs/26_hub.ipynb #92e00a58
 def _listed(given):
     return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
 
@@ -480,7 +482,7 @@ def _photo(image):
         f'an image is {type(image).__name__}; give a path, a PIL image or a (h, w, 3) array of uint8'
     )
 
-
+# %% ../nbs/26_hub.ipynb #931fa2c7
 class PvtBlipProcessor(ProcessorMixin):
     "Photos and first words to tensors, token ids to captions; one object, as transformers' users expect."
 
@@ -676,7 +678,7 @@ def _measured(card, model):
     ]
     return rows, len(report['images'])
 
-
+# %% ../nbs/26_hub.ipynb #953b1cc3
 _CARD = """---
 {head}
 ---
@@ -706,7 +708,7 @@ It was made with pvtblip. It says what its training captions say about such phot
 not seen, what they assume it assumes, and about other photos it may be fluent and wrong.
 """
 
-
+# %% ../nbs/26_hub.ipynb #1fdeee0d
 def model_card(
     model: Captioner,
     name: str,  # 'user/name', or the folder's
@@ -813,7 +815,7 @@ def _write_more(folder, model, text, picture, code):  # text: None leaves the ca
     if code:
         save_code(folder)
 
-
+# %% ../nbs/26_hub.ipynb #0318a946
 def push_to_hub(
     model: Captioner,
     repo_id: str,  # 'user/name'; a bare name goes to the owner of the token

@@ -58,7 +58,7 @@ def _other_side(found):
     other = 'right' if found[1].lower() == 'left' else 'left'
     return other.upper() if found[1].isupper() else other.title() if found[1].istitle() else other
 
-
+# %% ../nbs/12_loading.ipynb #302e7d33
 def swap_sides(
     caption: str,  # English
 ) -> str | None:  # what is true of the mirrored photo; None: do not mirror it
@@ -193,7 +193,7 @@ class Variation:
             pixels, captions = self.vary(pixels, captions)
         return item | dict(pixel_values=self.normalise(pixels.contiguous()), captions=captions)
 
-
+# %% ../nbs/12_loading.ipynb #887db663
 class AugmentedDataset(Dataset):
     "A captioned data set whose photos are uint8, each varied; an item depends on (seed, epoch, index) alone"
 

@@ -165,7 +165,7 @@ def _needs(*names):
                 raise
             raise ModuleNotFoundError(f'captioners as graphs need {name}; {PIP}') from error
 
-
+# %% ../nbs/281_onnx_export.ipynb #c7985e54
 class GraphStep:
     "The second graph as a search sees it: what `NextToken` is for weights."
 
@@ -292,7 +292,7 @@ def _session(file):
     except Exception as error:  # the runtime's own, one for every kind of damage
         raise ValueError(f'{file}: no whole graph ({reason(error)}); copy or export it again') from error
 
-
+# %% ../nbs/281_onnx_export.ipynb #fb35899e
 def _check_graphs(model, folder):
     "ValueError where graphs and config.json are not of one model."
     encoder, step = (model.graphs[name] for name in (_ENCODER, _STEP))

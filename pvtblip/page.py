@@ -136,7 +136,7 @@ def _pieces(tokenizer, ids):
     ends = [len(os.path.commonprefix([text, texts[-1]])) for text in texts]
     return [texts[-1][start:end] for start, end in zip([0, *ends], ends)]
 
-
+# %% ../nbs/27_page.ipynb #0e2b3360
 def _spoken(model, photo, output, judge):
     "The captions of the one image of a `GenerationOutput`, best first; photo: a thumbnail."
     tokenizer = model.tokenizer
@@ -219,7 +219,7 @@ def _phrases(words):
         yield length, _MEANINGS.get(' '.join(words[:length]))
         words = words[length:]
 
-
+# %% ../nbs/27_page.ipynb #325521fd
 def word_truths(
     caption: str,
     scene,  # the Scene that it is said of
@@ -313,7 +313,7 @@ def _framed(inside, ratio=1.0):
 def _photo_html(photo, alt):
     return f'<img class="photo" src="{photo_uri(photo)}" alt="{html.escape(alt)}">'
 
-
+# %% ../nbs/27_page.ipynb #3d5a0ff8
 def _word_html(word, seen, most, truth, group):
     "A word that shows its map when it is hovered, tapped, or chosen by keyboard."
     mark = {True: ' true', False: ' false', None: ''}[truth]
@@ -361,7 +361,7 @@ _NOTE = dict(
     drawing='Underlined: true of this drawing. ✗: false.',
 )
 
-
+# %% ../nbs/27_page.ipynb #fad0bdd3
 @dataclass
 class Explanation:
     "A photo, what a captioner said of it, and where it looked."
@@ -453,7 +453,7 @@ def explain(
         model, photo, photo_pixels(image, model), wishes or Wishes(), _judge(model, folder, sure), scene
     )
 
-
+# %% ../nbs/27_page.ipynb #ebe46be6
 def _explained(model, photo, pixel_values, wishes, judge, scene, seed=0):
     "The captions of an opened photo, with their truth where the scene is known."
     thumbnail = photo.copy()
@@ -487,7 +487,7 @@ def visitors_photo(
 # %% ../nbs/27_page.ipynb #38e15d83
 _WELCOME = _framed('<p class="note">The caption will appear here.</p>')
 
-
+# %% ../nbs/27_page.ipynb #e91894b7
 class Talk:
     "What the events of a page share: the captioner, and drawings whose truth is known."
 
@@ -591,7 +591,7 @@ def _stay_here(gr, component):
 
     component.async_move_resource_to_block_cache = only_files
 
-
+# %% ../nbs/27_page.ipynb #963e76a3
 def _example_files(talk, place):
     "Drawings, and the photos that matplotlib and gradio ship, in a folder that the page may show."
     import gradio, matplotlib
@@ -609,7 +609,7 @@ def _example_files(talk, place):
     photos = [shutil.copy(file, place) for file in shipped if file.is_file()]
     return [[file] for file in (*drawings, *photos)]
 
-
+# %% ../nbs/27_page.ipynb #52684701
 def _fields(gr):
     "The fields of `Wishes`, in their order."
     with gr.Accordion('How it chooses its words', open=False):
@@ -653,7 +653,7 @@ class Uploads:
         if not Uploads.pages:
             Uploads.folder.cleanup()
 
-
+# %% ../nbs/27_page.ipynb #1ecaa68c
 def create_gradio_demo(
     model_or_path=None,  # a Captioner, or what `load_model` takes
     sure=0.8,  # with a calibrated model: share of right captions among those that are called sure
@@ -706,7 +706,7 @@ def create_gradio_demo(
     demo.uploads = uploads  # gone when the last page is
     return demo
 
-
+# %% ../nbs/27_page.ipynb #55e5ba88
 def launch_settings(
     host: str = '127.0.0.1',  # address to listen at; others than this machine's are open to whoever reaches them
 ) -> dict:  # of gradio's `launch`
@@ -744,7 +744,7 @@ def _check_port(host, port):
             f'{host}:{port}: cannot be opened ({error.strerror.partition(" (")[0]}); give another --port, or none'
         ) from error
 
-
+# %% ../nbs/27_page.ipynb #223959e6
 def serve_page(
     model_or_path=None,  # a Captioner, a model folder, or a name on the hub
     port=None,  # None: the first free one from 7860 on

@@ -46,6 +46,8 @@ from pvtblip.decoder import (
 )
 from .evaluation import cider_score, has_coco_code
 from .generation import generate
+
+# %% ../nbs/17_photo_training.ipynb #6e7d8e13
 from pvtblip.loading import (
     AugmentationConfig,
     AugmentedDataset,
@@ -146,7 +148,7 @@ class DataConfig:
     def __post_init__(self):
         check_settings(self)
 
-
+# %% ../nbs/17_photo_training.ipynb #d045f2c6
 @dataclass
 class PhotoRun:
     "Everything that makes a run of `pvtblip train`."
@@ -556,7 +558,7 @@ class MapCache(PhotoCache):
             raise ValueError('a feature map does not fit 16 bits; leave data.encode_once out')
         return looks
 
-
+# %% ../nbs/17_photo_training.ipynb #d78d6951
 def map_shapes(encoder: ImageEncoder) -> list:
     "(channels, height, width) of every chosen stage's map."
     channels = [encoder.backbone.channels[i] for i in encoder.chosen]
@@ -591,7 +593,7 @@ class MirrorMap:
             pixel_values=item['pixel_values'][int(mirrored)].float()[None, None], captions=captions
         )
 
-
+# %% ../nbs/17_photo_training.ipynb #79a73194
 def encoded_sets(
     run: PhotoRun,
     encoder: ImageEncoder,
@@ -749,7 +751,7 @@ def put_together(model, run):
     whole.load_state_dict(weights)
     return whole
 
-
+# %% ../nbs/17_photo_training.ipynb #63bbbdc6
 def finish_run(model, history, out, captions, log):
     "Save the model and the history; ValueError where not one photo was read."
     # what the run was
@@ -782,7 +784,7 @@ def finish_run(model, history, out, captions, log):
         )
     return report
 
-
+# %% ../nbs/17_photo_training.ipynb #50cfd9d5
 def refuse_run(out, resume=False):
     """FileExistsError where a folder already holds a model or the states of a run; ValueError for damaged
     states alone, and files of somebody else.

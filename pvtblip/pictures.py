@@ -111,7 +111,7 @@ def _draw_logits(ax, ink):
         ax.add_patch(Rectangle((8.6, bottom), width, 0.13, facecolor=ink))
         ax.text(8.55, bottom + 0.06, word, ha='right', va='center', size=8.5, color=ink)
 
-
+# %% ../nbs/001_pictures.ipynb #33ee63a0
 _CONTENTS = dict(
     photo=_draw_photo,
     encoder=_draw_encoder,

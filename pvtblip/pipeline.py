@@ -85,7 +85,7 @@ def photos_in_folder(
             else:
                 skipped[os.path.splitext(name)[1].lower() or 'file without a suffix'] += 1
 
-
+# %% ../nbs/23_pipeline.ipynb #54616108
 def describe_skipped(
     skipped,  # of `photos_in_folder`
 ) -> str:  # a line; empty where nothing was left out
@@ -160,7 +160,7 @@ def check_inputs(
         raise ValueError('standard input (-) is given twice; it can be read once')
     return found
 
-
+# %% ../nbs/23_pipeline.ipynb #bcae1198
 def list_photos(
     inputs: list[str],  # as `check_inputs` returns them
     skipped=None,  # a Counter, gets what folders hold besides photos
@@ -198,7 +198,7 @@ def _known(inputs):
     "The inputs of which one can say beforehand what they hold."
     return [one for one in inputs if one != '-' and (os.path.isdir(one) or not _SHARD.search(one))]
 
-
+# %% ../nbs/23_pipeline.ipynb #f01df40e
 def _nothing(inputs, skipped=None):
     left = (
         describe_skipped(skipped or Counter())
@@ -346,7 +346,7 @@ def _captioned(model, photos, problems, pixel_values, options, seed):
 # far above what helps anybody, far below what takes a machine down
 Batch, Workers = Annotated[int, Within(1, 65_536)], Annotated[int, Within(0, 256)]
 
-
+# %% ../nbs/23_pipeline.ipynb #ae2d5c89
 def caption_batches(
     photos: Iterable,  # `Photo`s or paths; asked for a few batches ahead
     model: Captioner,
@@ -410,7 +410,7 @@ def _said(model, ids, score, logprobs, tokens, judge):
         ]
     )
 
-
+# %% ../nbs/23_pipeline.ipynb #0413d687
 def caption_results(
     batch: CaptionedBatch,
     model: Captioner,
@@ -484,7 +484,7 @@ class LineWriter:
         finally:
             self.stream.close()
 
-
+# %% ../nbs/23_pipeline.ipynb #e7730fd6
 def json_text(
     result,  # plain values
     **options,  # of `json.dumps`
@@ -594,7 +594,7 @@ def _parts(file):
     "What several processes wrote beside an output file."
     return sorted(map(Path, glob.glob(f'{glob.escape(str(file))}.part-*')))
 
-
+# %% ../nbs/23_pipeline.ipynb #3fdf0a81
 def same_run(
     file,  # path of the output
     facts: dict,  # of `run_facts`

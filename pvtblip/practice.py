@@ -336,7 +336,7 @@ class HeldOutCaptions:
             **(self.score(captions) if self.score else {}),
         )
 
-
+# %% ../nbs/15_practice.ipynb #efc8bfc9
 def measures(
     *functions,  # each (model, step) -> dict
 ):  # one such function
@@ -414,7 +414,7 @@ class LoraSettings:
     def __post_init__(self):
         check_settings(self)
 
-
+# %% ../nbs/15_practice.ipynb #bf3a676c
 def add_lora(
     model,  # a Captioner, changed in place
     settings: LoraSettings,
@@ -444,7 +444,7 @@ def add_lora(
                 p.requires_grad_(True)
     return model
 
-
+# %% ../nbs/15_practice.ipynb #7073d7e7
 def merge_lora(
     model,  # a Captioner, changed in place
 ):
@@ -620,7 +620,7 @@ def _without_end(loader):
 
     return batches
 
-
+# %% ../nbs/15_practice.ipynb #db9cc624
 def dry_run(
     model,  # a Captioner; a copy of it is trained
     dataset,  # as `train` takes it

@@ -379,7 +379,7 @@ def _check_kwargs(value, name='backbone_kwargs'):
     elif value is not None:
         check_value(name, value, bool | Annotated[float, Within(-(2**16), 2**16)])
 
-
+# %% ../nbs/01_pvt_encoder.ipynb #0b166df7
 def _check_pvt(name, kwargs):
     "ValueError for an argument that our PVT does not have, or of another type."
     allowed = get_type_hints(PyramidVisionTransformerV2.__init__, include_extras=True)
@@ -500,7 +500,7 @@ def _timm_model(config, **kwargs):
             'backbone_kwargs'
         ) from error
 
-
+# %% ../nbs/01_pvt_encoder.ipynb #6f1472a5
 class TimmBackbone(nn.Module):
     """The chosen stages (blocks, in a ViT) of any timm model as maps (B, C, h, w); layers behind the last one
     are dropped.
@@ -579,7 +579,7 @@ def read_weights(
             f'{file}: not a whole safetensors file ({reason(error)}); copy or download it again'
         ) from error
 
-
+# %% ../nbs/01_pvt_encoder.ipynb #37916719
 def check_weights(
     own: dict,  # of `state_dict`
     held: dict,  # of `weights_in`
@@ -601,7 +601,7 @@ def check_weights(
                 f'{str(own[name].dtype).removeprefix("torch.")}; save it in that type'
             )
 
-
+# %% ../nbs/01_pvt_encoder.ipynb #2cb9691f
 def load_weights(
     backbone: nn.Module,  # a PVT, or a timm model
     path,  # a .safetensors file with timm's parameter names
@@ -731,7 +731,7 @@ def train(self: ImageEncoder, mode=True):
                 module.eval()
     return self
 
-
+# %% ../nbs/01_pvt_encoder.ipynb #271b0b2c
 @patch
 def features(self: ImageEncoder, pixel_values) -> list:  # (B, 3, H, W)
     "The chosen maps (B, C_i, h_i, w_i) as they leave the backbone."
@@ -849,7 +849,7 @@ def _what_it_is(head):
 # parts of a PNG that say something about the picture and hold none of it
 _NOTES = (b'tEXt', b'zTXt', b'iTXt', b'iCCP')
 
-
+# %% ../nbs/01_pvt_encoder.ipynb #567df4dc
 def _without_notes(stream):
     "A PNG's content without its texts and colour profile, or None where it has none or is no PNG."
     stream.seek(0)
@@ -885,7 +885,7 @@ def _opened_without_notes(stream, read):
             raise
         return _opened(io.BytesIO(plain), read)
 
-
+# %% ../nbs/01_pvt_encoder.ipynb #a297f740
 def read_photo(
     source,  # a file, or the bytes of one
     read,  # function of the opened PIL image, whose pixels are not yet decoded
@@ -964,7 +964,7 @@ def _resized(pixels, size):
         pixels = F.interpolate(pixels[None], (size, size), mode='bicubic', antialias=True)[0]
     return pixels.contiguous()
 
-
+# %% ../nbs/01_pvt_encoder.ipynb #babbf625
 def load_pixels(
     source,  # a path, the bytes of an image file, or a PIL image in any mode
     size: int,  # side of the square in pixels

@@ -255,7 +255,7 @@ def _objects(number, split, rng):
     parts = zip(names, sizes, boxes, tints)
     return tuple(ShapeObject(kind, colour, *rest) for (colour, kind), *rest in parts)
 
-
+# %% ../nbs/05_shapes.ipynb #6a945561
 def _background(rng):
     "A muted shade between the colours, patterned or not"
     grey = _between(rng, 100, 150)
@@ -284,6 +284,8 @@ RELATION_WORDS_IT = {
     'above': ('above it', 'over it'),
     'below': ('below it', 'under it', 'beneath it'),
 }
+
+# %% ../nbs/05_shapes.ipynb #6984f65a
 # {a}: the first shape; {ab}: how a lies from b; {ab_it}: the same with "it" for b; {all}: all shapes counted
 TEMPLATES = {
     1: ('{a}', 'there is {a}', 'one shape, {a}', '{a} alone', '{a} on its own'),

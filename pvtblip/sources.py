@@ -123,7 +123,7 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
         found[name or 'all'].append(str(file))
     return dict(found)
 
-
+# %% ../nbs/13_sources.ipynb #01d5f492
 def _hub_parts(source: str | Path) -> dict:
     """The tables of a saved folder, of a folder with parquet files or of a name on the hub: split ->
     datasets.Dataset
@@ -154,7 +154,7 @@ def _is_picture(kind) -> bool:
 
     return isinstance(kind, Photo) or isinstance(kind, dict) and kind.keys() == {'bytes', 'path'}
 
-
+# %% ../nbs/13_sources.ipynb #1832d6fe
 def read_hub_dataset(
     # a folder that save_to_disk wrote, one with parquet files, or a name on the hub such as
     # "nlphuji/flickr30k"
@@ -236,7 +236,7 @@ def _refused(name: str, scheme: str, address: SplitResult) -> str | None:
 def _is_web(address: str) -> bool:
     return bool(re.match('https?:', address, re.I)) and not os.path.lexists(address)
 
-
+# %% ../nbs/13_sources.ipynb #f111ffee
 def _expanded(pattern: str) -> Iterator[str]:
     "The names that a pattern stands for: {000..127} counts, {a,b} lists"
     found = re.search(r'\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*,[^{}]*))\}', pattern)
@@ -251,7 +251,7 @@ def _expanded(pattern: str) -> Iterator[str]:
         for part in parts:
             yield from _expanded(pattern[: found.start()] + part + pattern[found.end() :])
 
-
+# %% ../nbs/13_sources.ipynb #69f8880d
 def find_shards(
     # a folder with tar files, one tar file, an http address, or a pattern: "shards/part-{000..127}.tar"
     source: str | Path,
@@ -329,7 +329,7 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarIn
 def _key(member: tuple[str, str, tarfile.TarInfo]) -> str:
     return member[0]
 
-
+# %% ../nbs/13_sources.ipynb #afb59259
 def _sample(
     shard: str, key: str, archive: tarfile.TarFile, members: Iterable[tuple[str, str, tarfile.TarInfo]]
 ) -> dict:
@@ -358,7 +358,7 @@ def _web() -> urllib.request.OpenerDirector:
     opener.add_handler(urllib.request.HTTPErrorProcessor())
     return opener
 
-
+# %% ../nbs/13_sources.ipynb #c32a2d35
 def _open_shard(shard: str):
     "The bytes of a shard as a stream; OSError where it cannot be opened, after three attempts over http"
     address = shard_address(shard)
@@ -389,7 +389,7 @@ def _lacks_bytes(stream) -> bool:
         pass
     return bool(getattr(stream, 'length', 0))
 
-
+# %% ../nbs/13_sources.ipynb #c9390163
 def read_shard(
     shard: str,  # path or address
 ) -> Iterator[dict | BrokenImage]:
@@ -447,7 +447,7 @@ def sample_name(sample: dict) -> str:
     name = f'{Path(urlsplit(sample["__url__"]).path).name}/{sample["__key__"]}'
     return printable(name.encode('utf-8', 'backslashreplace').decode())
 
-
+# %% ../nbs/13_sources.ipynb #cda5ab03
 def name_problem(sample: dict) -> str | None:
     "What is wrong with the names of a sample: two of one name, one too large, or dots in a key, which end it"
     if '__problem__' in sample:
@@ -507,7 +507,7 @@ class ShardReading:
     def __post_init__(self):
         check_settings(self)
 
-
+# %% ../nbs/13_sources.ipynb #4f46ceb2
 class ShardDataset(IterableDataset):
     """Batches of photos with captions from WebDataset shards, dealt out to processes and workers; give it to
     DataLoader(batch_size=None)
@@ -677,7 +677,7 @@ def _is_hub_name(source: str) -> bool:
         and not re.search(r'\.(jsonl?|[ct]sv|txt|token|zip|gz)$', name)
     )
 
-
+# %% ../nbs/13_sources.ipynb #f813940d
 def open_source(
     source: str | Path,  # a caption file, a folder or a name of the `datasets` library, shards
     images: str | Path | None = None,  # the folder of the photos, for a caption file

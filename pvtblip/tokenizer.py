@@ -190,7 +190,7 @@ def _check_texts(texts):
                 'it as a string'
             )
 
-
+# %% ../nbs/00_tokenizer.ipynb #02623a17
 @patch
 def _prompt_batch(self: CaptionTokenizer, batch_size):
     "The prompt in every row, for inference: the same ids that training rows begin with."

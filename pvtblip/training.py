@@ -221,7 +221,7 @@ def _counted(accelerator, model, batches):
     blank = [_blank_batch(accelerator.unwrap_model(model), accelerator.device)] if missing else []
     return whole + missing * blank, counts + missing * [nothing], total
 
-
+# %% ../nbs/03_training.ipynb #45743ea9
 @contextmanager
 def _one_pass(accelerator, model, batch, last):
     """Around forward and backward of a micro-batch. Gradients travel once a step; captions that the model
@@ -426,7 +426,7 @@ def _best_of(state):
 def _step_of(state):
     return int(state.name.split('-')[1])
 
-
+# %% ../nbs/03_training.ipynb #8ca4ff0a
 def saved_states(folder) -> list[Path]:  # where the run's states live
     "The states in a folder, oldest first; half-written ones have another name."
     states = [
@@ -464,7 +464,7 @@ def _put_aside(state):
     delete(aside)
     os.replace(state, aside)
 
-
+# %% ../nbs/03_training.ipynb #f50fc745
 def newest_state(
     folder,  # where the run's states live
     log=warnings.warn,  # told of each damaged one
@@ -525,7 +525,7 @@ def read_tensors(
         raise _damaged(state, f'state.safetensors: {error}') from error
     return {k.removeprefix(f'{part}.'): v for k, v in tensors.items() if k.startswith(f'{part}.')}
 
-
+# %% ../nbs/03_training.ipynb #69a604e8
 def load_state(
     state,  # a `checkpoint-STEP` folder
     model,
@@ -577,7 +577,7 @@ class Run:
     should_save: bool = False  # write a state after this step
     should_stop: bool = False  # end after this step
 
-
+# %% ../nbs/03_training.ipynb #9a835881
 class Callback:
     """A piece around the loop: does nothing until methods are overridden; the names are those of
     transformers' `TrainerCallback`.
@@ -823,7 +823,7 @@ def only_run(
         by_first(lambda: stack.enter_context(only_writer(place)))
         yield
 
-
+# %% ../nbs/03_training.ipynb #e253bdc2
 def make_accelerator(
     config: TrainingConfig,
     **options,  # of `Accelerator`, such as log_with
@@ -916,7 +916,7 @@ def _show(bar, reading):
     speed = round(reading['captions_per_second'])
     bar.set_postfix(loss=reading['loss'], rate=reading['learning_rate'], captions_per_second=speed)
 
-
+# %% ../nbs/03_training.ipynb #8bc0abcf
 def _set_learning_rate(run):
     "The rate of the step that is about to be done, which it returns; each part has its share."
     rate = run.config.learning_rate * learning_rate_factor(

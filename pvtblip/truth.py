@@ -211,7 +211,7 @@ def check_clip(clip):  # folder
             f"{clip}: no CLIP model there; give a folder that transformers' save_pretrained wrote"
         )
 
-
+# %% ../nbs/07b_truth.ipynb #d0d807b1
 def clip_score(
     files,  # image files
     captions,  # one for each
