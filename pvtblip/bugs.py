@@ -377,9 +377,14 @@ _collect(
 # %% ../nbs/08_six_bugs.ipynb #f0895624
 def _divides_twice(original, model):
     "The pixels were already 0 to 1, and are divided by 255 once more."
-    config = model.config.encoder
-    right, mean, std = original(model), *(torch.tensor(x).view(3, 1, 1) for x in (config.mean, config.std))
-    return lambda photo: ((right(photo) * std + mean) / 255 - mean) / std
+    load, normalise = original(model)
+    return load, lambda pixels: normalise(pixels / 255)
+
+
+def _reads_so(original, model):
+    "One photo is read as many are."
+    load, normalise = model.pixel_reader()
+    return lambda photo: normalise(load(photo))
 
 
 def check_pixels(model):
@@ -401,7 +406,7 @@ _collect(
         cause='One part scales pixels to 0 to 1, and the next divides by 255 again. Every photo is nearly black.',
         fix='one function turns a file into pixel_values, for training and use',
         lesson='01_pvt_encoder',
-        overrides=((Captioner, 'photo_transform', _divides_twice),),
+        overrides=((Captioner, 'pixel_reader', _divides_twice), (Captioner, 'photo_transform', _reads_so)),
         check=check_pixels,
         finding='pixels',
     )

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from house import ROOT
 from pvtblip import bugs
@@ -23,6 +24,7 @@ from pvtblip.bugs import (
     unseen,
     used,
 )
+from pvtblip.pipeline import caption_many
 
 
 @pytest.mark.parametrize('name', SPECIMENS)
@@ -77,6 +79,43 @@ def test_what_the_famous_bugs_do_to_captions(taught):
     with bug('rebuilt_vocabulary'):
         salad = look(used(model), scenes)
     assert salad['true'] == 0 and salad['loss'] == math.inf
+
+
+def test_pixels_are_divided_twice_wherever_photos_are_read(taught):
+    model, _ = taught
+    photo = Image.new('RGB', (32, 32), 'white')
+    for _ in range(2):  # with the bug, and without it again
+        with bug('pixels_twice'):
+            load, normalise = model.pixel_reader()
+            alone = model.photo_transform()(photo)
+        torch.testing.assert_close(normalise(load(photo)), alone)
+        assert (alone < model.photo_transform()(photo) - 1).all()
+    load, normalise = model.pixel_reader()
+    torch.testing.assert_close(normalise(load(photo)), model.photo_transform()(photo))
+
+
+def test_a_bug_of_use_reaches_the_command_too(taught, tmp_path):
+    model, _ = taught
+    scenes = unseen(12)
+    for i, photo in enumerate(bugs.photos(scenes)):
+        photo.save(tmp_path / f'{i:02}.png')
+    model.save_pretrained(tmp_path / 'model')
+
+    def captions(*names):
+        "As a program says them, and as `pvtblip caption --jsonl` writes them."
+        with bug(*names):
+            said = bugs.say(used(model), scenes)
+            file = tmp_path / f'{"".join(names)}.jsonl'
+            caption_many([tmp_path], tmp_path / 'model', file, progress=False, log=lambda line: None)
+        return said, [json.loads(line)['caption'] for line in file.read_text(encoding='utf-8').splitlines()]
+
+    sound = captions()
+    assert sound[0] == sound[1]
+    # the last reads the answers of drawn scenes, which photos have not
+    names = {name for name, one in SPECIMENS.items() if one.when == 'use'} - {'teacher_forced_scores'}
+    for name in names - set(NOT_MEASURED):
+        said, written = captions(name)
+        assert (said != sound[0]) == (written != sound[1]), name
 
 
 def test_a_sound_captioner_is_the_same_inside_and_after_a_bug_of_devices(taught):
