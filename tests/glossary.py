@@ -3,10 +3,9 @@
 A row is the number of the notebook that explains the word first, the word, and one line about it.
 """
 
-import json
 import re
 
-from house import ROOT
+from house import ROOT, written_notebook
 
 TABLE = """
 03 Accelerate: the library that spreads training over processes and GPUs; launched with `accelerate launch`
@@ -154,9 +153,4 @@ def page():
 
 def notebook():
     "nbs/glossary.ipynb as it is written."
-    made = [
-        dict(cell_type='markdown', id=f'words-{i:02}', metadata={}, source=text.splitlines(keepends=True))
-        for i, text in enumerate(page())
-    ]
-    whole = dict(cells=made, metadata={}, nbformat=4, nbformat_minor=5)
-    return json.dumps(whole, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    return written_notebook('words', page())

@@ -9,6 +9,19 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ('index', 'glossary', 'symptoms', 'teaching', 'from_blip', 'from_transformers')
 PARTS = {'0': 'course', '1': 'practice', '2': 'use'}
 
+# without it JupyterLab asks for a kernel before it opens a notebook
+KERNEL = {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}
+
+
+def written_notebook(name, texts):
+    "A notebook of text alone, as its file says it: a cell a text, with ids that stay."
+    cells = [
+        dict(cell_type='markdown', id=f'{name}-{i:02}', metadata={}, source=text.splitlines(keepends=True))
+        for i, text in enumerate(texts)
+    ]
+    whole = dict(cells=cells, metadata=KERNEL, nbformat=4, nbformat_minor=5)
+    return json.dumps(whole, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+
 
 def is_reference(notebook):
     "Three digits with 0 in front: it lies below all lessons, because they stand on it, and is not read in order."

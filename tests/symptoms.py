@@ -2,8 +2,7 @@
 (`python tests/check.py --fix`).
 """
 
-import json
-
+from house import written_notebook
 from pvtblip.doctor import CHECKS, LESSONS, NEEDED, symptom_index
 
 
@@ -37,9 +36,4 @@ def page():
 
 def notebook():
     "nbs/symptoms.ipynb as it is written."
-    made = [
-        dict(cell_type='markdown', id=f'symptoms-{i}', metadata={}, source=text.splitlines(keepends=True))
-        for i, text in enumerate(page())
-    ]
-    whole = dict(cells=made, metadata={}, nbformat=4, nbformat_minor=5)
-    return json.dumps(whole, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    return written_notebook('symptoms', page())

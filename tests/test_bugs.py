@@ -167,8 +167,7 @@ def test_the_stored_table_is_whole():
     stored = json.loads((ROOT / 'benchmarks/bugs.json').read_text(encoding='utf-8'))
     assert stored['settings']['steps'] == 300
     for names in TABLE:
-        several = not names or names[0] in SIX  # the others rest on as many as there was time for
-        assert len(rows_of(stored['results'], names)) >= (2 if several else 1), names
+        assert len(rows_of(stored['results'], names)) == 3, names
 
 
 def test_random_numbers_of_the_caller_are_not_what_makes_a_bug(taught):

@@ -13,6 +13,7 @@ from fastcore.docments import docments
 import pvtblip
 from check import readme
 from house import (
+    KERNEL,
     ROOT,
     arrows,
     imported,
@@ -73,6 +74,11 @@ def test_the_readme_is_the_text_of_the_index_without_pictures():
 def test_three_names_of_the_package():
     for name in ('load_model', 'process_image', 'generate_caption'):
         assert callable(getattr(pvtblip, name))
+
+
+def test_a_notebook_opens_without_asking_for_a_kernel():
+    for file in ROOT.glob('nbs/*.ipynb'):
+        assert json.loads(file.read_text(encoding='utf-8'))['metadata'] == KERNEL, file.name
 
 
 def test_every_notebook_ends_with_the_name_of_the_next():
