@@ -30,7 +30,7 @@ app = typer.Typer(
 # %% ../nbs/28_cli.ipynb #b0x1opt1
 def _folder_of(name):
     "Where the model lies that --model names."
-    from pvtblip.fast import model_folder
+    from pvtblip.decoder import model_folder
 
     return model_folder(name)
 
@@ -761,7 +761,7 @@ def models_command():
     """
     from huggingface_hub import ModelCard
 
-    from pvtblip.fast import boxed_models
+    from pvtblip.decoder import boxed_models
     from pvtblip.pvt_encoder import weights_in
 
     for name, folder in boxed_models().items():

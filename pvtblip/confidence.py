@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch, torch.nn.functional as F
 
+from .decoder import model_folder
 from .files import MARK, is_ours, printable, read_json, refuse_outputs, save_figure, write_json
 from .fast import fingerprint, load_model, model_files
 
@@ -345,7 +346,7 @@ def load_confidence(
     """Read confidence.json; raises FileNotFoundError where there is none, ValueError naming what is wrong in
     it.
     """
-    file = Path(folder) / 'confidence.json'
+    file = Path(model_folder(folder)) / 'confidence.json'
     if not file.is_file():
         raise FileNotFoundError(
             f"{file}: no such file; this model's confidence has not been calibrated; pvtblip evaluate "
@@ -395,6 +396,7 @@ class Judge:
         """Raises FileNotFoundError where there is no calibration, ValueError where it can promise no such
         share.
         """
+        folder = model_folder(folder)
         if not Path(folder).is_dir():
             raise FileNotFoundError(
                 f'{folder}: no such folder; what is sure is said by confidence.json in a model '
@@ -564,6 +566,7 @@ def calibrate(
     before anything is written, where that cannot be.
     """
     # nothing may be lost by writing
+    model = model_folder(model)
     confidence = Path(model) / 'confidence.json'
     refuse_outputs({'--plot': plot}, [report, *model_files(model)], {'--plot': '.png'})
     metric, least = _good(good)

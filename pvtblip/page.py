@@ -19,7 +19,7 @@ from PIL import Image
 
 from .files import StopAtSignal, Within, check_settings, printable
 from .pvt_encoder import load_image, read_photo, to_rgb
-from .decoder import Captioner, photo_map
+from .decoder import Captioner, model_folder, photo_map
 from .generation import GenerationConfig, generate, stream_caption, word_ids
 from pvtblip.shapes import (
     COLOURS,
@@ -32,7 +32,7 @@ from pvtblip.shapes import (
     make_scene,
     plural,
 )
-from .fast import load_model, model_folder
+from .fast import load_model
 from .looking_inside import plot_word_maps
 from .confidence import Judge, token_confidence
 

@@ -11,9 +11,10 @@ from matplotlib import get_data_path
 from PIL import Image
 from torch.testing import assert_close
 
-from pvtblip.decoder import Captioner, CaptionerConfig
-from pvtblip.confidence import Judge, load_confidence
-from pvtblip.fast import PackedLinear, boxed_models, load_model, model_folder, pack
+from pvtblip.decoder import Captioner, CaptionerConfig, boxed_models, checkpoint_folder, model_folder
+from pvtblip.confidence import Judge, calibrate, load_confidence
+from pvtblip.doctor import load_patient
+from pvtblip.fast import PackedLinear, load_model, model_files, pack
 from pvtblip.generation import generate, generate_caption, output_layer
 from pvtblip.pipeline import attention_drawer, caption_files
 from pvtblip.pvt_encoder import weights_in
@@ -185,9 +186,22 @@ def test_the_captioner_of_photos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     captioner()[0].save_pretrained(name)
     assert model_folder(name) == name and model_folder('user/model') == 'user/model'
-    monkeypatch.setattr('pvtblip.fast._BOX', tmp_path / 'empty')
+    monkeypatch.setattr('pvtblip.decoder._BOX', tmp_path / 'empty')
     with pytest.raises(ValueError, match='no model lies there; give a model folder'):
         load_model()
+
+
+@pytest.mark.parametrize('name', boxed_models())
+def test_its_name_stands_for_its_folder_wherever_a_model_is_named(name, tmp_path):
+    folder = boxed_models()[name]
+    assert model_files(name) == model_files(folder)
+    assert checkpoint_folder(name) == folder
+    assert Captioner.from_pretrained(name).config == Captioner.from_pretrained(folder).config
+    assert load_confidence(name) == load_confidence(folder)
+    assert Judge(name, 0.8).threshold == Judge(folder, 0.8).threshold
+    assert load_patient(name).limit == load_patient(folder).limit
+    with pytest.raises(FileNotFoundError, match='report.json'):
+        calibrate(tmp_path / 'report.json', name)
 
 
 def test_every_word_of_its_caption_is_drawn(tmp_path):

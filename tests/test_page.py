@@ -319,7 +319,7 @@ def test_without_a_model_the_one_in_the_box_speaks(drawing):
 
 
 def test_with_an_empty_box_one_line_says_what_to_give(capsys, drawing, tmp_path, monkeypatch):
-    monkeypatch.setattr('pvtblip.fast._BOX', tmp_path)
+    monkeypatch.setattr('pvtblip.decoder._BOX', tmp_path)
     with pytest.raises(ValueError, match='no model lies there; give a model folder'):
         explain(drawing)
     code, out, err = pvtblip(capsys, 'app')
