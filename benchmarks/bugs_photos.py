@@ -18,7 +18,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import torch
 
-from pvtblip.bugs import SIX, SPECIMENS, bug, title_of
+from pvtblip.bugs import SIX, SPECIMENS, bug, photos_table, title_of
 from pvtblip.files import read_json, write_json
 from pvtblip.photo_training import DataConfig, PhotoRun, captioner_config, train_on_photos
 from pvtblip.scoring import EvaluationRun, evaluate_photos
@@ -96,21 +96,6 @@ def run(names, options):
     )
 
 
-def table(results):
-    "The rows that are there, with COCO's CIDEr and its interval over photos."
-    lines = ['bug                        loss    gap   CIDEr  95 % of photos  distinct']
-    for names in ROWS:
-        title = title_of(names).strip('`')
-        if found := results.get(title):
-            lines.append(
-                f'{title:24}  ' + found['refused']
-                if 'refused' in found
-                else f'{title:24} {found["loss"]:6.3f} {found["gap"]:6.3f} {found["CIDEr"]:7.3f}'
-                f'  {found["interval"][0]:.3f} to {found["interval"][1]:.3f}  {found["distinct"]:8.1%}'
-            )
-    return '\n'.join(lines)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name in ('photos', 'dev', 'text-model', 'encoder-weights', 'work'):
@@ -134,7 +119,7 @@ def main():
         if title not in stored['results']:
             stored['results'][title] = run(names, options)
             write_json(file, stored)
-    print(table(stored['results']))
+    print(photos_table(stored['results']))
 
 
 if __name__ == '__main__':

@@ -9,7 +9,8 @@ __all__ = ['SPECIMENS', 'SIX', 'NOT_MEASURED', 'TABLE', 'captions_of_this_world'
            'check_pixels', 'check_scale', 'check_device', 'check_future', 'check_image', 'check_shift', 'check_head',
            'check_reload', 'check_pickle', 'check_search', 'check_rows', 'check_top_p', 'check_min_length',
            'check_lengths', 'check_end', 'check_mode', 'check_finite', 'check_pairs', 'check_schedule', 'check_resume',
-           'check_flag', 'check_free', 'measure', 'interval', 'ablation_table', 'title_of', 'rows_of', 'lost', 'cost']
+           'check_flag', 'check_free', 'measure', 'interval', 'ablation_table', 'title_of', 'rows_of', 'lost', 'cost',
+           'photos_table']
 
 # %% ../nbs/08_six_bugs.ipynb #da87edb8
 import copy, functools, sys, tempfile
@@ -1390,3 +1391,23 @@ def cost(results, names) -> str:
         return 'nothing at all'
     seen = '' if abs(mean) > half else ', not told from 0'
     return f'{mean:.2f} ± {half:.2f}{seen}'
+
+# %% ../nbs/08_six_bugs.ipynb #photos02
+def photos_table(
+    results,  # {title of a row: loss, gap, CIDEr, its interval and distinct, or a refusal}
+) -> str:  # Markdown
+    "What each of the six costs on photos."
+    lines = [
+        '| bug | loss | gap | distinct | CIDEr | 95 % of photos |',
+        '| --- | --: | --: | --: | --: | --- |',
+    ]
+    for title, found in results.items():
+        if 'refused' in found:
+            lines.append(f'| `{title}` | refused: {found["refused"]} | | | | |')
+        else:
+            low, high = found['interval']
+            lines.append(
+                f'| `{title}` | {found["loss"]:.2f} | {found["gap"]:.2f} | {found["distinct"]:.2f} '
+                f'| {found["CIDEr"]:.3f} | {low:.3f} to {high:.3f} |'
+            )
+    return '\n'.join(lines)
