@@ -12,6 +12,7 @@ TABLE = """
 03 AdamW: the optimizer used here: steps scaled by running means (moments) of gradient and square, plus weight decay
 01 attention: a look-up with soft edges: the mean of values, weighted by the softmax of query times key
 00 attention_mask: 1 for real tokens, 0 for padding
+22 AUROC: the share of pairs of a right and a wrong one in which the right one is ranked higher; 0.5 is a coin
 01 backbone: an image network used for its features, without its classifier
 03 batch: what is computed together: B images with C captions each
 01 BatchNorm: a layer that normalises by the batch while training, and by statistics that it stored afterwards
@@ -42,6 +43,7 @@ TABLE = """
 00 embedding: the row of numbers that stands for a token; all rows are the embedding table
 00 entropy: the loss of the best guess that knows frequencies only: mean of -ln(frequency)
 03 epoch: one pass over all training data
+22 expected calibration error: ECE; the mean distance between stated probability and the share that is right, over bins
 00 #| export: copies the cell into the package's module of this notebook
 00 fast tokenizer: a tokenizer of transformers whose work is done by compiled code
 01 feed-forward: two linear layers with a bend between them, applied to each token alone
