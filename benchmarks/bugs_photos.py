@@ -1,7 +1,7 @@
 """What does each of the six bugs of `08_six_bugs` cost on photos? One seed, one small budget.
 
     python benchmarks/bugs_photos.py --photos DIR --dev DIR --text-model BERT --encoder-weights FILE --work DIR
-        [--steps N] [--limit N] [--json FILE]
+        [--rows ROW ...] [--steps N] [--limit N] [--json FILE]
 
 --photos and --dev hold Flickr8k as a folder `images` and a file `captions.json`. The captioner is that of the
 recipe's first stage (`19_photo_recipe`): EfficientNet-Lite2, left as it is, and a BERT that can read. It sees
@@ -20,6 +20,7 @@ import torch
 
 from pvtblip.bugs import SIX, SPECIMENS, bug, photos_table, title_of
 from pvtblip.files import read_json, write_json
+from pvtblip.pvt_encoder import ImageEncoder
 from pvtblip.photo_training import DataConfig, PhotoRun, captioner_config, train_on_photos
 from pvtblip.scoring import EvaluationRun, evaluate_photos
 from pvtblip.training import TrainingConfig
@@ -101,7 +102,8 @@ def main():
     for name in ('photos', 'dev', 'text-model', 'encoder-weights', 'work'):
         parser.add_argument(f'--{name}', type=Path, required=True)
     parser.add_argument('--steps', type=int, default=300)
-    parser.add_argument('--limit', type=int, default=500, help='dev photos')
+    parser.add_argument('--rows', nargs='+', help='titles of rows; default: all', metavar='ROW')
+    parser.add_argument('--limit', type=int, default=250, help='dev photos')
     parser.add_argument('--json', type=Path, default=Path(__file__).with_name('bugs_photos.json'))
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -116,7 +118,7 @@ def main():
     # Row by row
     for names in ROWS:
         title = title_of(names).strip('`')
-        if title not in stored['results']:
+        if title not in stored['results'] and title in (options.rows or [title]):
             stored['results'][title] = run(names, options)
             write_json(file, stored)
     print(photos_table(stored['results']))
