@@ -73,11 +73,13 @@ def run(names, options):
     title = '+'.join(in_training) or 'none'
     model = options.work / title
     if not (model / 'model.safetensors').is_file():
-        # what a fault makes of a photo is not kept for the others
+        # what a fault of the eyes makes of a photo is not kept for the others
+        eyes = [
+            name for name in in_training if any(part[0] is ImageEncoder for part in SPECIMENS[name].overrides)
+        ]
+        maps = options.work / ' of '.join(['maps', *eyes])
         with bug(*in_training):
-            train_on_photos(
-                first_stage(options, options.work / f'maps of {title}'), model, resume=model.is_dir()
-            )
+            train_on_photos(first_stage(options, maps), model, resume=model.is_dir())
     try:
         with bug(*names):
             report = evaluate_photos(
