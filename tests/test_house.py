@@ -81,6 +81,14 @@ def test_a_notebook_opens_without_asking_for_a_kernel():
         assert json.loads(file.read_text(encoding='utf-8'))['metadata'] == KERNEL, file.name
 
 
+def test_pictures_are_small():
+    for file in sorted(ROOT.glob('nbs/*.ipynb')):
+        for cell in json.loads(file.read_text(encoding='utf-8'))['cells']:
+            for output in cell.get('outputs', []):
+                size = len(output.get('data', {}).get('image/png', '')) * 3 // 4  # base64
+                assert size < 60_000, f'{file.name}, cell {cell["id"]}: {size}'
+
+
 def test_every_notebook_ends_with_the_name_of_the_next():
     files = [file for file in sorted(ROOT.glob('nbs/[0-9]*.ipynb')) if not is_reference(file.stem)]
     for file, following in zip(files, files[1:]):
