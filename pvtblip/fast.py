@@ -9,7 +9,6 @@ __all__ = ['PackedLinear', 'pack', 'best_device', 'load_model', 'fingerprint', '
 import hashlib, json, os
 from dataclasses import asdict
 from importlib import import_module
-from pathlib import Path
 
 import torch, torch.nn.functional as F
 from torch import nn
