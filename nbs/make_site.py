@@ -107,8 +107,8 @@ def with_links(text, known):
         link = known.get(found[1].removesuffix('()'))
         return f'[`{found[1]}`]({link})' if link else found[0]
 
-    # code blocks stay as they are, and so does what is a link already
-    pieces = re.split(r'(^```.*?^```|\[[^\]\n]*\]\([^)\n]*\))', text, flags=re.M | re.S)
+    # code blocks stay as they are, and so does what is a link already, with brackets in its text or not
+    pieces = re.split(r'(^```.*?^```|\[(?:\[[^\]\n]*\]|[^\[\]\n])*\]\([^)\n]*\))', text, flags=re.M | re.S)
     for i in range(0, len(pieces), 2):
         pieces[i] = re.sub(r'(?<!`)`(\w[\w.]*(?:\(\))?)`(?!`)', name, pieces[i])
     for i in range(1, len(pieces), 2):
