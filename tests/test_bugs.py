@@ -19,6 +19,7 @@ from pvtblip.bugs import (
     fails,
     interval,
     look,
+    photos_table,
     rows_of,
     specimen,
     unseen,
@@ -168,6 +169,14 @@ def test_the_stored_table_is_whole():
     assert stored['settings']['steps'] == 300
     for names in TABLE:
         assert len(rows_of(stored['results'], names)) == 3, names
+
+
+def test_the_stored_table_of_photos_has_the_six_that_one_device_shows():
+    stored = json.loads((ROOT / 'benchmarks/bugs_photos.json').read_text(encoding='utf-8'))['results']
+    assert set(stored) == {'none', *SIX} - {'mixed_devices'}
+    low, high = stored['none']['interval']
+    assert low < stored['none']['CIDEr'] < high
+    assert photos_table(stored | {'x': dict(refused='no')}).endswith('| `x` | refused: no | | | | |')
 
 
 def test_random_numbers_of_the_caller_are_not_what_makes_a_bug(taught):
