@@ -266,9 +266,8 @@ class OnnxCaptioner(nn.Module):
         "What a search asks for words."
         return GraphStep(self, image_tokens)
 
-    @property
-    def decoder(self):
-        "Weights, which are not here; what asks for them wants to know where the model looked."
+    def attention_layers(self, sequences, image_tokens):
+        "What `attention_weights` asks for; ValueError, since the graphs do not give it."
         raise ValueError(
             'a graph does not tell where it looked; leave out output_attentions, or use the model that it '
             'was made of'
