@@ -20,7 +20,8 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import torch
 
 from pvtblip.bugs import SPECIMENS, TABLE, ablation_table, language_model, measure, small_captioner, teach
-from pvtblip.files import read_json, write_json
+from pvtblip.files import write_json
+from rows import stored_rows
 
 
 def row(names, seed):
@@ -49,9 +50,7 @@ def main():
 
     # What is there already?
     settings = dict(steps=steps, language_steps=max(1, steps // 3), scenes=100, num_beams=3)
-    stored = read_json(file, dict) if file and file.is_file() else dict(settings=settings, results={})
-    if stored['settings'] != settings:
-        raise SystemExit(f'{file} was made with {stored["settings"]}; choose another file')
+    stored = stored_rows(file, settings)
     results = stored['results']
 
     # Row by row, a seed at a time: its sound captioner serves the faults of use

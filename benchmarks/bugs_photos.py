@@ -19,11 +19,12 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import torch
 
 from pvtblip.bugs import SIX, SPECIMENS, bug, photos_table, title_of
-from pvtblip.files import read_json, write_json
+from pvtblip.files import write_json
 from pvtblip.pvt_encoder import ImageEncoder
 from pvtblip.photo_training import DataConfig, PhotoRun, captioner_config, train_on_photos
 from pvtblip.scoring import EvaluationRun, evaluate_photos
 from pvtblip.training import TrainingConfig
+from rows import stored_rows
 
 # on one device a forgotten device costs nothing, as the table of the drawings shows
 ROWS = [(), *((name,) for name in SIX if name != 'mixed_devices'), SIX]
@@ -113,9 +114,7 @@ def main():
     # What is there already?
     settings = dict(steps=options.steps, limit=options.limit)
     file = options.json
-    stored = read_json(file, dict) if file.is_file() else dict(settings=settings, results={})
-    if stored['settings'] != settings:
-        raise SystemExit(f'{file} was made with {stored["settings"]}; choose another file')
+    stored = stored_rows(file, settings)
 
     # Row by row
     for names in ROWS:

@@ -18,8 +18,9 @@ import torch
 
 from pvtblip.demo import DemoCaptioner, demo_config, demo_scenes, demo_table, demo_training, score_scenes
 from pvtblip.fast import best_device
-from pvtblip.files import read_json, write_json
+from pvtblip.files import write_json
 from pvtblip.training import train
+from rows import stored_rows
 
 ROWS = {
     'as it is': {},
@@ -63,9 +64,7 @@ def main():
     # What is there already?
     settings = dict(steps=options.steps, scenes=options.scenes)
     file = options.json
-    stored = read_json(file, dict) if file.is_file() else dict(settings=settings, results={})
-    if stored['settings'] != settings:
-        raise SystemExit(f'{file} was made with {stored["settings"]}; choose another file')
+    stored = stored_rows(file, settings)
 
     # Row by row
     for name in options.rows:
