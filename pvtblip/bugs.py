@@ -382,12 +382,6 @@ def _divides_twice(original, model):
     return load, lambda pixels: normalise(pixels / 255)
 
 
-def _reads_so(original, model):
-    "One photo is read as many are."
-    load, normalise = model.pixel_reader()
-    return lambda photo: normalise(load(photo))
-
-
 def check_pixels(model):
     "White arrives as (1 - mean) / std."
     size = model.config.encoder.image_size
@@ -407,7 +401,7 @@ _collect(
         cause='One part scales pixels to 0 to 1, and the next divides by 255 again. Every photo is nearly black.',
         fix='one function turns a file into pixel_values, for training and use',
         lesson='01_pvt_encoder',
-        overrides=((Captioner, 'pixel_reader', _divides_twice), (Captioner, 'photo_transform', _reads_so)),
+        overrides=((Captioner, 'pixel_reader', _divides_twice),),
         check=check_pixels,
         finding='pixels',
     )

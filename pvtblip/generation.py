@@ -22,7 +22,7 @@ from torch import nn
 
 from .decoder import Captioner, attention_weights, evaluation_mode
 from .files import Count, Share, Within, check_settings, short
-from .pvt_encoder import image_transform, load_pixels, normalise_pixels
+from .pvt_encoder import load_pixels, normalise_pixels
 from .tokenizer import collapse_whitespace
 
 # %% ../nbs/04_generation.ipynb #f49e6342
@@ -938,7 +938,12 @@ def _all_finished(scores, config):  # (B, R)
 @patch
 def photo_transform(self: Captioner):
     "A function from a PIL image or a path to pixel_values (3, H, W)."
-    return image_transform(self.config.encoder)
+    load, normalise = self.pixel_reader()
+    return partial(_read, load=load, normalise=normalise)  # no lambda: loaders send it to other processes
+
+
+def _read(photo, load, normalise):
+    return normalise(load(photo))
 
 
 @patch
