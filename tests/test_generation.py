@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 from dataclasses import asdict
 
 import pytest
@@ -43,6 +44,7 @@ from pvtblip.generation import (
     tokens_missing,
     word_ids,
 )
+from pvtblip.pvt_encoder import image_transform
 from pvtblip.tokenizer import CaptionTokenizer
 
 torch.set_num_threads(1)
@@ -1272,3 +1274,11 @@ def test_a_prompt_is_cut_off_as_tokens():
 def test_what_is_settled_by_hand():
     texts = ['two', 'two dogs', 'two dogs,', "the dogs'", "the dogs' t", 'a sign " stop s', 'a sign "stop" i']
     assert [settled(text) for text in texts] == ['', 'two', 'two', '', "the dogs'", 'a sign', 'a sign "stop"']
+
+
+def test_photos_are_read_the_same_way_in_another_process():
+    "Loaders start processes that get the transform as a pickle; it is `image_transform`'s to the bit."
+    model = Captioner(CaptionerConfig.tiny())
+    photo = Image.linear_gradient('L').convert('RGB')
+    there = pickle.loads(pickle.dumps(model.photo_transform()))
+    assert torch.equal(there(photo), image_transform(model.config.encoder)(photo))

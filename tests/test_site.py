@@ -5,6 +5,7 @@ import re
 import warnings
 from pathlib import Path
 
+import matplotlib
 import pytest
 from nbdev.process import NBProcessor
 from nbdev.processors import add_show_docs, exec_show_docs
@@ -70,8 +71,16 @@ def test_formulas_become_mathml(make):
     assert make.with_formulas('costs $5 and $6') == 'costs $5 and $6'
 
 
+@pytest.fixture
+def own_settings():
+    "What a notebook asks of Matplotlib (its font, its backend) does not outlive the test, nor reach the next one."
+    with matplotlib.rc_context():
+        yield
+    matplotlib.use('agg')
+
+
 @pytest.mark.parametrize('notebook', sorted(path.name for path in (ROOT / 'nbs').glob('*.ipynb')))
-def test_nbdev_can_document_a_notebook(notebook, monkeypatch):
+def test_nbdev_can_document_a_notebook(notebook, monkeypatch, own_settings):
     "`nbdev_proc_nbs`, which Quarto's site begins with, runs exported cells and those with imports, and no others."
     monkeypatch.chdir(ROOT / 'nbs')
     monkeypatch.setenv('MPLBACKEND', 'agg')
