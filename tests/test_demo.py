@@ -4,7 +4,7 @@ import pytest, torch
 import torch.nn.functional as F
 
 from pvtblip.decoder import Captioner
-from pvtblip.demo import PLACE_WORDS, DemoCaptioner, demo_config, demo_scenes
+from pvtblip.demo import KIND_WORDS, PLACE_WORDS, DemoCaptioner, demo_config, demo_scenes, demo_table
 from pvtblip.shapes import RELATIONS
 from pvtblip.training import Collate
 
@@ -15,19 +15,20 @@ pytestmark = pytest.mark.usefixtures('one_seed')
 def batch():
     config = demo_config()
     scenes = demo_scenes(config)
-    model = DemoCaptioner(config, place_weight=3.0)
+    model = DemoCaptioner(config, place_weight=3.0, kind_weight=2.0)
     found = Collate(model.tokenizer)([scenes[i] for i in range(6)])
     return model, [found[name] for name in ('pixel_values', 'input_ids', 'labels')]
 
 
-def test_words_of_place_count_more(batch):
+def test_words_of_place_and_kind_count_more(batch):
     model, inputs = batch
     words = {relation.split()[0] for relation in RELATIONS}
     assert words <= set(PLACE_WORDS) and 'of' not in PLACE_WORDS
     output = model(*inputs)
     said = model.tokenizer.tokenizer.convert_ids_to_tokens(model.output_ids[output.labels].tolist())
-    each = torch.tensor([3.0 if word in PLACE_WORDS else 1.0 for word in said])
-    assert each.max() == 3
+    assert {'star', 'stars', 'crosses'} <= set(KIND_WORDS)
+    each = torch.tensor([3.0 if word in PLACE_WORDS else 2.0 if word in KIND_WORDS else 1.0 for word in said])
+    assert set(each.tolist()) == {1, 2, 3}
     by_hand = (each * F.cross_entropy(output.logits, output.labels, reduction='none')).sum() / each.sum()
     torch.testing.assert_close(output.loss, by_hand)
     plain = Captioner.forward(model, *inputs).loss
@@ -41,3 +42,30 @@ def test_what_is_saved_is_a_captioner(batch, tmp_path):
     loaded = Captioner.from_pretrained(tmp_path / 'model')
     assert type(loaded) is Captioner
     torch.testing.assert_close(loaded.encode_image(pixel_values), model.eval().encode_image(pixel_values))
+
+
+def test_the_table_by_hand():
+    def found(**shares):
+        return dict(unseen_scenes=shares, unseen_pairs=shares)
+
+    lines = demo_table(
+        {
+            'two': {'0': found(all=0.5, kind=0.25), '1': found(all=0.5, kind=0.75)},
+            'half': {'0': found(all=0.25), '1': dict(stopped='no number')},
+            'gone': {'0': dict(stopped='no number')},
+        }
+    ).splitlines()
+    assert lines[0].split()[-6:] == ['all', 'kind', 'colour', 'size', 'count', 'relation']
+    assert lines[1] == 'two' and lines[2].split() == [
+        'unseen',
+        'scenes',
+        '50',
+        '50',
+        '(25–75)',
+        '–',
+        '–',
+        '–',
+        '–',
+    ]
+    assert lines[4] == 'half, 1 of 2 trainings stopped' and lines[5].split()[2:] == ['25', *5 * '–']
+    assert lines[7] == 'gone, 1 of 1 trainings stopped' and lines[8].split()[2:] == list(6 * '–')
