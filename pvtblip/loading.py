@@ -16,6 +16,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -97,7 +98,7 @@ class AugmentationConfig:
     def decode_size(
         self,
         image_size: int,  # what the encoder reads, pixels
-    ) -> int:  # side at which photos are decoded, so that the smallest crop need not be enlarged
+    ) -> int:  # side at which photos are decoded, so that the smallest square crop need not be enlarged
         "`image_size` without crops, larger with them"
         return math.ceil(image_size / math.sqrt(self.crop_scale))
 
@@ -267,97 +268,113 @@ class PhotoCache:
         self.broken = read_json(self.folder / 'broken.json', dict)  # file -> what is wrong with it
         self._pixels = None
 
-    @property
-    def shape(self):
-        "Of a photo, as it is kept"
-        return 3, self.size, self.size
+# %% ../nbs/12_loading.ipynb #c5e8b713
+@patch(as_prop=True)
+def shape(self: PhotoCache):
+    "Of a photo, as it is kept"
+    return 3, self.size, self.size
 
-    def _fingerprint(self):
-        "Hash of all that decides the pixels"
-        digest = hashlib.sha256(f'{self.FORMAT} {self.size}'.encode())
-        for file in self.rows:
-            status = os.stat(file) if os.path.exists(file) else None
-            digest.update(
-                json.dumps([os.path.abspath(file), status and [status.st_size, status.st_mtime_ns]]).encode()
-            )
-        return digest.hexdigest()[:24]
 
-    def _remove_left(self):
-        "Delete what killed processes left of other caches; nobody holds their lock."
-        for path in self.folder.parent.glob(f'.{self.kind}-*.tmp'):
-            name = path.name.removeprefix('.').removesuffix('.tmp')
-            if name == self.folder.name:
-                continue
-            try:
-                with FileLock(path.with_name(f'{name}.lock'), timeout=0):
-                    delete(path)
-            except Timeout:
-                pass  # it is being built
+@patch
+def _fingerprint(self: PhotoCache):
+    "Hash of all that decides the pixels"
+    digest = hashlib.sha256(f'{self.FORMAT} {self.size}'.encode())
+    for file in self.rows:
+        status = os.stat(file) if os.path.exists(file) else None
+        digest.update(
+            json.dumps([os.path.abspath(file), status and [status.st_size, status.st_mtime_ns]]).encode()
+        )
+    return digest.hexdigest()[:24]
 
-    def _build(self, num_threads, progress):
-        "Write all photos; whole or not at all"
-        needed = len(self.rows) * math.prod(self.shape) * np.dtype(self.dtype).itemsize
-        remedy = f'it needs {needed / 1e9:.1f} GB: free some space, or give another folder'
-        with whole_folder(self.folder, needed=needed, remedy=remedy) as temporary:
-            broken = self._write(temporary / 'pixels.npy', num_threads, progress)
-            write_whole(temporary / 'broken.json', json.dumps(broken))
-
-    def _write(self, path, num_threads, progress):
-        """Write the photos one behind the other (never through a memory map: a full disk would kill the
-        process); returns the broken ones
-        """
-        files = list(self.rows)
-        broken = {}
-        with (
-            open(path, 'wb') as out,
-            ThreadPoolExecutor(num_threads) as pool,
-            tqdm(total=len(files), desc=f'{self.kind} cache', disable=not progress) as bar,
-        ):
-            # numpy's own header, then the bytes: `np.load` can map the file afterwards
-            np.lib.format.write_array_header_1_0(
-                out, dict(descr=self.dtype, fortran_order=False, shape=(len(files), *self.shape))
-            )
-            # in pieces, so that no more than 256 photos wait in memory
-            for start in range(0, len(files), 256):
-                piece = files[start : start + 256]
-                for file, kept in zip(piece, self._read_all(piece, pool)):
-                    if isinstance(kept, str):
-                        broken[file], kept = kept, torch.zeros(self.shape)
-                    out.write(kept.numpy().astype(self.dtype).tobytes())
-                    bar.update()
-        if len(broken) == len(files):
-            raise ValueError(f'not one of {len(files)} photos can be read; the first: {broken[files[0]]}')
-        return broken
-
-    def _read_all(self, files, pool):
-        "What is kept of each, or what is wrong with it"
-        return pool.map(self._read, files)
-
-    def _read(self, file):
+# %% ../nbs/12_loading.ipynb #93b0e7c6
+@patch
+def _remove_left(self: PhotoCache):
+    "Delete what killed processes left of other caches; nobody holds their lock."
+    for path in self.folder.parent.glob(f'.{self.kind}-*.tmp'):
+        name = path.name.removeprefix('.').removesuffix('.tmp')
+        if name == self.folder.name:
+            continue
         try:
-            return load_pixels(file, self.size)
-        except (ValueError, OSError) as error:
-            return str(error)
+            with FileLock(path.with_name(f'{name}.lock'), timeout=0):
+                delete(path)
+        except Timeout:
+            pass  # it is being built
 
-    def __call__(
-        self,
-        path: str | Path,  # one of `files`
-    ) -> torch.Tensor:  # (3, size, size) uint8
-        "One photo; ValueError with the reason for a broken one, KeyError for one that is not in the cache"
-        file = str(path)
-        if file not in self.rows:
-            raise KeyError(
-                f'{file} is not in the cache of {len(self.rows)} photos; build it with all photos of '
-                'the data set'
-            )
-        if file in self.broken:
-            raise ValueError(self.broken[file])
-        if self._pixels is None:
-            self._pixels = np.load(self.folder / 'pixels.npy', mmap_mode='r')
-        return torch.from_numpy(np.array(self._pixels[self.rows[file]]))
+# %% ../nbs/12_loading.ipynb #d8046b9c
+@patch
+def _build(self: PhotoCache, num_threads, progress):
+    "Write all photos; whole or not at all"
+    needed = len(self.rows) * math.prod(self.shape) * np.dtype(self.dtype).itemsize
+    remedy = f'it needs {needed / 1e9:.1f} GB: free some space, or give another folder'
+    with whole_folder(self.folder, needed=needed, remedy=remedy) as temporary:
+        broken = self._write(temporary / 'pixels.npy', num_threads, progress)
+        write_whole(temporary / 'broken.json', json.dumps(broken))
 
-    def __getstate__(self):
-        return self.__dict__ | dict(_pixels=None)  # worker processes map the file themselves
+# %% ../nbs/12_loading.ipynb #6ab1d840
+@patch
+def _write(self: PhotoCache, path, num_threads, progress):
+    """Write the photos one behind the other (never through a memory map: a full disk would kill the
+    process); returns the broken ones
+    """
+    files = list(self.rows)
+    broken = {}
+    with (
+        open(path, 'wb') as out,
+        ThreadPoolExecutor(num_threads) as pool,
+        tqdm(total=len(files), desc=f'{self.kind} cache', disable=not progress) as bar,
+    ):
+        # numpy's own header, then the bytes: `np.load` can map the file afterwards
+        np.lib.format.write_array_header_1_0(
+            out, dict(descr=self.dtype, fortran_order=False, shape=(len(files), *self.shape))
+        )
+        # in pieces, so that no more than 256 photos wait in memory
+        for start in range(0, len(files), 256):
+            piece = files[start : start + 256]
+            for file, kept in zip(piece, self._read_all(piece, pool)):
+                if isinstance(kept, str):
+                    broken[file], kept = kept, torch.zeros(self.shape)
+                out.write(kept.numpy().astype(self.dtype).tobytes())
+                bar.update()
+    if len(broken) == len(files):
+        raise ValueError(f'not one of {len(files)} photos can be read; the first: {broken[files[0]]}')
+    return broken
+
+# %% ../nbs/12_loading.ipynb #b0f7c239
+@patch
+def _read_all(self: PhotoCache, files, pool):
+    "What is kept of each, or what is wrong with it"
+    return pool.map(self._read, files)
+
+
+@patch
+def _read(self: PhotoCache, file):
+    try:
+        return load_pixels(file, self.size)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+# %% ../nbs/12_loading.ipynb #47a9c0d3
+@patch
+def __call__(
+    self: PhotoCache,
+    path: str | Path,  # one of `files`
+) -> torch.Tensor:  # (3, size, size) uint8
+    "One photo; ValueError with the reason for a broken one, KeyError for one that is not in the cache"
+    file = str(path)
+    if file not in self.rows:
+        raise KeyError(
+            f'{file} is not in the cache of {len(self.rows)} photos; build it with all photos of the data set'
+        )
+    if file in self.broken:
+        raise ValueError(self.broken[file])
+    if self._pixels is None:
+        self._pixels = np.load(self.folder / 'pixels.npy', mmap_mode='r')
+    return torch.from_numpy(np.array(self._pixels[self.rows[file]]))
+
+
+@patch
+def __getstate__(self: PhotoCache):
+    return self.__dict__ | dict(_pixels=None)  # worker processes map the file themselves
 
 # %% ../nbs/12_loading.ipynb #fcbf22e4
 def caption_lengths(records: list[Record], tokenizer: CaptionTokenizer) -> list[int]:  # for each photo
