@@ -177,13 +177,13 @@ def plot_heads(
     )
     rows, columns = maps.shape[:2]
     figure, axes = plt.subplots(
-        rows, columns, figsize=(1.1 * columns, 1.25 * rows), squeeze=False, layout='constrained', dpi=60
+        rows, columns, figsize=(1.1 * columns, 1.25 * rows), squeeze=False, layout='constrained', dpi=62
     )
     for layer, line in enumerate(axes):
         for head, ax in enumerate(line):
             ax.imshow(photo)
             ax.imshow(maps[layer, head].numpy(), cmap='magma', alpha=0.6, vmin=0)
-            ax.set_title(f'layer {layer} head {head}', fontsize=7)
+            ax.set_title(f'layer {layer} head {head}', fontsize=8)
             ax.axis('off')
     return figure
 
