@@ -264,13 +264,14 @@ def map_uri(
     seen,  # (h, w) attention
     most: float,  # what is drawn brightest
 ) -> str:
-    "A map in the colours of the lessons, dark where nobody looked."
+    "A map in the colours of `lay_map`, clear where nobody looked."
     import matplotlib
 
     level = (255 * seen / most).round().clamp(0, 255).to(torch.uint8)
     picture = Image.fromarray(level.numpy(), 'L')
-    picture.putpalette(matplotlib.colormaps['magma'](range(256), bytes=True)[:, :3].tobytes())
-    return _uri(picture, 'png', optimize=True)
+    picture.putpalette(matplotlib.colormaps['inferno'](range(256), bytes=True)[:, :3].tobytes())
+    opacity = bytes(min(255, round(1.6 * strength)) for strength in range(256))
+    return _uri(picture, 'png', optimize=True, transparency=opacity)
 
 # %% ../nbs/27_page.ipynb #db722ea9
 _STYLE = """<style>
@@ -278,7 +279,7 @@ _STYLE = """<style>
 .pv .photo { display: block; width: var(--wide); aspect-ratio: var(--ratio); border-radius: .5rem; margin: 0; }
 .pv .map { position: absolute; top: 0; left: 0; width: var(--wide); aspect-ratio: var(--ratio); margin: 0;
   border-radius: .5rem; opacity: 0; pointer-events: none; transition: opacity .12s; }
-.pv .word:hover .map, .pv .word:has(input:checked) .map { opacity: .68; }
+.pv .word:hover .map, .pv .word:has(input:checked) .map { opacity: .75; }
 .pv:has(.word:hover) .word:not(:hover) .map { opacity: 0; }
 .pv .word input, .pv .unseen { position: absolute; opacity: 0; width: 1px; height: 1px; margin: 0;
   overflow: hidden; clip-path: inset(50%); white-space: nowrap; }

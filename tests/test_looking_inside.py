@@ -22,6 +22,7 @@ from pvtblip.generation import generate, process_image
 from pvtblip.looking_inside import (
     all_choices,
     head_shares,
+    lay_map,
     plot_attention,
     plot_heads,
     plot_pointing,
@@ -386,3 +387,20 @@ def test_one_drawing_for_one_photo_and_for_a_batch(model):
     assert shown == ['a red ring', 'a', 'red', 'ring', 'a moon', 'a', 'moon', '']
     with pytest.raises(ValueError, match="'moon' is none of the tokens a, red, ring"):
         plot_heads(model, photos[0], 'a red ring', 'moon')
+
+
+def test_a_photo_is_seen_through_its_map():
+    "Clear where nobody looked, never opaque, the same of a map of zeros."
+    from matplotlib.figure import Figure
+
+    photo = Image.new('RGB', (3, 2), 'white')
+    for seen, most in ((torch.tensor([[0.0, 0.1, 0.2], [0.4, 0.0, 0.0]]), 0.4), (torch.zeros(2, 3), 0.0)):
+        ax = Figure().add_subplot()
+        lay_map(ax, photo, seen, most)
+        below, over = ax.images
+        assert below.get_array().min() == 255
+        alpha = torch.as_tensor(over.get_alpha())
+        assert (alpha[seen == 0] == 0).all() and alpha.max() <= 0.75
+        if most:
+            torch.testing.assert_close(alpha[0].float(), torch.tensor([0.0, 0.3, 0.6]))
+            assert alpha[1, 0] == 0.75

@@ -2,7 +2,7 @@
 installed over HTTP, and where a browser is too, in that.
 """
 
-import html, http.server, io, json, os, re, shutil, signal, subprocess, sys, threading, time
+import base64, html, http.server, io, json, os, re, shutil, signal, subprocess, sys, threading, time
 import urllib.error, urllib.request
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from pvtblip.page import (
     plainly,
     visitors_photo,
     word_truths,
+    map_uri,
 )
 from pvtblip.shapes import make_scene
 from test_cli import pvtblip
@@ -693,3 +694,10 @@ def test_a_drawing_has_true_and_false_words(browser, page):
     until(browser, 'button', 'Draw shapes').click()
     until(browser, '#page-told .note', 'true of this drawing')
     assert browser.find_elements('css selector', '#page-told .word.true, #page-told .word.false')
+
+
+def test_a_photo_is_seen_through_the_map_of_a_page():
+    _, text = map_uri(torch.tensor([[0.0, 0.2], [0.1, 0.4]]), 0.4).split(',')
+    colours = Image.open(io.BytesIO(base64.b64decode(text))).convert('RGBA')
+    opacity = [colours.getpixel(place)[3] for place in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert opacity[0] == 0 and opacity[1:] == [102, 205, 255]
