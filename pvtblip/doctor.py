@@ -6,12 +6,12 @@
 __all__ = ['SYMPTOMS', 'LESSONS', 'CHECKS', 'NEEDED', 'NORMALISATIONS', 'PROMPTS', 'ENDINGS', 'EXPLAINS', 'PHOTOS',
            'symptom_index', 'Patient', 'adapt_captioner', 'adapt_encoder_decoder', 'adapt_blip', 'adapt', 'Finding',
            'Examination', 'columns', 'log_probabilities', 'losses_of', 'mean_loss', 'surely_better', 'variation',
-           'first', 'measured', 'said', 'texts', 'prompt_length', 'state', 'made', 'as_made', 'tiny', 'learnt_long',
-           'finding', 'check_looks', 'pixel_versions', 'check_pixels', 'check_vocabulary', 'check_start', 'check_end',
-           'check_decode', 'check_text', 'check_weights', 'check_labels', 'check_overfit', 'check_scores', 'check_plan',
-           'check_finite', 'check_file', 'check_golden', 'keep_answer', 'check_device', 'check_mode', 'check_batch',
-           'check_causal', 'check_pairs', 'verdict_of', 'as_found', 'examine', 'describe', 'load_patient', 'read_batch',
-           'doctor']
+           'many', 'first', 'measured', 'said', 'texts', 'prompt_length', 'state', 'made', 'as_made', 'tiny',
+           'learnt_long', 'finding', 'check_looks', 'pixel_versions', 'check_pixels', 'check_vocabulary', 'check_start',
+           'check_end', 'check_decode', 'check_text', 'check_weights', 'check_labels', 'check_overfit', 'check_scores',
+           'check_plan', 'check_finite', 'check_file', 'check_golden', 'keep_answer', 'check_device', 'check_mode',
+           'check_batch', 'check_causal', 'check_pairs', 'verdict_of', 'as_found', 'examine', 'describe',
+           'load_patient', 'read_batch', 'doctor']
 
 # %% ../nbs/09_doctor.ipynb #95b64036
 import copy, math, random, re, tempfile, time
@@ -473,10 +473,9 @@ class Examination:
         batch: dict,  # pixel_values; captions, or input_ids and labels; items, hypotheses, plan, kept
         fast=False,
     ):
-        self.patient, self.batch, self.fast, self.slow = patient, batch, fast, False
+        self.patient, self.batch, self.fast = patient, batch, fast
         device = next(patient.module.parameters()).device if patient.module is not None else None
         self.pixels = batch['pixel_values'].detach().clone().to(device)  # (B, 3, H, W)
-        self.many = min(len(self.pixels), 32)
         self.few = min(len(self.pixels), 8 if fast else 16)
 
     def has(self, need):
@@ -607,8 +606,19 @@ def _cached(function):
 
 
 @_cached
+def many(self):
+    "How many photos most checks use: up to 32, half as many of a large model on a small machine."
+    photos = min(len(self.pixels), 32)
+    if self.rows is None or not self.numbers:
+        return photos
+    begin = time.perf_counter()
+    self.patient.logits(self.pixels[:4], self.rows[0][:4])
+    return photos if time.perf_counter() - begin < 0.25 else min(photos, 16)
+
+
+@_cached
 def first(self):
-    "The rows and photos that most checks use: up to 32."
+    "Those photos and their rows."
     return self.pixels[: self.many], tuple(part[: self.many] for part in self.rows)
 
 # %% ../nbs/09_doctor.ipynb #371df36d
@@ -617,9 +627,7 @@ def measured(self):
     "Loss, entropy of what it expects, gap, unigram entropy of the labels, all in nats; TV."
     # as given, with the photos exchanged, and black
     pixels, rows = self.first
-    begin = time.perf_counter()
     found, labels = log_probabilities(self.patient.logits, pixels, rows)
-    self.slow = time.perf_counter() - begin > 2  # a large model on a small machine
     other, _ = log_probabilities(self.patient.logits, pixels.roll(1, 0), rows)
     black, _ = log_probabilities(self.patient.logits, torch.zeros_like(pixels), rows)
     # what the true words cost, and what they would cost whoever knows only how frequent they are
@@ -807,14 +815,17 @@ def check_pixels(x):
     yield from _range(x, mean, std)
     if x.rows is None or x.state == 'untrained':
         return
-    # the version that it understands best
-    pixels, rows = x.first
-    if x.slow:
-        pixels, rows = pixels[: x.few], tuple(part[: x.few] for part in rows)
-    given = losses_of(p, pixels, rows)
-    versions = {name: losses_of(p, other, rows) for name, other in pixel_versions(pixels, mean, std).items()}
-    best = min(versions, key=lambda name: versions[name][0].sum())
-    less, doubt = surely_better(versions[best], given)
+    # the two versions that it understands best of the first photos, then the better of them on all
+    versions = pixel_versions(x.first[0], mean, std)
+
+    def nats(name, photos):
+        return losses_of(p, versions[name][:photos], tuple(part[:photos] for part in x.first[1]))
+
+    two = sorted(versions, key=lambda name: nats(name, 6)[0].sum())[:2]
+    found = {name: nats(name, x.many) for name in two}
+    best = min(two, key=lambda name: found[name][0].sum())
+    given = losses_of(p, *x.first)
+    less, doubt = surely_better(found[best], given)
     now = (given[0].sum() / given[1].sum()).item()
     if less > max(0.07, doubt) and now - less < 0.75 * x.measured['unigram']:  # and then they are understood
         what = f'true captions are likelier when the photos are {best}'
