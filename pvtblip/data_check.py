@@ -240,10 +240,14 @@ class DataReport:
 # %% ../nbs/14_data_check.ipynb #f20a47e1
 def _remarks(report: DataReport) -> list[str]:
     "What deserves a second look, in words"
-    # shards may count anew
-    text, across = (
-        report.text,
-        sum(len(groups) for kind, groups in report.across_splits.items() if kind != 'same key'),
+    text = report.text
+    # shards and folders may count their photos anew, and what is the same in two ways counts once
+    across = len(
+        {
+            tuple(group)
+            for kind in ('same bytes', 'same captions')
+            for group in report.across_splits.get(kind, ())
+        }
     )
     # (whether it is so, what to say then)
     return [
@@ -251,7 +255,8 @@ def _remarks(report: DataReport) -> list[str]:
         for said, words in (
             (
                 report.broken,
-                f'{len(report.broken):,} photos cannot be read; training leaves them out and counts them',
+                f'{len(report.broken):,} photos cannot be read or used; training leaves damaged ones out and '
+                'counts them',
             ),
             (
                 across,
@@ -292,14 +297,11 @@ def contact_sheet(
         image.thumbnail((320, 320))
         axis.imshow(image)
         axis.set(xticks=[], yticks=[])
-        lines = [
-            textwrap.shorten(file, 40, placeholder='…'),
-            *(
-                line
-                for caption in captions[:2]
-                for line in textwrap.wrap('– ' + textwrap.shorten(caption, 110, placeholder=' …'), 36)
-            ),
-        ]
+        # of a long name the end, in which photos differ; a script without spaces is cut as well
+        name = ' '.join(file.split())
+        lines = [name if len(name) <= 36 else '…' + name[-35:]]
+        for caption in captions[:2]:
+            lines += textwrap.wrap(f'– {caption}', 36, max_lines=4, placeholder=' …')
         axis.set_xlabel('\n'.join(lines), fontsize=8, loc='left', parse_math=False)
     save_figure(figure, path, dpi=80)
 
@@ -421,6 +423,13 @@ def _check_records(
             for kind, groups in duplicates.items()
         },
     )
+    # with photos that are not there, training refuses to begin
+    absent = sum(not os.path.isfile(content(file)) for file in broken) if isinstance(photos, Path) else 0
+    if absent:
+        report.remarks.append(
+            f'{absent:,} of the photos are not there; training does not begin before they are added or their '
+            'captions removed'
+        )
     # what a person should look at
     whole = [record for record in records if record.file in sizes]
     return report, [
