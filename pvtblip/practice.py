@@ -137,7 +137,7 @@ class KeepBest(Callback):
 
     def on_evaluate(self, run, measures):
         "ValueError where the measure was not taken."
-        # better than ever, or another look without gain
+        # is the measure there?
         if self.metric not in measures:
             raise ValueError(
                 f'no measure {self.metric!r} to tell the best model by; evaluate gave '
