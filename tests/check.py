@@ -74,9 +74,7 @@ def notebooks():
 
 
 def tests():
-    # two processes, a test file in one of them
-    workers = min(2, os.cpu_count())
-    run(sys.executable, '-m', 'pytest', '-q', '-n', workers, '--dist', 'loadfile', 'tests')
+    run(sys.executable, '-m', 'pytest', '-q', 'tests')
 
 
 def wheel():
