@@ -33,7 +33,7 @@ from pvtblip.shapes import (
     plural,
 )
 from .fast import load_model
-from .looking_inside import plot_word_maps
+from .looking_inside import MAP_COLOURS, map_opacity, plot_word_maps
 from .confidence import Judge, token_confidence
 
 # %% ../nbs/27_page.ipynb #06ed51d4
@@ -269,9 +269,9 @@ def map_uri(
 
     level = (255 * seen / most).round().clamp(0, 255).to(torch.uint8)
     picture = Image.fromarray(level.numpy(), 'L')
-    picture.putpalette(matplotlib.colormaps['inferno'](range(256), bytes=True)[:, :3].tobytes())
-    opacity = bytes(min(255, round(1.6 * strength)) for strength in range(256))
-    return _uri(picture, 'png', optimize=True, transparency=opacity)
+    picture.putpalette(matplotlib.colormaps[MAP_COLOURS](range(256), bytes=True)[:, :3].tobytes())
+    opacity = (255 * map_opacity(torch.arange(256) / 255)).round().byte()
+    return _uri(picture, 'png', optimize=True, transparency=bytes(opacity.tolist()))
 
 # %% ../nbs/27_page.ipynb #db722ea9
 _STYLE = """<style>

@@ -23,11 +23,11 @@ from pvtblip.page import (
     create_gradio_demo,
     explain,
     join_words,
+    map_uri,
     photo_pixels,
     plainly,
     visitors_photo,
     word_truths,
-    map_uri,
 )
 from pvtblip.shapes import make_scene
 from test_cli import pvtblip
