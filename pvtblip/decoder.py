@@ -166,7 +166,7 @@ def model_folder(
     # a folder of one's own goes before a model of the same name
     return str(name if Path(name).is_dir() else boxed.get(str(name), name))
 
-
+# %% ../nbs/02_decoder.ipynb #abb6d6cd
 def checkpoint_folder(
     name,  # as in `model_folder`
     **where,  # of huggingface_hub's `snapshot_download`: revision, token and the like

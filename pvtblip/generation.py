@@ -952,7 +952,7 @@ def pixel_reader(self: Captioner):
     config = self.config.encoder
     return partial(load_pixels, size=config.image_size), normalise_pixels(config)
 
-
+# %% ../nbs/04_generation.ipynb #331963ff
 def process_image(
     # a path, a PIL image or a (3, H, W) tensor ready for the encoder; a list of them; or a (B, 3, H, W)
     # tensor

@@ -19,6 +19,7 @@ from typing import Annotated
 from urllib.parse import SplitResult, urlsplit
 
 import torch
+from fastcore.basics import patch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -546,105 +547,119 @@ class ShardDataset(IterableDataset):
         self._check_numbers()
         self.captions_per_image = reading.captions_per_image or self._first_count()
 
-    def _check_numbers(self) -> None:
-        "ValueError for numbers that cannot be, and for fewer shards than streams"
-        if min(self.start_batch, self.num_batches or 0) < 0:
-            raise ValueError(
-                f'start_batch {self.start_batch} and num_batches {self.num_batches} must not be negative'
-            )
-        if self.reading.passes is not None and (self.start_batch or self.num_batches is not None):
-            raise ValueError('passes goes with neither start_batch nor num_batches')
-        if len(self.shards) < (streams := self.num_processes * self.workers):
-            raise ValueError(
-                f'{len(self.shards)} shards for {self.num_processes} processes with {self.workers} '
-                f'workers each; write {streams} shards or more, or take fewer workers'
-            )
+# %% ../nbs/13_sources.ipynb #shard13b
+@patch
+def _check_numbers(self: ShardDataset) -> None:
+    "ValueError for numbers that cannot be, and for fewer shards than streams"
+    if min(self.start_batch, self.num_batches or 0) < 0:
+        raise ValueError(
+            f'start_batch {self.start_batch} and num_batches {self.num_batches} must not be negative'
+        )
+    if self.reading.passes is not None and (self.start_batch or self.num_batches is not None):
+        raise ValueError('passes goes with neither start_batch nor num_batches')
+    if len(self.shards) < (streams := self.num_processes * self.workers):
+        raise ValueError(
+            f'{len(self.shards)} shards for {self.num_processes} processes with {self.workers} '
+            f'workers each; write {streams} shards or more, or take fewer workers'
+        )
 
-    def _first_count(self) -> int:
-        "Captions of the first sample that can be read, at most 5; ValueError where there is none"
-        wrong = None
-        for sample in itertools.chain.from_iterable(map(read_shard, self.shards)):
-            try:
-                if isinstance(sample, BrokenImage):
-                    raise ValueError(sample.reason)
-                return min(5, len(opened_sample(sample)[2]))
-            except ValueError as error:
-                wrong = wrong or str(error)
-        raise ValueError(wrong or f'{printable(self.shards[0])}: no photos in this shard; give another one')
 
-    def _size(self, shard: str) -> int:
-        "`_shard_size`, counted once"
-        if shard not in self.sizes:
-            self.sizes[shard] = _shard_size(shard)
-        return self.sizes[shard]
-
-    def _shuffled(self, shard: str, number: int) -> Iterator[dict | BrokenImage]:
-        "The samples of a shard, each block in an order that follows from (seed, pass, shard, block)"
-        samples = read_shard(shard)
-        for block in itertools.count():
-            held = list(itertools.islice(samples, self.reading.shuffle))
-            if not held:
-                return
-            random.Random(f'block {self.reading.seed} {number} {shard} {block}').shuffle(held)
-            yield from held
-
-    def _samples(self, stream: int, skip: int) -> Iterator[tuple[int, dict | BrokenImage]]:
-        "(pass, sample) of a stream from place `skip` on"
-        streams = self.num_processes * self.workers
-        for number in itertools.count() if self.reading.passes is None else range(self.reading.passes):
-            for shard in _dealt(self.shards, self.reading.seed, number, stream, streams):
-                if skip and self._size(shard) <= skip:
-                    skip -= self._size(shard)
-                else:
-                    for sample in itertools.islice(self._shuffled(shard, number), skip, None):
-                        yield number, sample
-                    skip = 0
-
-    def _item(self, number: int, sample: dict | BrokenImage) -> dict | BrokenImage:
-        """What `CaptionDataset` gives for a photo: pixel_values (3, H, W), captions (list of C str), file; or
-        a BrokenImage
-        """
-        # a shard that is damaged gives no photo
-        if isinstance(sample, BrokenImage):
-            if self.reading.strict:
-                raise ValueError(sample.reason)
-            return sample
-        # nor does a sample whose photo or captions cannot be read
-        file = sample_name(sample)
+@patch
+def _first_count(self: ShardDataset) -> int:
+    "Captions of the first sample that can be read, at most 5; ValueError where there is none"
+    wrong = None
+    for sample in itertools.chain.from_iterable(map(read_shard, self.shards)):
         try:
-            file, content, captions = opened_sample(sample)
-            pixel_values = self.load(open_photo(file, content))
-        except (ValueError, OSError) as error:
-            if self.reading.strict:
-                raise ValueError(f'{file}: {str(error).removeprefix(f"{file}: ")}') from error
-            return BrokenImage(file, str(error))
-        # the draw follows from seed, pass and photo, so a restart repeats it
-        seed = f'captions {self.reading.seed} {number} {file}'
-        drawn = draw_captions(captions, self.captions_per_image, seed)
-        return dict(pixel_values=pixel_values, captions=drawn, file=file)
+            if isinstance(sample, BrokenImage):
+                raise ValueError(sample.reason)
+            return min(5, len(opened_sample(sample)[2]))
+        except ValueError as error:
+            wrong = wrong or str(error)
+    raise ValueError(wrong or f'{printable(self.shards[0])}: no photos in this shard; give another one')
 
-    def __iter__(self) -> Iterator[list[dict | BrokenImage]]:
-        """Batches of B items; ValueError where the DataLoader has another number of workers than
-        `num_workers` said
-        """
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        if workers != self.workers:
-            raise ValueError(
-                f'the DataLoader has {workers} workers, the data set was told {self.workers}; give '
-                'both the same num_workers'
-            )
-        # batch k comes from stream k modulo W, wherever the loader starts
-        stream = (worker + self.start_batch) % workers
-        done = len(range(stream, self.start_batch, workers))
-        todo = None if self.num_batches is None else len(range(worker, self.num_batches, workers))
-        # on from the photos that this stream has given before
-        samples = self._samples(self.process_index * workers + stream, done * self.reading.batch_size)
-        for _ in itertools.count() if todo is None else range(todo):
-            batch = [self._item(*sample) for sample in itertools.islice(samples, self.reading.batch_size)]
-            if not batch:
-                return
-            yield batch
+# %% ../nbs/13_sources.ipynb #shard13d
+@patch
+def _size(self: ShardDataset, shard: str) -> int:
+    "`_shard_size`, counted once"
+    if shard not in self.sizes:
+        self.sizes[shard] = _shard_size(shard)
+    return self.sizes[shard]
+
+
+@patch
+def _shuffled(self: ShardDataset, shard: str, number: int) -> Iterator[dict | BrokenImage]:
+    "The samples of a shard, each block in an order that follows from (seed, pass, shard, block)"
+    samples = read_shard(shard)
+    for block in itertools.count():
+        held = list(itertools.islice(samples, self.reading.shuffle))
+        if not held:
+            return
+        random.Random(f'block {self.reading.seed} {number} {shard} {block}').shuffle(held)
+        yield from held
+
+
+@patch
+def _samples(self: ShardDataset, stream: int, skip: int) -> Iterator[tuple[int, dict | BrokenImage]]:
+    "(pass, sample) of a stream from place `skip` on"
+    streams = self.num_processes * self.workers
+    for number in itertools.count() if self.reading.passes is None else range(self.reading.passes):
+        for shard in _dealt(self.shards, self.reading.seed, number, stream, streams):
+            if skip and self._size(shard) <= skip:
+                skip -= self._size(shard)
+            else:
+                for sample in itertools.islice(self._shuffled(shard, number), skip, None):
+                    yield number, sample
+                skip = 0
+
+# %% ../nbs/13_sources.ipynb #shard13f
+@patch
+def _item(self: ShardDataset, number: int, sample: dict | BrokenImage) -> dict | BrokenImage:
+    """What `CaptionDataset` gives for a photo: pixel_values (3, H, W), captions (list of C str), file; or
+    a BrokenImage
+    """
+    # a shard that is damaged gives no photo
+    if isinstance(sample, BrokenImage):
+        if self.reading.strict:
+            raise ValueError(sample.reason)
+        return sample
+    # nor does a sample whose photo or captions cannot be read
+    file = sample_name(sample)
+    try:
+        file, content, captions = opened_sample(sample)
+        pixel_values = self.load(open_photo(file, content))
+    except (ValueError, OSError) as error:
+        if self.reading.strict:
+            raise ValueError(f'{file}: {str(error).removeprefix(f"{file}: ")}') from error
+        return BrokenImage(file, str(error))
+    # the draw follows from seed, pass and photo, so a restart repeats it
+    seed = f'captions {self.reading.seed} {number} {file}'
+    drawn = draw_captions(captions, self.captions_per_image, seed)
+    return dict(pixel_values=pixel_values, captions=drawn, file=file)
+
+# %% ../nbs/13_sources.ipynb #shard13h
+@patch
+def __iter__(self: ShardDataset) -> Iterator[list[dict | BrokenImage]]:
+    """Batches of B items; ValueError where the DataLoader has another number of workers than
+    `num_workers` said
+    """
+    info = get_worker_info()
+    worker, workers = (info.id, info.num_workers) if info else (0, 1)
+    if workers != self.workers:
+        raise ValueError(
+            f'the DataLoader has {workers} workers, the data set was told {self.workers}; give '
+            'both the same num_workers'
+        )
+    # batch k comes from stream k modulo W, wherever the loader starts
+    stream = (worker + self.start_batch) % workers
+    done = len(range(stream, self.start_batch, workers))
+    todo = None if self.num_batches is None else len(range(worker, self.num_batches, workers))
+    # on from the photos that this stream has given before
+    samples = self._samples(self.process_index * workers + stream, done * self.reading.batch_size)
+    for _ in itertools.count() if todo is None else range(todo):
+        batch = [self._item(*sample) for sample in itertools.islice(samples, self.reading.batch_size)]
+        if not batch:
+            return
+        yield batch
 
 # %% ../nbs/13_sources.ipynb #1eabce40
 @dataclass(frozen=True)
