@@ -547,6 +547,29 @@ class ShardDataset(IterableDataset):
         self._check_numbers()
         self.captions_per_image = reading.captions_per_image or self._first_count()
 
+    def __iter__(self) -> Iterator[list[dict | BrokenImage]]:
+        """Batches of B items; ValueError where the DataLoader has another number of workers than
+        `num_workers` said
+        """
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if workers != self.workers:
+            raise ValueError(
+                f'the DataLoader has {workers} workers, the data set was told {self.workers}; give '
+                'both the same num_workers'
+            )
+        # batch k comes from stream k modulo W, wherever the loader starts
+        stream = (worker + self.start_batch) % workers
+        done = len(range(stream, self.start_batch, workers))
+        todo = None if self.num_batches is None else len(range(worker, self.num_batches, workers))
+        # on from the photos that this stream has given before
+        samples = self._samples(self.process_index * workers + stream, done * self.reading.batch_size)
+        for _ in itertools.count() if todo is None else range(todo):
+            batch = [self._item(*sample) for sample in itertools.islice(samples, self.reading.batch_size)]
+            if not batch:
+                return
+            yield batch
+
 # %% ../nbs/13_sources.ipynb #shard13b
 @patch
 def _check_numbers(self: ShardDataset) -> None:
@@ -635,31 +658,6 @@ def _item(self: ShardDataset, number: int, sample: dict | BrokenImage) -> dict |
     seed = f'captions {self.reading.seed} {number} {file}'
     drawn = draw_captions(captions, self.captions_per_image, seed)
     return dict(pixel_values=pixel_values, captions=drawn, file=file)
-
-# %% ../nbs/13_sources.ipynb #shard13h
-@patch
-def __iter__(self: ShardDataset) -> Iterator[list[dict | BrokenImage]]:
-    """Batches of B items; ValueError where the DataLoader has another number of workers than
-    `num_workers` said
-    """
-    info = get_worker_info()
-    worker, workers = (info.id, info.num_workers) if info else (0, 1)
-    if workers != self.workers:
-        raise ValueError(
-            f'the DataLoader has {workers} workers, the data set was told {self.workers}; give '
-            'both the same num_workers'
-        )
-    # batch k comes from stream k modulo W, wherever the loader starts
-    stream = (worker + self.start_batch) % workers
-    done = len(range(stream, self.start_batch, workers))
-    todo = None if self.num_batches is None else len(range(worker, self.num_batches, workers))
-    # on from the photos that this stream has given before
-    samples = self._samples(self.process_index * workers + stream, done * self.reading.batch_size)
-    for _ in itertools.count() if todo is None else range(todo):
-        batch = [self._item(*sample) for sample in itertools.islice(samples, self.reading.batch_size)]
-        if not batch:
-            return
-        yield batch
 
 # %% ../nbs/13_sources.ipynb #1eabce40
 @dataclass(frozen=True)
