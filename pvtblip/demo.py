@@ -100,11 +100,6 @@ def save_demo_pictures(model, history, out, seed=0):
     """captions.png (six unseen scenes with attention), training.png, and one scene as scene.png to try
     `pvtblip caption` on.
     """
-    import matplotlib
-
-    matplotlib.use('agg')
-    import matplotlib.pyplot as plt
-
     scenes = [make_scene(seed, i, split) for i in range(3) for split in ('unseen_scenes', 'unseen_pairs')]
     images = [Image.fromarray(scene.image) for scene in scenes]
     pixel_values = process_image(images, model)
@@ -115,7 +110,6 @@ def save_demo_pictures(model, history, out, seed=0):
     mark.add_text('Software', MARK)
     with whole_file(out / 'scene.png') as temporary:
         images[0].save(temporary, 'png', pnginfo=mark)
-    plt.close('all')
 
 # %% ../nbs/25_demo.ipynb #b595d840
 # the words in which "left of", "on the right of", "above" differ

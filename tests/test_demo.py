@@ -1,10 +1,19 @@
 "The captioner of the demo: its loss by hand, and what is saved of it."
 
+import matplotlib.pyplot as plt
 import pytest, torch
 import torch.nn.functional as F
 
 from pvtblip.decoder import Captioner
-from pvtblip.demo import KIND_WORDS, PLACE_WORDS, DemoCaptioner, demo_config, demo_scenes, demo_table
+from pvtblip.demo import (
+    KIND_WORDS,
+    PLACE_WORDS,
+    DemoCaptioner,
+    demo_config,
+    demo_scenes,
+    demo_table,
+    save_demo_pictures,
+)
 from pvtblip.shapes import RELATIONS
 from pvtblip.training import Collate
 
@@ -59,3 +68,18 @@ def test_the_table_by_hand():
     assert lines[1] == 'two' and lines[2].split() == 'unseen scenes 50 50 (25–75) – – – –'.split()
     assert lines[4] == 'half, 1 of 2 trainings stopped' and lines[5].split()[2:] == ['25', *5 * '–']
     assert lines[7] == 'gone, 1 of 1 trainings stopped' and lines[8].split()[2:] == list(6 * '–')
+
+
+def test_its_pictures_leave_matplotlib_as_it_was(tmp_path):
+    # a backend of one's own, and a figure that is still open
+    before = plt.get_backend()
+    plt.switch_backend('svg')
+    try:
+        mine = plt.figure()
+        history = [dict(step=step, loss=1.0, learning_rate=0.1, eval_loss=1.0) for step in (1, 2)]
+        save_demo_pictures(DemoCaptioner(demo_config()).eval(), history, tmp_path)
+        assert plt.get_backend() == 'svg'
+        assert plt.get_fignums() == [mine.number]
+    finally:
+        plt.switch_backend(before)
+    assert {file.name for file in tmp_path.iterdir()} == {'captions.png', 'training.png', 'scene.png'}
