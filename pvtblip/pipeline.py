@@ -393,7 +393,7 @@ def _said(model, ids, score, logprobs, tokens, judge):
     end = (
         words.index(model.tokenizer.sep_token_id) + 1 if model.tokenizer.sep_token_id in words else len(words)
     )
-    # rounded, so that the same caption makes the same line
+    # rounded to six digits, of which the last may still be another one in another batch
     said = dict(
         caption=model.tokenizer.decode(ids),
         score=round(score.item(), 6),
