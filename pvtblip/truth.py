@@ -275,24 +275,32 @@ def plot_best_and_worst(
     number = min(number, len(order) // 2 or 1)
     columns = min(5, number)
     rows = -(-number // columns)  # of the best; as many of the worst
+    side = min(2.3, 9.2 / columns)  # of a picture in inches: a wider sheet would be shrunk, with its text
+    letters = round(13 * side)  # in a line
+    texts = {
+        name: fill(hypotheses[name], letters) + '\n' + fill(f'({references[name][0]})', letters)
+        for name in order[:number] + order[number:][-number:]
+    }
+    lines = max((text.count('\n') + 1 for text in texts.values()), default=0)
+    figsize = (side * columns, 2 * rows * (side + 0.35 + 0.14 * lines))
     figure, axes = plt.subplots(
-        2 * rows, columns, figsize=(2.3 * columns, 6.4 * rows), squeeze=False, dpi=80, layout='constrained'
+        2 * rows, columns, figsize=figsize, squeeze=False, dpi=80, layout='constrained'
     )
+    figure.get_layout_engine().set(h_pad=0.1)  # the last line of the lowest text is whole
     for ax in axes.flat:
         ax.axis('off')
-    for side, colour, names, places in (
+    for place, colour, names, places in (
         ('best', 'tab:green', order[:number], axes[:rows].flat),
         ('worst', 'tab:red', order[number:][-number:], axes[rows:].flat),
     ):
         for name, ax in zip(names, places):
             ax.imshow(images(name))
             ax.set_title(
-                f'{side} · {metric} {scores.images[name][metric]:.2f}',
+                f'{place} · {metric} {scores.images[name][metric]:.2f}',
                 fontsize=8,
                 color=colour,
                 parse_math=False,
             )
-            text = fill(hypotheses[name], 30) + '\n' + fill(f'({references[name][0]})', 30)
             # $\\foo$ is no formula
-            ax.text(0, -0.04, text, fontsize=7, va='top', transform=ax.transAxes, parse_math=False)
+            ax.text(0, -0.04, texts[name], fontsize=7, va='top', transform=ax.transAxes, parse_math=False)
     return figure

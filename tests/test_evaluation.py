@@ -425,6 +425,23 @@ def test_captions_are_no_formulas():
     figure.canvas.draw()
 
 
+def test_a_sheet_of_twenty_is_narrow_and_its_texts_do_not_overlap():
+    import matplotlib
+
+    matplotlib.use('agg')
+    caption = 'A man riding a wave on top of a surfboard in the ocean near some rocks.'
+    scores = evaluation.Scores({}, {i: dict(CIDEr=float(i)) for i in range(20)}, {})
+    said = dict.fromkeys(range(20), caption)
+    own = dict.fromkeys(range(20), [caption])
+    figure = plot_best_and_worst(scores, lambda name: Image.new('RGB', (8, 8)), own, said)
+    figure.canvas.draw()
+    texts = [text for ax in figure.axes for text in (ax.title, *ax.texts)]
+    boxes = [text.get_window_extent() for text in texts]
+    assert len(boxes) == 40 and figure.bbox.width <= 740
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(0 <= box.y0 and box.y1 <= figure.bbox.height for box in boxes)
+
+
 def test_diversity_by_hand():
     measured = diversity(['a dog', 'a dog', "A dog's ball."], ['a dog'])
     assert measured == dict(
