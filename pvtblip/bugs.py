@@ -1401,7 +1401,7 @@ def photos_table(
         else:
             low, high = found['interval']
             lines.append(
-                f'| `{title}` | {found["loss"]:.2f} | {found["gap"]:.2f} | {found["distinct"]:.2f} '
+                f'| `{title}` | {found["loss"]:.2f} | {found["gap"]:z.2f} | {found["distinct"]:.2f} '
                 f'| {found["CIDEr"]:.3f} | {low:.3f} to {high:.3f} |'
             )
     return '\n'.join(lines)
