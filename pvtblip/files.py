@@ -347,13 +347,13 @@ def save_figure(
     **options,  # of matplotlib's savefig
 ):
     "Write a picture whole or not at all, marked as ours, and close it: what is in a file is not shown as well."
-    import matplotlib.pyplot as plt  # half a second that nobody else should wait for
-
     with whole_file(file) as temporary, warnings.catch_warnings():
         # scripts that the font lacks appear as boxes
         warnings.filterwarnings('ignore', message='Glyph .* missing from')
         figure.savefig(temporary, format='png', metadata={'Software': MARK}, **options)
-    plt.close(figure)
+    # a figure drawn without pyplot needs no closing; a model's own code (`26_hub`) goes without Matplotlib
+    if pyplot := sys.modules.get('matplotlib.pyplot'):
+        pyplot.close(figure)
 
 # %% ../nbs/000_files.ipynb #9792d755
 def _identity(path):
