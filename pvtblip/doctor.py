@@ -1782,7 +1782,7 @@ PHOTOS = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff'}
 # %% ../nbs/09_doctor.ipynb #ec2f9eff
 def _not_loaded(folder, error):
     "The report on a folder that is no model."
-    why = reason(error).replace(f'{folder}/', '')[:200]
+    why = reason(ValueError(str(error).replace(f'{folder}/', '')))  # a long path leaves no room for the rest
     check = 'vocabulary' if 'tokens' in why else 'file'  # sizes that do not agree, or a file that is none
     found = finding(check, 'error', 'the folder cannot be loaded', why, 'a whole model')
     missing = [f'{other}: needs a model that loads' for other in LESSONS if other != check]

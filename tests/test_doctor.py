@@ -477,6 +477,16 @@ def test_a_spoilt_folder_is_an_error_and_its_verdict_is_right(folder, name):
     ]
 
 
+@pytest.mark.parametrize('above', ['a', 'a folder of a long name ' * 8])
+def test_the_length_of_its_path_changes_no_verdict(taught, tmp_path, above):
+    place = tmp_path / above.strip() / 'model'
+    taught[0].save_pretrained(place)
+    tokens_added(place)
+    (verdict,) = doctor(place, fast=True, log=str)['verdict']
+    assert verdict.startswith('vocabulary: config.json: the tokenizer has')
+    assert verdict.endswith('they must agree')
+
+
 def test_a_prompt_of_the_same_length_costs_nothing_and_is_no_error(folder):
     changed_config(prompt='a drawing of')(folder / 'model')
     report = doctor(folder / 'model', folder / 'photos', folder / 'captions.json', fast=True, log=str)
