@@ -74,7 +74,9 @@ def notebooks():
 
 
 def tests():
-    run(sys.executable, '-m', 'pytest', '-q', 'tests')
+    # two processes, a test file in one of them
+    workers = min(2, os.cpu_count())
+    run(sys.executable, '-m', 'pytest', '-q', '-n', workers, '--dist', 'loadfile', 'tests')
 
 
 def wheel():
