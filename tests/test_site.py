@@ -85,5 +85,7 @@ def test_nbdev_can_document_a_notebook(notebook, monkeypatch, own_settings):
     monkeypatch.chdir(ROOT / 'nbs')
     monkeypatch.setenv('MPLBACKEND', 'agg')
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Found cells containing imports and other code')
+        # it would run the other code too: a change of folder, for one, would meet the notebooks after it
+        warnings.filterwarnings('error', 'Found cells containing imports and other code')
         NBProcessor(ROOT / 'nbs' / notebook, procs=[add_show_docs, exec_show_docs]).process()
+    assert Path.cwd() == ROOT / 'nbs'
