@@ -5,6 +5,7 @@ import os, subprocess, sys
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -30,6 +31,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if 'slow' in item.keywords:
             item.add_marker(pytest.mark.skip(reason='slow: run with --slow'))
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    "What a test draws is closed after it: the next one may count the figures that are open."
+    yield
+    plt.close('all')
 
 
 @pytest.fixture(scope='session')
