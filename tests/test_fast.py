@@ -14,10 +14,10 @@ from torch.testing import assert_close
 from pvtblip.decoder import Captioner, CaptionerConfig, boxed_models, checkpoint_folder, model_folder
 from pvtblip.confidence import Judge, calibrate, load_confidence
 from pvtblip.doctor import load_patient
-from pvtblip.fast import PackedLinear, load_model, model_files, pack
+from pvtblip.fast import FoldedConv2d, PackedLinear, fingerprint, fold_norms, load_model, model_files, pack
 from pvtblip.generation import generate, generate_caption, output_layer
 from pvtblip.pipeline import attention_drawer, caption_files
-from pvtblip.pvt_encoder import weights_in
+from pvtblip.pvt_encoder import EncoderConfig, ImageEncoder, weights_in
 
 pytestmark = pytest.mark.usefixtures('one_seed')
 
@@ -66,6 +66,32 @@ def test_any_size(seed, rows, width, outputs):
     x = torch.randn(rows, width)
     with torch.inference_mode():
         assert_close(PackedLinear(layer.weight, layer.bias)(x), layer(x), rtol=1e-4, atol=1e-5)
+        layer.half().float()  # another copy, where FBGEMM is at hand
+        assert_close(PackedLinear(layer.weight, layer.bias)(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'shape', [(64,), (0, 64), (2, 0, 64), (2, 3, 64), (5, 100, 64), (3, 1, 2, 64)], ids=str
+)
+def test_any_shape_and_any_numbers_with_weights_of_half(shape):
+    layer = torch.nn.Linear(64, 11).half().float()
+    packed = PackedLinear(layer.weight, layer.bias)
+    with torch.inference_mode():
+        for x in (torch.randn(shape), 1e6 * torch.randn(shape), torch.full(shape, math.nan)):
+            assert_close(packed(x), layer(x), rtol=1e-4, atol=1e-5, equal_nan=True)
+        x = torch.randn(64, 7).T  # not in the order of memory
+        assert_close(packed(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('value', [7e4, 1e-8, 1 + 2**-12, math.inf, math.nan])
+def test_what_half_does_not_hold_is_computed_in_full(value):
+    layer = torch.nn.Linear(8, 4).half().float()
+    layer.weight.data[0, 0] = value
+    x = torch.ones(2, 8)
+    with torch.inference_mode():
+        packed = PackedLinear(layer.weight, layer.bias)
+        assert_close(packed(x), layer(x), equal_nan=True)
+    assert packed.halves is None
 
 
 def test_saved_as_before_and_loaded_again(tmp_path):
@@ -213,3 +239,143 @@ def test_every_word_of_its_caption_is_drawn(tmp_path):
     )
     words = lines[0].split('\t')[1].split()
     assert Image.open(tmp_path / 'words.png').width >= 84 * (1 + len(words))
+
+
+# --- the eyes: batch norms folded into convolutions
+
+# of every kind of convolution and norm that timm has: with and without padding as in TensorFlow, norms before
+# convolutions, norms in parallel, norms without a convolution, none at all; and the activations of each
+EYES = [
+    ('tf_efficientnet_lite0', dict(), True),
+    ('efficientnet_b0', dict(), True),  # SiLU, squeeze and excite
+    ('mobilenetv2_100', dict(), True),
+    ('mobilenetv3_small_100', dict(), True),  # hard swish
+    ('resnet18', dict(), True),
+    ('resnetv2_50', dict(), False),  # its norms come first
+    ('resnet10t', dict(norm_layer='batchnorm2d'), True),
+    ('densenet121', dict(), True),
+    ('regnetx_002', dict(), True),
+    ('repvgg_a0', dict(), True),
+    ('ghostnet_050', dict(), True),
+    ('mobileone_s0', dict(), True),
+    ('hrnet_w18_small', dict(), True),
+    ('dla34', dict(), True),
+    ('convnext_atto', dict(), False),
+    ('pvt_v2_b0', dict(), False),
+    ('vit_tiny_patch16_224', dict(), False),
+]
+
+
+def eyes(name='tf_efficientnet_lite0', size=64, **backbone):
+    "An image encoder whose batch norms do something, as after a training."
+    stages = (5,) if name.startswith('vit') else (1, 3)
+    torch.manual_seed(0)
+    encoder = ImageEncoder(
+        EncoderConfig(name=name, image_size=size, stages=stages, backbone_kwargs=backbone), 64
+    )
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                module.weight.data.uniform_(0.5, 1.5)
+                module.bias.data.normal_(0, 0.3)
+    return encoder.eval()
+
+
+def with_eyes(encoder):
+    "A captioner that sees with these."
+    model = Captioner(CaptionerConfig.tiny()).eval()
+    model.encoder = encoder
+    return model
+
+
+@pytest.mark.parametrize('name, backbone, folds', EYES, ids=[name for name, _, _ in EYES])
+def test_folded_eyes_see_what_timm_sees(name, backbone, folds):
+    plain = eyes(name, **backbone)
+    model = with_eyes(copy.deepcopy(plain))
+    fold_norms(model)
+    folded = model.encoder
+    kinds = [type(module) for module in folded.modules()]
+    if folds:
+        assert kinds.count(FoldedConv2d) >= 10
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    sizes = [(64, 64)]
+    if not name.startswith('vit'):
+        sizes.append((64, 96))
+    if 'efficientnet' in name or 'mobilenet' in name:
+        sizes.append((97, 131))
+    for size in sizes:
+        pixels = torch.randn(2, 3, *size)
+        with torch.inference_mode():
+            expected = plain.features(pixels)
+            for found, one in zip(folded.features(pixels), expected, strict=True):
+                assert_close(found, one, rtol=1e-3, atol=1e-4 * one.abs().max().item())
+
+
+def test_a_layer_that_is_used_twice_and_a_norm_elsewhere_stay():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 3, 1)
+            self.first_norm = torch.nn.BatchNorm2d(3)
+            self.shared = torch.nn.Conv2d(3, 3, 1)
+            self.norm_a = torch.nn.BatchNorm2d(3)
+            self.norm_b = torch.nn.BatchNorm2d(3)
+            self.last = torch.nn.Conv2d(3, 3, 1)
+            self.far_norm = torch.nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            x = self.first_norm(self.first(x))
+            x = self.norm_b(self.shared(self.norm_a(self.shared(x))))
+            return self.far_norm(self.last(x).relu())
+
+    plain = eyes('resnet18')
+    plain.backbone.model.conv1 = torch.nn.Sequential(Block(), plain.backbone.model.conv1)
+    model = with_eyes(copy.deepcopy(plain.eval()))
+    fold_norms(model)
+    block = model.encoder.backbone.model.conv1[0]
+    folded = [name for name, module in block.named_children() if type(module) is FoldedConv2d]
+    assert folded == ['first']
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert_close(model.encoder(pixels), plain(pixels), rtol=1e-3, atol=1e-4)
+
+
+def test_folded_eyes_are_saved_loaded_copied_and_converted():
+    plain, other = eyes(), eyes()
+    for weight in other.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    model = with_eyes(copy.deepcopy(plain))
+    before = fingerprint(model)
+    fold_norms(model)
+    fold_norms(model)  # once more changes nothing
+    assert fingerprint(model) == before
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert_close(copy.deepcopy(model).encoder(pixels), plain(pixels), rtol=1e-3, atol=1e-4)
+        # what was folded is folded anew
+        model.encoder.load_state_dict(other.state_dict())
+        assert_close(model.encoder(pixels), other(pixels), rtol=1e-3, atol=1e-4)
+        for kind in (torch.bfloat16, torch.float64):
+            tokens = model.encoder.to(kind)(pixels.to(kind))
+            assert tokens.dtype == kind
+            assert_close(tokens.float(), other(pixels), rtol=0.1, atol=0.3)
+
+
+def test_folded_eyes_have_a_gradient_for_pixels_and_none_for_weights():
+    plain = eyes()
+    model = with_eyes(copy.deepcopy(plain))
+    fold_norms(model)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        model.encoder(pixels)  # folded here first
+    gradients = []
+    for encoder in (plain, model.encoder):
+        x = pixels.clone().requires_grad_()
+        encoder(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert_close(*gradients, rtol=1e-2, atol=1e-3 * gradients[0].abs().max().item())
+    assert not [name for name, w in model.encoder.backbone.named_parameters() if w.requires_grad]
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
+        assert model.encoder(pixels).dtype == torch.bfloat16
