@@ -902,12 +902,14 @@ def main():
     "Run a command; bad input becomes one line on stderr and exit code 1."
     from pvtblip.files import tolerant
 
+    # the process: its memory, its threads, its streams
     _keep_memory()
     if sys.argv[1:2] == ['caption']:
         _collect_later()  # without it the first caption takes 1.13 times as long
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # the workers that read photos are forks
     for stream in (sys.stdout, sys.stderr):
         tolerant(stream)
+    # the command
     try:
         try:
             app()

@@ -225,6 +225,7 @@ def _pairs(backbone: TimmBackbone, size: int):
         if inputs[0] is latest.get('output'):
             pairs[latest['name']] = name
 
+    # every convolution and every norm that can be folded tells when it is called
     hooks = []
     for name, module in backbone.model.named_modules():
         if type(module) in (nn.Conv2d, Conv2dSame):
@@ -234,6 +235,7 @@ def _pairs(backbone: TimmBackbone, size: int):
             plain = type(getattr(module, 'drop', nn.Identity())) is nn.Identity
             if plain and module.affine and module.track_running_stats:
                 hooks.append(module.register_forward_pre_hook(partial(before_norm, name)))
+    # the look itself
     backbone.try_out(size, size)
     for hook in hooks:
         hook.remove()
