@@ -570,7 +570,17 @@ _CSS = """
 .gradio-container { max-width: 72rem !important; margin: 0 auto !important; }
 #page-photo img { object-fit: contain; }
 footer { display: none !important; }
+/* on a phone the answer stands below: room to bring it to the top */
+@media (max-width: 640px) { #page-told { min-height: 100svh; } }
 """
+
+# where the answer would come below the fold, go there
+_TO_THE_ANSWER = """(photo) => {
+  const told = document.getElementById('page-told');
+  const still = matchMedia('(prefers-reduced-motion: reduce)').matches;
+  if (photo && told.getBoundingClientRect().top > innerHeight / 2)
+    told.scrollIntoView({behavior: still ? 'auto' : 'smooth'});
+}"""
 
 
 def _gradio():
@@ -693,8 +703,10 @@ def create_gradio_demo(
             with gr.Column(min_width=280):
                 told = gr.HTML(_WELCOME, js_on_load=None, elem_id='page-told')
         # what happens on it
+        asked = [photo.change, go.click, *(field.submit for field in fields[4:])]
+        gr.on(asked, None, [photo], None, js=_TO_THE_ANSWER, api_visibility='private')
         gr.on(
-            [photo.change, go.click, *(field.submit for field in fields[4:])],
+            asked,
             talk.answer,
             [photo, *fields],
             [told],

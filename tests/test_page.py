@@ -689,6 +689,29 @@ def test_nothing_sticks_out_at_any_width(browser, page, photo_file, width):
     assert sizes[0] <= sizes[1], sizes
 
 
+def test_on_a_phone_the_answer_comes_into_sight(browser, page, photo_file):
+    phone = dict(width=390, height=844, deviceScaleFactor=1, mobile=True)
+    visit(browser, page)
+    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', phone)
+    top = lambda: browser.execute_script(
+        "return document.querySelector('#page-told').getBoundingClientRect().top"
+    )
+    try:
+        assert top() > 422
+        browser.find_element('css selector', '#page-photo input[type=file]').send_keys(str(photo_file))
+        until(browser, '#page-told ol')
+        first = browser.find_element('css selector', '#page-told li .word').rect
+        scrolled = browser.execute_script('return scrollY')
+        assert -20 < top() < 100 and first['y'] + first['height'] < scrolled + 844
+        # taking the photo away leaves the page where it is
+        browser.execute_script('scrollTo(0, 0)')
+        browser.find_element('css selector', '#page-photo .icon-button-wrapper button').click()
+        until(browser, '#page-told .note', 'will appear here')
+        assert browser.execute_script('return scrollY') == 0
+    finally:
+        browser.execute_cdp_cmd('Emulation.clearDeviceMetricsOverride', {})
+
+
 def test_a_drawing_has_true_and_false_words(browser, page):
     visit(browser, page)
     until(browser, 'button', 'Draw shapes').click()
