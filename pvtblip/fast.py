@@ -267,9 +267,9 @@ def pack(
     """Pack a captioner's decoder and fold the norms of its eyes: the same words, faster on a processor.
     `load_model` does it; to train, load with `Captioner.from_pretrained`.
     """
-    pack_decoder(model.eval())
+    pack_decoder(model)
     fold_norms(model)
-    return model
+    return model.eval()
 
 # %% ../nbs/20_fast.ipynb #ae16275a
 def best_device() -> str:

@@ -140,6 +140,7 @@ def test_what_changes_weights_packs_anew(change, own):
 
 def test_packing_twice_is_packing_once():
     model, image_tokens = captioner()
+    assert not [module for module in pack(with_eyes(eyes()).train()).modules() if module.training]
     once = generate(pack(model), image_tokens=image_tokens).sequences
     assert torch.equal(generate(pack(model), image_tokens=image_tokens).sequences, once)
 
