@@ -37,6 +37,7 @@ from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
 from pvtblip.generation import generate, process_image
 from pvtblip.pipeline import default_workers, list_photos
 from pvtblip.fast import load_model
+from pvtblip.files import keep_memory
 from pvtblip.pvt_encoder import EncoderConfig
 
 BATCH = 16
@@ -161,6 +162,7 @@ def main():
     parser.add_argument('--json', metavar='FILE', help='write the figures here too')
     args = parser.parse_args()
     os.environ.setdefault('HF_HUB_OFFLINE', '1')
+    keep_memory()  # as the command does
     with tempfile.TemporaryDirectory() as place, torch.inference_mode():
         place = Path(place)
         folder = args.model or make_model(place / 'model')

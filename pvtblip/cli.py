@@ -8,7 +8,7 @@ __all__ = ['app', 'Model', 'UsageError', 'data_app', 'SettingsCommand', 'demo_co
            'calibrate_command', 'app_command', 'models_command', 'export_command', 'doctor_command', 'main']
 
 # %% ../nbs/28_cli.ipynb #a7d6e67a
-import ctypes, functools, gc, inspect, json, math, os, re, sys
+import functools, gc, inspect, json, math, os, re, sys
 import tomllib, types, typing
 from contextlib import contextmanager
 from pathlib import Path
@@ -876,14 +876,6 @@ def _files_below(folder):
     return (os.path.join(place, name) for place, _, names in os.walk(folder or '') for name in names)
 
 # %% ../nbs/28_cli.ipynb #5ec2c7e5
-def _keep_memory():
-    "Let glibc keep freed memory, or a table of gradients is given back and cleared anew every step."
-    if sys.platform != 'linux' or not hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-        return
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
-    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks up to 32 MiB live on the heap
-
-
 def _collect_later():
     """Let Python's garbage collector wait for a million objects: the libraries of a start make half as many that
     stay, and it would look through them again and again. After that it works as always.
@@ -900,10 +892,10 @@ def _collect_later():
 
 def main():
     "Run a command; bad input becomes one line on stderr and exit code 1."
-    from pvtblip.files import tolerant
+    from pvtblip.files import keep_memory, tolerant
 
     # the process: its memory, its threads, its streams
-    _keep_memory()
+    keep_memory()
     if sys.argv[1:2] == ['caption']:
         _collect_later()  # without it the first caption takes 1.13 times as long
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # the workers that read photos are forks

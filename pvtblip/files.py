@@ -7,10 +7,10 @@ __all__ = ['MAX_DEPTH', 'MARK', 'Size', 'Count', 'Share', 'decode_text', 'read_t
            'read_toml', 'printable', 'tolerant', 'flush', 'whole_file', 'write_whole', 'delete', 'whole_folder',
            'is_ours', 'write_json', 'save_figure', 'refuse_outputs', 'only_writer', 'Within', 'short', 'check_value',
            'settings_of', 'check_settings', 'part_of', 'setting_names', 'meant', 'from_plain', 'reason', 'StopAtSignal',
-           'outlive_signals']
+           'outlive_signals', 'keep_memory']
 
 # %% ../nbs/000_files.ipynb #616798b7
-import codecs, difflib, filecmp, json, os, re, reprlib, shutil, signal, sys, textwrap, threading
+import codecs, ctypes, difflib, filecmp, json, os, re, reprlib, shutil, signal, sys, textwrap, threading
 import tomllib, types, typing, unicodedata, warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -684,3 +684,11 @@ def outlive_signals(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, 'alarm'):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # half a minute's grace
+
+# %% ../nbs/000_files.ipynb #c0113c71
+def keep_memory():
+    "Let glibc keep freed blocks of up to 32 MiB for the rest of the process; elsewhere nothing happens."
+    if sys.platform != 'linux' or not hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+        return
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks up to 32 MiB live on the heap
