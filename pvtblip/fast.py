@@ -42,6 +42,11 @@ def _fits_half(weight):
     )
 
 
+def _asks_pytorch(x):
+    "Whether only PyTorch's own operation will do: the others have no gradient, and know nothing of autocast."
+    return torch.is_grad_enabled() and x.requires_grad or torch.is_autocast_enabled('cpu')
+
+# %% ../nbs/20_fast.ipynb #0829eb26
 class PackedLinear(nn.Module):
     """A linear layer whose weights are packed for few rows on a processor; elsewhere it computes as
     `nn.Linear` does.
@@ -96,8 +101,7 @@ class PackedLinear(nn.Module):
     ):  # (..., V)
         "x @ weight.T + bias"
         rows = x[..., 0].numel()
-        learning = torch.is_grad_enabled() and x.requires_grad  # no packed product has a gradient
-        if learning or torch.is_autocast_enabled('cpu'):
+        if _asks_pytorch(x):
             return F.linear(x, self.weight, self.bias)
         if self.halves is not None and rows < _MANY and x.dim() > 1:
             return torch.ops.quantized.linear_dynamic_fp16(x, self.halves)
@@ -197,9 +201,8 @@ class FoldedConv2d(nn.Module):
             x = self.pad(x)
         activation = self._norm[0].act
         at_once = _AT_ONCE.get(type(activation))
-        learning = torch.is_grad_enabled() and x.requires_grad
         onednn = _ONEDNN and x.dtype == torch.float32 and x.device.type == 'cpu'
-        if at_once is None or learning or not onednn or torch.is_autocast_enabled('cpu'):
+        if at_once is None or not onednn or _asks_pytorch(x):
             return activation(F.conv2d(x, *self.folded, *self.how))
         x = x.contiguous(memory_format=torch.channels_last)
         stride, padding, dilation, groups = self.how
@@ -241,7 +244,7 @@ def _pairs(backbone: TimmBackbone, size: int):
         hook.remove()
     return {conv: norm for conv, norm in pairs.items() if calls[conv] == calls[norm] == 1}
 
-
+# %% ../nbs/20_fast.ipynb #f01d000d
 def fold_norms(
     model: Captioner,  # trained; its eyes are for use from here on
 ):
