@@ -2,7 +2,7 @@
 
     python benchmarks/demo.py [--rows NAME ...] [--seeds N ...] [--steps N] [--scenes N] [--json FILE]
 
-A row is one training from nothing for each seed (seven to ten minutes on two cores, one on a GPU). Results lie in
+A row is one training from nothing for each seed (six to ten minutes on two cores, one on a GPU). Results lie in
 FILE (default: demo.json beside this script), training by training, so a run that was stopped goes on where it was.
 The table gives the true share of all statements and of each kind, for unseen scenes and for colour-kind pairs that
 training never shows: the mean of the seeds, the least and the most.

@@ -248,7 +248,7 @@ def demo_command(
 ):
     """Train a tiny captioner on drawn shapes from nothing, then test it on scenes it has never seen.
 
-    Needs no download and no GPU. It takes seven to ten minutes on two cores; the report says how many of the
+    Needs no download and no GPU. It takes six to ten minutes on two cores; the report says how many of the
     captioner's statements are true, on unseen scenes and on colour-kind pairs kept out of training.
     """
     from pvtblip.demo import demo
