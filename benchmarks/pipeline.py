@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 from pvtblip.decoder import Captioner, CaptionerConfig, DecoderConfig
-from pvtblip.generation import generate, process_image
+from pvtblip.generation import encode_in_pieces, generate, process_image
 from pvtblip.pipeline import default_workers, list_photos
 from pvtblip.fast import load_model
 from pvtblip.files import keep_memory
@@ -119,7 +119,7 @@ def stations(files, model):
     encoded = [model.encode_image(pixels) for pixels in decoded]
     found = dict(
         decode=clock(lambda group: process_image(group, model), groups) / BATCH,
-        encode=clock(model.encode_image, decoded) / BATCH,
+        encode=clock(lambda pixels: encode_in_pieces(model, pixels), decoded) / BATCH,
         generate=clock(lambda tokens: generate(model, image_tokens=tokens, num_beams=3), encoded) / BATCH,
     )
     return found, clock(lambda file: generate(model, process_image(file, model), num_beams=3), files[:40])

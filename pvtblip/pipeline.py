@@ -23,7 +23,7 @@ import torch, torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .fast import encode_in_pieces, fingerprint, load_model, model_files
+from .fast import fingerprint, load_model, model_files
 from pvtblip.files import (
     StopAtSignal,
     Within,
@@ -314,8 +314,8 @@ def _caption_each(model, names, pixel_values, options, seed):  # options: checke
     try:
         return generate(
             model,
-            config=options,
-            image_tokens=encode_in_pieces(model, pixel_values),
+            pixel_values,
+            options,
             generator=_generators(names, pixel_values.device, seed) if options.do_sample else None,
         ), [None] * len(names)
     except ValueError as error:

@@ -30,6 +30,7 @@ from pvtblip.generation import (
     Rules,
     _beam_search,
     bad_endings,
+    encode_in_pieces,
     generate,
     generate_caption,
     keep_min_p,
@@ -1282,3 +1283,23 @@ def test_photos_are_read_the_same_way_in_another_process():
     photo = Image.linear_gradient('L').convert('RGB')
     there = pickle.loads(pickle.dumps(model.photo_transform()))
     assert torch.equal(there(photo), image_transform(model.config.encoder)(photo))
+
+
+@pytest.mark.parametrize('size, pieces', [(288, [4, 2]), (64, [6]), (640, [1] * 6)])
+def test_a_processor_encodes_as_many_images_at_a_time_as_its_cache_holds(size, pieces, monkeypatch):
+    model = Captioner(CaptionerConfig.tiny()).eval()
+    pixel_values = torch.randn(6, 3, size, size)
+    seen = []
+    encode_image = Captioner.encode_image
+
+    def noted(self, pixel_values):
+        seen.append(len(pixel_values))
+        return encode_image(self, pixel_values)
+
+    with torch.inference_mode():
+        want = model.encode_image(pixel_values)
+        monkeypatch.setattr(Captioner, 'encode_image', noted)
+        assert_close(encode_in_pieces(model, pixel_values), want)
+    assert seen == pieces
+    generate(model, pixel_values)  # takes the same way
+    assert seen == pieces * 2
