@@ -9,7 +9,7 @@ to the full 20 positions: no captioner of this size does more work. Three beams.
 are given: 1,000 JPEGs of 500 x 375, made here in a temporary folder.
 
 - cold: the command as a new process, one photo, from its start to its exit; beside it, what importing
-  torch alone takes. Median of 5. The files are in the system's cache.
+  torch alone takes, and torch, timm and transformers. Median of 5. The files are in the system's cache.
 - warm: one photo at a time in one process, from the file to the caption. Median.
 - stations: milliseconds a photo for decode, encode and generate, each alone, in batches of 16.
 - folder: `pvtblip caption DIR --jsonl OUT` as a new process, without and with processes that decode
@@ -41,6 +41,8 @@ from pvtblip.files import keep_memory
 from pvtblip.pvt_encoder import EncoderConfig
 
 BATCH = 16
+# what a captioner with a backbone of timm needs of others; timm imports torchvision and torch's compiler
+LIBRARIES = 'import torch, timm; from transformers import AutoTokenizer, BertTokenizerFast'
 
 
 def make_model(folder):
@@ -91,14 +93,14 @@ def cold(photo, model, rounds=5):
     "Seconds from nothing to a caption."
     caption = [seconds('-m', 'pvtblip', 'caption', photo, '--model', model)[0] for _ in range(rounds)]
     imports = {
-        name: statistics.median(seconds('-c', f'import {name}')[0] for _ in range(rounds))
-        for name in ('torch', 'pvtblip.pipeline')
+        code: statistics.median(seconds('-c', code)[0] for _ in range(rounds))
+        for code in ('import torch', LIBRARIES)
     }
     return dict(
         cold_seconds=statistics.median(caption),
         slowest=max(caption),
-        import_torch=imports['torch'],
-        import_pvtblip=imports['pvtblip.pipeline'],
+        import_torch=imports['import torch'],
+        import_libraries=imports[LIBRARIES],
     )
 
 
@@ -180,8 +182,8 @@ def main():
             f'{report["cores"]} cores, torch {report["torch"]}\ncold start: '
             f'{report["cold_seconds"]:.2f} s to the first caption (slowest of 5: '
             f'{report["slowest"]:.2f} s); '
-            f'importing torch alone {report["import_torch"]:.2f} s, all that captioning imports '
-            f'{report["import_pvtblip"]:.2f} s',
+            f'importing torch alone {report["import_torch"]:.2f} s, torch, timm and transformers '
+            f'{report["import_libraries"]:.2f} s',
             flush=True,
         )
         model = load_model(folder)

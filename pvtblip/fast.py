@@ -100,11 +100,11 @@ class PackedLinear(nn.Module):
         x,  # (..., D)
     ):  # (..., V)
         "x @ weight.T + bias"
-        rows = x[..., 0].numel()
+        rows = x.numel() // x.shape[-1]
         if _asks_pytorch(x):
             return F.linear(x, self.weight, self.bias)
         if self.halves is not None and rows < _MANY and x.dim() > 1:
-            return torch.ops.quantized.linear_dynamic_fp16(x, self.halves)
+            return torch.ops.quantized.linear_dynamic_fp16.default(x, self.halves)
         few_on_amx = _AMX and x.dtype == torch.float32 and rows <= 3
         if self.packed is not None and not few_on_amx:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
