@@ -8,7 +8,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pvtblip.cli import main
-from pvtblip.evaluation import read_references
 from pvtblip.shapes import make_scene
 
 TINY = ['--tiny', '--batch-size', '4', '--workers', '0']
@@ -884,14 +883,11 @@ def test_own_lines_are_scored_against_every_form(capsys, answers, model, tmp_pat
     forms['lines.jsonl'].write_text(
         '\n'.join(json.dumps(dict(file=file, captions=own)) for file, own in captions.items())
     )
-    # ids and paths are two ways to pair, each with its scores; every form with paths is read as the same references
     tables = {}
-    for name in ('captions.json', 'coco.json'):
-        code, tables[name], err = pvtblip(capsys, 'score', forms[name], tmp_path / 'said.jsonl')
+    for name, file in forms.items():
+        code, tables[name], err = pvtblip(capsys, 'score', file, tmp_path / 'said.jsonl')
         assert code == 0, (name, err)
     assert len(set(tables.values())) == 1, tables
-    read = {name: read_references(file)[0] for name, file in forms.items() if name != 'coco.json'}
-    assert all(references == read['captions.json'] for references in read.values()), read
     (images / '3.png').write_bytes(b'')
     assert pvtblip(capsys, *arguments, '--jsonl', tmp_path / 'half.jsonl')[0] == 1
     refused(
