@@ -38,7 +38,7 @@ from pvtblip.files import (
     short,
     write_whole,
 )
-from .generation import GenerationConfig, generate, text_ids
+from .generation import GenerationConfig, encode_in_pieces, generate, text_ids
 
 # %% ../nbs/26_hub.ipynb #efcb472f
 from pvtblip.pvt_encoder import (
@@ -337,7 +337,7 @@ class PvtBlipForImageTextToText(PreTrainedModel, GenerationMixin):
         said = [None] * len(rows)
         scores = [None] * len(rows)
         with evaluation_mode(self.captioner):
-            image_tokens = self.captioner.encode_image(pixel_values)  # (B, S, D)
+            image_tokens = encode_in_pieces(self.captioner, pixel_values)  # (B, S, D)
         for row in sorted(set(rows)):
             alike = [i for i, other in enumerate(rows) if other == row]
             own = _lengths(config, given, len(row), self.captioner.config.max_length)
